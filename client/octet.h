@@ -1,0 +1,113 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#ifndef OCTET_H
+#define OCTET_H
+/*
+ * liboctet: submit token sequences to the octetd on this host and read the
+ * answers, through shared memory. A handle belongs to one thread at a time;
+ * handles are independent of each other. Nothing blocks unless a timeout asks
+ * for it. Functions return 0 or a count, or -errno; octet_error() has the text
+ * of the last failure of a handle.
+ */
+#include <stddef.h>
+#include <stdint.h>
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef struct octet octet;
+
+struct octet_info {
+	char model[128];
+	uint32_t vocab;        /* token ids are below this */
+	uint32_t max_context;  /* prompt and output tokens of one request */
+	uint32_t max_requests; /* requests in flight on one handle */
+	uint64_t client_id;    /* as `octetctl clients` lists it */
+};
+
+/* All zero is greedy with max_tokens 0: set max_tokens. */
+struct octet_sampling {
+	uint32_t max_tokens;
+	float temperature;  /* 0: greedy */
+	float top_p;        /* 0 or 1: off */
+	uint32_t top_k;     /* 0: off */
+	uint64_t seed;
+	int ignore_eos;
+	int logprobs;       /* 1: events carry the log-probability of their token */
+};
+
+enum octet_event_kind { OCTET_SEGMENT = 1, OCTET_TOKEN, OCTET_DONE };
+enum octet_finish { OCTET_STOP = 1, OCTET_LENGTH, OCTET_CANCELLED, OCTET_FAILED };
+
+struct octet_event {
+	enum octet_event_kind kind;
+	uint32_t token;      /* OCTET_TOKEN */
+	uint32_t position;   /* OCTET_TOKEN; OCTET_SEGMENT: first position of the segment */
+	float logprob;       /* OCTET_TOKEN, natural log, if asked for */
+	uint64_t plan;       /* OCTET_SEGMENT: plan digest */
+	uint64_t epoch;      /* OCTET_SEGMENT */
+	enum octet_finish finish; /* OCTET_DONE */
+	int error;           /* OCTET_DONE with OCTET_FAILED: -errno */
+	char message[128];   /* OCTET_DONE with OCTET_FAILED: why */
+};
+
+/* Connects to PATH, or to $OCTET_SOCKET, else $XDG_RUNTIME_DIR/octet/octet.sock,
+ * else /run/octet/octet.sock. On failure *out is NULL and, where why is not
+ * NULL, its why_len bytes say the cause. May block for the handshake (5 s). */
+int octet_open(octet **out, const char *path, char *why, size_t why_len);
+
+/* Cancels what is in flight and frees the handle; *o is nulled. NULL is fine. */
+void octet_close(octet **o);
+
+const char *octet_error(const octet *o);
+const struct octet_info *octet_info(const octet *o);
+
+/* Queues ids[n]; the ids are copied before it returns. Returns a request number
+ * >= 0 that is valid until its OCTET_DONE was read, or -EBUSY (max_requests in
+ * flight or the submission ring is full: read, then try again), -EINVAL,
+ * -EPIPE (the daemon is gone). */
+int octet_submit(octet *o, const uint32_t *ids, size_t n, const struct octet_sampling *s);
+
+/* Reads up to n events of one request. Waits up to timeout_ms (0: not at all,
+ * -1: without end) for the first. Returns their number, 0 on timeout, -EPIPE
+ * when the daemon is gone, -ENOENT for an unknown request. */
+int octet_read(octet *o, int request, struct octet_event *ev, size_t n, int timeout_ms);
+
+/* Asks for an early end; its OCTET_DONE still comes. */
+int octet_cancel(octet *o, int request);
+
+/* For poll loops: readable when events may have come. Before poll() call
+ * octet_arm(): 1 means events are there already (do not sleep), 0 that a bell
+ * will ring the descriptor. The descriptor stays the handle's. */
+int octet_fd(const octet *o);
+int octet_arm(octet *o);
+/* Waits until any request has events: 1, 0 on timeout, -EPIPE. */
+int octet_wait(octet *o, int timeout_ms);
+
+/* Text to token ids and back, in this process. flags: OCTET_SPECIAL recognises
+ * special tokens written in the text, OCTET_BOS adds what the model expects
+ * before a plain text. Returns the number of ids needed, which may exceed cap
+ * (then nothing past cap is written), or -errno. */
+enum { OCTET_SPECIAL = 1, OCTET_BOS = 2 };
+int64_t octet_tokenize(octet *o, const char *text, size_t len, unsigned flags, uint32_t *ids, size_t cap);
+/* One user message through the model's chat template. -ENOTSUP: unknown template. */
+int64_t octet_template(octet *o, const char *text, size_t len, uint32_t *ids, size_t cap);
+int64_t octet_detokenize(octet *o, const uint32_t *ids, size_t n, int skip_special, char *out, size_t cap);
+const char *octet_piece(octet *o, uint32_t id, size_t *len);
+
+/* A running text of one request: turns ids into whole UTF-8 characters and
+ * watches for stop strings, holding back what may be the start of one. */
+typedef struct octet_text octet_text;
+int octet_text_new(octet_text **t, octet *o, const char *const *stops, size_t n_stops);
+void octet_text_free(octet_text **t);
+/* Gives the text that is now certain: *out is valid until the next call, *len
+ * its bytes. Returns 1 when a stop string was met (the text ends before it; the
+ * caller cancels the request), 0 otherwise, -errno. id may be a special token:
+ * it adds no text. */
+int octet_text_push(octet_text *t, uint32_t id, const char **out, size_t *len);
+/* What is still held back, at the end of a request. */
+int octet_text_flush(octet_text *t, const char **out, size_t *len);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

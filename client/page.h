@@ -1,0 +1,57 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#ifndef OCTET_PAGE_H
+#define OCTET_PAGE_H
+/*
+ * The status page: one read-only shared mapping that octetd refreshes while
+ * somebody holds it, and octet-console reads. No prompt and no token is in it.
+ * A sequence lock guards it: page_read() copies until it saw an even, unchanged
+ * seq. Handed out over the control socket by the verb "page".
+ */
+#include <stdint.h>
+
+#define PAGE_MAGIC 0x4750434fu /* "OCPG" */
+#define PAGE_VERSION 1u
+#define PAGE_GROUPS 16u
+#define PAGE_LAYERS 256u
+#define PAGE_FORMATS 8u
+#define PAGE_HISTORY 32u
+#define PAGE_CLIENTS 64u
+#define PAGE_NONE 0xffu /* no such site */
+
+struct page_history {
+	uint64_t epoch, step;
+	int64_t time_us;  /* Unix time */
+	uint32_t uid, pid;
+	char program[32], why[64], change[96], result[24];
+};
+
+struct page_client {
+	uint64_t id, requests, tokens;
+	uint32_t uid, pid, running, queued;
+	char program[32];
+};
+
+struct octet_page {
+	uint32_t magic, version, bytes;
+	uint32_t seq;          /* odd while the daemon writes */
+	int64_t updated_us;    /* Unix time of the last refresh */
+	char octet_version[32], model[128], backend[16], cpu_level[16];
+	uint32_t pid, n_layers, n_groups, n_formats;
+	int64_t started_us;
+	char group[PAGE_GROUPS][24];
+	char format[PAGE_FORMATS][12];
+	uint8_t wanted[PAGE_GROUPS][PAGE_LAYERS];   /* format index or PAGE_NONE */
+	uint8_t executed[PAGE_GROUPS][PAGE_LAYERS];
+	uint64_t epoch, plan_digest, step;
+	char policy[64];       /* "bf16", or "bf16 + 2 changes" */
+	uint64_t weights_bytes, kv_bytes;
+	uint32_t kv_pages, kv_pages_used, kv_page_tokens;
+	uint32_t running, queued, batch_rows;
+	uint64_t done, failed, prompt_tokens, output_tokens;
+	double tokens_per_s, prompt_per_s;  /* over the last second or so */
+	double step_ms_p50, step_ms_p90, step_ms_p99, step_ms_max;
+	uint32_t n_history, n_clients;
+	struct page_history history[PAGE_HISTORY];  /* newest first */
+	struct page_client client[PAGE_CLIENTS];
+};
+#endif

@@ -1,0 +1,843 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "daemon/engine/engine.h"
+
+#include <errno.h>
+#include <math.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "daemon/engine/forward.h"
+#include "daemon/engine/kv.h"
+#include "daemon/engine/sample.h"
+#include "daemon/engine/sched.h"
+
+#define STEP_WINDOW 1024u
+
+enum seq_state { SEQ_POSTED, SEQ_QUEUED, SEQ_RUNNING, SEQ_PARKED, SEQ_FINISHED };
+
+/* A request's state inside the engine; made by engine_submit(), so that the
+ * engine thread allocates nothing. */
+struct seq {
+	struct request *req;
+	enum seq_state state;
+	uint64_t order;
+	uint32_t *token;      /* [n_max] prompt, then output */
+	uint32_t n_known, n_run, n_max;
+	uint32_t *page, n_pages;
+	struct plan *plan;    /* what its next step runs; a reference */
+	uint64_t epoch;
+	uint64_t seg_digest, seg_epoch; /* its open segment */
+	bool has_segment;
+};
+
+struct engine {
+	const struct model *m;
+	const struct k_ops *ops;
+	struct team *team;
+	struct engine_config cfg;   /* the engine thread's copy */
+	pthread_t thread;
+	bool started;
+
+	/* Mailbox: posted by the front under lock, taken between steps. */
+	pthread_mutex_t lock;
+	pthread_cond_t wake;
+	uint32_t mail;              /* atomic: something below is set */
+	bool sleeping, stop;
+	struct request *posted, **posted_end;
+	struct flip *flips, **flips_end;
+	bool new_cfg_set;
+	struct engine_config new_cfg;
+	struct request *finished, **finished_end;
+	struct flip *applied, **applied_end;
+	uint32_t n_queued;          /* atomic: posted or waiting */
+	uint64_t order;
+
+	/* Engine thread. */
+	struct plan *plan;
+	uint64_t epoch, step, turn;
+	struct kv_pool kv;
+	struct forward *forward;
+	uint32_t max_seqs;
+	struct seq **running;       /* [max_seqs] */
+	uint32_t n_running;
+	struct request *waiting;    /* by ->next, oldest first */
+	struct sched_seq *pick;     /* [max_seqs] */
+	struct forward_row *row;    /* [max_batch_tokens] */
+	struct seq **row_seq;       /* [max_batch_tokens] who wants logits */
+	struct sampled { uint32_t token; float logprob; bool bad; } *sampled; /* [max_batch_tokens] */
+	struct sample_scratch **scratch; /* [parts] */
+	const float *logits;
+	uint32_t n_logits;
+	double ms_per_row;
+
+	pthread_mutex_t stats_lock;
+	struct engine_stats stats;
+	float step_ms[STEP_WINDOW];
+	uint32_t n_step_ms;
+};
+
+static double
+now_ms(void)
+{
+	struct timespec ts;
+
+	clock_gettime(CLOCK_MONOTONIC, &ts);
+	return (double)ts.tv_sec * 1e3 + (double)ts.tv_nsec / 1e6;
+}
+
+void
+request_free(struct request **rp)
+{
+	struct request *r = *rp;
+
+	if (r == NULL)
+		return;
+	if (r->seq != NULL) {
+		plan_unref(&r->seq->plan);
+		free(r->seq->token);
+		free(r->seq->page);
+		free(r->seq);
+	}
+	free(r->prompt);
+	free(r);
+	*rp = NULL;
+}
+
+/* ---- state of a sequence ---- */
+
+static void
+seq_set_state(struct seq *s, enum seq_state to)
+{
+	static const bool may[5][5] = {
+		[SEQ_POSTED] = {[SEQ_QUEUED] = true, [SEQ_FINISHED] = true},
+		[SEQ_QUEUED] = {[SEQ_RUNNING] = true, [SEQ_FINISHED] = true},
+		[SEQ_RUNNING] = {[SEQ_PARKED] = true, [SEQ_FINISHED] = true},
+		[SEQ_PARKED] = {[SEQ_RUNNING] = true, [SEQ_FINISHED] = true},
+	};
+
+	if (!may[s->state][to])
+		abort(); /* our own bug */
+	s->state = to;
+}
+
+static void
+put(struct request *r, struct wire_event ev)
+{
+	ev.serial = r->serial;
+	r->sink.put(r->sink.arg, &ev);
+}
+
+/* Ends a request: pages back, DONE out (its room was kept by SINK_ROOM), and
+ * over to the front. The request may be freed as soon as the lock is released. */
+static void
+finish(struct engine *e, struct request *r, enum wire_finish how, uint64_t detail)
+{
+	struct seq *s = r->seq;
+
+	if (s->state == SEQ_PARKED)
+		r->sink.set_parked(r->sink.arg, false);
+	seq_set_state(s, SEQ_FINISHED);
+	kv_give(&e->kv, s->page, s->n_pages);
+	s->n_pages = 0;
+	r->finish = how;
+	r->error = how == WIRE_FINISH_ERROR ? -(int)(uint32_t)detail : 0;
+	put(r, (struct wire_event){.kind = WIRE_EV_DONE, .token = how, .a = detail});
+	r->sink.flush(r->sink.arg);
+
+	pthread_mutex_lock(&e->stats_lock);
+	if (how == WIRE_FINISH_ERROR)
+		e->stats.failed++;
+	else
+		e->stats.done++;
+	pthread_mutex_unlock(&e->stats_lock);
+
+	r->next = NULL;
+	pthread_mutex_lock(&e->lock);
+	*e->finished_end = r;
+	e->finished_end = &r->next;
+	pthread_mutex_unlock(&e->lock);
+	e->cfg.notify(e->cfg.notify_arg);
+}
+
+static void
+drop_running(struct engine *e, uint32_t i)
+{
+	e->running[i] = e->running[--e->n_running];
+}
+
+/* ---- between steps ---- */
+
+static void
+apply_flip(struct engine *e, struct flip *f)
+{
+	plan_unref(&e->plan);
+	e->plan = plan_ref(f->plan);
+	e->epoch = f->epoch;
+	for (uint32_t i = 0; i < e->n_running; i++) {
+		struct seq *s = e->running[i];
+
+		if (e->cfg.pin && !f->force)
+			continue;
+		plan_unref(&s->plan);
+		s->plan = plan_ref(e->plan);
+		s->epoch = e->epoch;
+	}
+	f->step = e->step + 1;
+}
+
+/* Returns false when the engine is to stop. */
+static bool
+take_mail(struct engine *e)
+{
+	struct request *posted;
+	struct flip *flips;
+	bool stop;
+
+	if (!__atomic_exchange_n(&e->mail, 0, __ATOMIC_ACQUIRE))
+		return true;
+	pthread_mutex_lock(&e->lock);
+	posted = e->posted, flips = e->flips, stop = e->stop;
+	e->posted = NULL, e->posted_end = &e->posted;
+	e->flips = NULL, e->flips_end = &e->flips;
+	if (e->new_cfg_set) {
+		e->cfg = e->new_cfg;
+		e->new_cfg_set = false;
+	}
+	pthread_mutex_unlock(&e->lock);
+
+	if (posted != NULL) {
+		struct request **end = &e->waiting;
+
+		while (*end != NULL)
+			end = &(*end)->next;
+		*end = posted;
+		for (struct request *r = posted; r != NULL; r = r->next)
+			seq_set_state(r->seq, SEQ_QUEUED);
+	}
+	if (flips != NULL) {
+		struct flip **end = &flips;
+
+		for (struct flip *f = flips; f != NULL; f = f->next) {
+			apply_flip(e, f);
+			end = &f->next;
+		}
+		pthread_mutex_lock(&e->lock);
+		*e->applied_end = flips;
+		e->applied_end = end;
+		pthread_mutex_unlock(&e->lock);
+		pthread_mutex_lock(&e->stats_lock);
+		e->stats.epoch = e->epoch;
+		e->stats.plan_digest = e->plan->digest;
+		pthread_mutex_unlock(&e->stats_lock);
+		e->cfg.notify(e->cfg.notify_arg);
+	}
+	return !stop;
+}
+
+static bool
+is_cancelled(const struct request *r)
+{
+	return __atomic_load_n(&r->cancelled, __ATOMIC_ACQUIRE) != 0;
+}
+
+static void
+drop_cancelled(struct engine *e)
+{
+	for (uint32_t i = 0; i < e->n_running;) {
+		struct request *r = e->running[i]->req;
+
+		if (is_cancelled(r)) {
+			drop_running(e, i);
+			finish(e, r, WIRE_FINISH_CANCELLED, 0);
+		} else
+			i++;
+	}
+	for (struct request **rp = &e->waiting; *rp != NULL;) {
+		struct request *r = *rp;
+
+		if (is_cancelled(r)) {
+			*rp = r->next;
+			__atomic_sub_fetch(&e->n_queued, 1, __ATOMIC_RELAXED);
+			finish(e, r, WIRE_FINISH_CANCELLED, 0);
+		} else
+			rp = &r->next;
+	}
+}
+
+static uint32_t
+running_of(const struct engine *e, uint64_t client)
+{
+	uint32_t n = 0;
+
+	for (uint32_t i = 0; i < e->n_running; i++)
+		n += e->running[i]->req->client == client;
+	return n;
+}
+
+/* The waiting request that sched_admit() would choose, looking at the oldest
+ * request of each client only: the queue is scanned once. */
+static struct request **
+next_waiting(struct engine *e)
+{
+	struct request **best = NULL;
+	struct sched_waiting pair[2];
+
+	for (struct request **rp = &e->waiting; *rp != NULL; rp = &(*rp)->next) {
+		struct sched_waiting w = {(*rp)->client, (*rp)->seq->order, 0};
+
+		if (best != NULL && w.client == pair[0].client)
+			continue;
+		w.client_running = running_of(e, w.client);
+		pair[1] = w;
+		if (best == NULL || sched_admit(pair, 2) == 1) {
+			best = rp;
+			pair[0] = w;
+		}
+		if (pair[0].client_running == 0)
+			break;
+	}
+	return best;
+}
+
+/* Pages for the whole request are reserved here, so that nothing that runs can
+ * run out of them. */
+static void
+admit(struct engine *e)
+{
+	struct request **rp, *r;
+
+	while (e->n_running < e->max_seqs && (rp = next_waiting(e)) != NULL) {
+		struct seq *s = (*rp)->seq;
+		uint32_t need = kv_pages_for(s->n_max);
+
+		if (kv_take(&e->kv, need, s->page) != 0)
+			return;
+		r = *rp;
+		*rp = r->next;
+		__atomic_sub_fetch(&e->n_queued, 1, __ATOMIC_RELAXED);
+		s->n_pages = need;
+		s->plan = plan_ref(e->plan);
+		s->epoch = e->epoch;
+		seq_set_state(s, SEQ_RUNNING);
+		e->running[e->n_running++] = s;
+	}
+}
+
+static void
+park_or_not(struct seq *s)
+{
+	struct sink *k = &s->req->sink;
+	bool room = k->room(k->arg) >= SINK_ROOM;
+
+	if (!room && s->state == SEQ_RUNNING) {
+		seq_set_state(s, SEQ_PARKED);
+		k->set_parked(k->arg, true);
+		/* The reader may have made room before it could see the flag. */
+		room = k->room(k->arg) >= SINK_ROOM;
+	}
+	if (room && s->state == SEQ_PARKED) {
+		seq_set_state(s, SEQ_RUNNING);
+		k->set_parked(k->arg, false);
+	}
+}
+
+/* ---- one step ---- */
+
+static int
+by_plan(const void *pa, const void *pb)
+{
+	const struct seq *a = *(struct seq *const *)pa, *b = *(struct seq *const *)pb;
+
+	if (a->plan->digest != b->plan->digest)
+		return a->plan->digest < b->plan->digest ? -1 : 1;
+	return a->order < b->order ? -1 : a->order > b->order;
+}
+
+/* Fills rows; returns their number. */
+static uint32_t
+choose_batch(struct engine *e)
+{
+	struct sched_limits lim = {e->cfg.max_batch_tokens, e->cfg.max_batch_tokens};
+	uint32_t n = 0;
+
+	qsort(e->running, e->n_running, sizeof(*e->running), by_plan);
+	for (uint32_t i = 0; i < e->n_running; i++) {
+		struct seq *s = e->running[i];
+
+		park_or_not(s);
+		e->pick[i] = (struct sched_seq){.client = s->req->client, .order = s->order,
+		    .pending = s->n_known - s->n_run, .parked = s->state == SEQ_PARKED};
+	}
+	if (e->cfg.step_target_ms > 0 && e->ms_per_row > 0) {
+		double rows = e->cfg.step_target_ms / e->ms_per_row;
+
+		lim.target_rows = rows < 1 ? 1 : rows < lim.max_rows ? (uint32_t)rows : lim.max_rows;
+	}
+	sched_pick(e->pick, e->n_running, &lim, &e->turn);
+
+	e->n_logits = 0;
+	for (uint32_t i = 0; i < e->n_running; i++) {
+		struct seq *s = e->running[i];
+
+		for (uint32_t j = 0; j < e->pick[i].rows; j++) {
+			uint32_t pos = s->n_run + j;
+			bool last = pos + 1 == s->n_known;
+
+			e->row[n++] = (struct forward_row){.token = s->token[pos], .pos = pos, .pages = s->page,
+			    .plan = s->plan, .wants_logits = last};
+			if (last)
+				e->row_seq[e->n_logits++] = s;
+		}
+	}
+	return n;
+}
+
+static void
+sample_part(void *arg, uint32_t part, uint32_t parts)
+{
+	struct engine *e = arg;
+	uint32_t vocab = e->m->shape.vocab, from, to;
+
+	team_share(e->n_logits, part, parts, &from, &to);
+	for (uint32_t i = from; i < to; i++) {
+		const float *logits = e->logits + (size_t)i * vocab;
+		const struct seq *s = e->row_seq[i];
+		struct sampled *out = &e->sampled[i];
+		float sum = 0;
+
+		/* One pass: x * 0 is 0 for finite x, NaN for the rest. */
+		for (uint32_t j = 0; j < vocab; j++)
+			sum += logits[j] * 0.0f;
+		out->bad = !(sum == 0.0f);
+		if (!out->bad)
+			out->token = sample_token(logits, vocab, &s->req->sampling, s->n_known, e->scratch[part],
+			    s->req->sampling.logprobs ? &out->logprob : NULL);
+	}
+}
+
+static bool
+is_eos(const struct model_shape *shape, uint32_t token)
+{
+	for (uint32_t i = 0; i < shape->n_eos; i++)
+		if (shape->eos[i] == token)
+			return true;
+	return false;
+}
+
+static void
+open_segment(struct seq *s)
+{
+	if (s->has_segment && s->seg_digest == s->plan->digest && s->seg_epoch == s->epoch)
+		return;
+	s->has_segment = true;
+	s->seg_digest = s->plan->digest;
+	s->seg_epoch = s->epoch;
+	put(s->req, (struct wire_event){.kind = WIRE_EV_SEGMENT, .position = s->n_run, .a = s->seg_digest,
+	    .epoch = s->seg_epoch});
+}
+
+/* The site of a failed row goes to the app as (group + 1) << 16 | layer. */
+static uint64_t
+nonfinite_detail(struct engine *e, const struct seq *s)
+{
+	struct forward_row row = {.token = s->token[s->n_run - 1], .pos = s->n_run - 1, .pages = s->page,
+	    .plan = s->plan, .wants_logits = true};
+	struct forward_site site;
+	uint64_t at = 0;
+
+	if (forward_find_nonfinite(e->forward, &row, &site))
+		at = ((uint64_t)site.group + 1) << 16 | site.layer;
+	return at << 32 | EDOM;
+}
+
+/* Takes what was sampled for a sequence. Returns false when it ended: then its
+ * request may be gone already. */
+static bool
+take_sampled(struct engine *e, struct seq *s, const struct sampled *r, uint32_t *tokens)
+{
+	struct request *req = s->req;
+
+	if (r->bad) {
+		finish(e, req, WIRE_FINISH_ERROR, nonfinite_detail(e, s));
+		return false;
+	}
+	if (!req->sampling.ignore_eos && is_eos(&e->m->shape, r->token)) {
+		finish(e, req, WIRE_FINISH_STOP, 0);
+		return false;
+	}
+	put(req, (struct wire_event){.kind = WIRE_EV_TOKEN, .token = r->token, .position = s->n_known,
+	    .logprob = r->logprob});
+	req->n_output++;
+	(*tokens)++;
+	s->token[s->n_known++] = r->token;
+	if (s->n_known == s->n_max) {
+		finish(e, req, WIRE_FINISH_LENGTH, 0);
+		return false;
+	}
+	req->sink.flush(req->sink.arg);
+	return true;
+}
+
+static void
+note_step(struct engine *e, uint32_t rows, double ms, uint32_t prompt_rows, uint32_t tokens)
+{
+	double per_row = ms / rows;
+
+	e->ms_per_row = e->ms_per_row == 0 ? per_row : 0.8 * e->ms_per_row + 0.2 * per_row;
+	pthread_mutex_lock(&e->stats_lock);
+	e->stats.step = e->step;
+	e->stats.batch_rows = rows;
+	e->stats.prompt_tokens += prompt_rows;
+	e->stats.output_tokens += tokens;
+	e->step_ms[e->n_step_ms++ % STEP_WINDOW] = (float)ms;
+	pthread_mutex_unlock(&e->stats_lock);
+}
+
+static void
+note_state(struct engine *e)
+{
+	pthread_mutex_lock(&e->stats_lock);
+	e->stats.running = e->n_running;
+	e->stats.queued = __atomic_load_n(&e->n_queued, __ATOMIC_RELAXED);
+	e->stats.kv_pages_used = e->kv.n_used;
+	pthread_mutex_unlock(&e->stats_lock);
+}
+
+/* Returns false when there was nothing to run. */
+static bool
+run_step(struct engine *e)
+{
+	double start = now_ms();
+	uint32_t rows, prompt_rows = 0, n = e->n_running, tokens = 0, logits = 0;
+
+	rows = choose_batch(e);
+	if (rows == 0)
+		return false;
+	e->step++;
+	e->logits = forward_run(e->forward, e->row, rows);
+	if (e->n_logits > 0)
+		team_run(e->team, sample_part, e);
+
+	/* pick[] and running[] still agree; ended ones are dropped afterwards. */
+	for (uint32_t i = 0; i < n; i++) {
+		struct seq *s = e->running[i];
+		uint32_t r = e->pick[i].rows;
+
+		if (r == 0)
+			continue;
+		open_segment(s);
+		if (s->n_run < s->req->n_prompt)
+			prompt_rows += s->n_run + r < s->req->n_prompt ? r : s->req->n_prompt - s->n_run;
+		s->n_run += r;
+		if (s->n_run == s->n_known) {
+			if (!take_sampled(e, s, &e->sampled[logits++], &tokens))
+				e->running[i] = NULL;
+		} else
+			s->req->sink.flush(s->req->sink.arg);
+	}
+	for (uint32_t i = 0; i < e->n_running;) {
+		if (e->running[i] == NULL)
+			drop_running(e, i);
+		else
+			i++;
+	}
+	note_step(e, rows, now_ms() - start, prompt_rows, tokens);
+	return true;
+}
+
+static void
+wait_for_mail(struct engine *e)
+{
+	double end = now_ms() + e->cfg.spin_us / 1e3;
+
+	do {
+		for (int i = 0; i < 64; i++) {
+			if (__atomic_load_n(&e->mail, __ATOMIC_ACQUIRE))
+				return;
+			__builtin_ia32_pause();
+		}
+	} while (now_ms() < end);
+	pthread_mutex_lock(&e->lock);
+	e->sleeping = true;
+	while (!__atomic_load_n(&e->mail, __ATOMIC_ACQUIRE))
+		pthread_cond_wait(&e->wake, &e->lock);
+	e->sleeping = false;
+	pthread_mutex_unlock(&e->lock);
+}
+
+static void *
+engine_main(void *arg)
+{
+	struct engine *e = arg;
+
+	kernels_thread_init();
+	while (take_mail(e)) {
+		drop_cancelled(e);
+		admit(e);
+		note_state(e);
+		if (!run_step(e))
+			wait_for_mail(e);
+	}
+	for (uint32_t i = 0; i < e->n_running; i++)
+		finish(e, e->running[i]->req, WIRE_FINISH_CANCELLED, 0);
+	e->n_running = 0;
+	while (e->waiting != NULL) {
+		struct request *r = e->waiting;
+
+		e->waiting = r->next;
+		finish(e, r, WIRE_FINISH_CANCELLED, 0);
+	}
+	return NULL;
+}
+
+/* ---- the front's side ---- */
+
+uint64_t
+engine_kv_bytes(const struct model_shape *s, const struct engine_config *cfg)
+{
+	uint64_t page = kv_page_bytes(s);
+
+	return cfg->kv_bytes / page * page;
+}
+
+static int
+allocate(struct engine *e, struct err *err)
+{
+	uint32_t parts = team_size(e->team), rows = e->cfg.max_batch_tokens;
+	int rc = kv_new(&e->kv, &e->m->shape, e->cfg.kv_bytes, err);
+
+	if (rc != 0)
+		return rc;
+	rc = forward_new(&e->forward, e->m, e->ops, e->team, &e->kv, rows, err);
+	if (rc != 0)
+		return rc;
+	e->running = calloc(e->max_seqs, sizeof(*e->running));
+	e->pick = calloc(e->max_seqs, sizeof(*e->pick));
+	e->row = calloc(rows, sizeof(*e->row));
+	e->row_seq = calloc(rows, sizeof(*e->row_seq));
+	e->sampled = calloc(rows, sizeof(*e->sampled));
+	e->scratch = calloc(parts, sizeof(*e->scratch));
+	if (e->running == NULL || e->pick == NULL || e->row == NULL || e->row_seq == NULL || e->sampled == NULL ||
+	    e->scratch == NULL)
+		return err_set(err, -ENOMEM, "no memory for a batch of %u rows", rows);
+	for (uint32_t i = 0; i < parts; i++)
+		if (sample_scratch_new(&e->scratch[i], e->m->shape.vocab) != 0)
+			return err_set(err, -ENOMEM, "no memory for sampling");
+	return 0;
+}
+
+int
+engine_new(struct engine **out, const struct model *m, const struct k_ops *ops, struct team *team,
+    const struct engine_config *cfg, struct plan *plan, uint64_t epoch, struct err *err)
+{
+	struct engine *e = calloc(1, sizeof(*e));
+	sigset_t all, old;
+	int rc;
+
+	*out = NULL;
+	if (e == NULL)
+		return err_set(err, -ENOMEM, "no memory for the engine");
+	e->m = m, e->ops = ops, e->team = team, e->cfg = *cfg, e->epoch = epoch;
+	e->max_seqs = cfg->max_batch < cfg->max_batch_tokens ? cfg->max_batch : cfg->max_batch_tokens;
+	e->plan = plan_ref(plan);
+	e->posted_end = &e->posted, e->flips_end = &e->flips;
+	e->finished_end = &e->finished, e->applied_end = &e->applied;
+	pthread_mutex_init(&e->lock, NULL);
+	pthread_cond_init(&e->wake, NULL);
+	pthread_mutex_init(&e->stats_lock, NULL);
+
+	rc = allocate(e, err);
+	if (rc == 0) {
+		e->stats = (struct engine_stats){.epoch = epoch, .plan_digest = plan->digest, .kv_pages = e->kv.n_pages,
+		    .kv_page_tokens = KV_PAGE_TOKENS, .kv_bytes = e->kv.bytes};
+		sigfillset(&all);
+		pthread_sigmask(SIG_BLOCK, &all, &old);
+		rc = -pthread_create(&e->thread, NULL, engine_main, e);
+		pthread_sigmask(SIG_SETMASK, &old, NULL);
+		e->started = rc == 0;
+		if (rc != 0)
+			err_set(err, rc, "engine thread: %s", strerror(-rc));
+	}
+	if (rc != 0)
+		engine_free(&e);
+	*out = e;
+	return rc;
+}
+
+/* Call with the lock held. */
+static void
+post(struct engine *e)
+{
+	__atomic_store_n(&e->mail, 1, __ATOMIC_RELEASE);
+	if (e->sleeping)
+		pthread_cond_signal(&e->wake);
+}
+
+void
+engine_free(struct engine **ep)
+{
+	struct engine *e = *ep;
+
+	if (e == NULL)
+		return;
+	if (e->started) {
+		pthread_mutex_lock(&e->lock);
+		e->stop = true;
+		post(e);
+		pthread_mutex_unlock(&e->lock);
+		pthread_join(e->thread, NULL);
+	}
+	forward_free(&e->forward);
+	kv_free(&e->kv);
+	for (uint32_t i = 0; e->scratch != NULL && i < team_size(e->team); i++)
+		sample_scratch_free(&e->scratch[i]);
+	plan_unref(&e->plan);
+	pthread_mutex_destroy(&e->lock);
+	pthread_cond_destroy(&e->wake);
+	pthread_mutex_destroy(&e->stats_lock);
+	free(e->running), free(e->pick), free(e->row), free(e->row_seq), free(e->sampled), free(e->scratch);
+	free(e);
+	*ep = NULL;
+}
+
+int
+engine_submit(struct engine *e, struct request *r, struct err *err)
+{
+	uint32_t context = e->m->shape.max_context, n_max;
+	struct seq *s;
+
+	if (r->n_prompt == 0 || r->n_prompt >= context)
+		return err_set(err, -E2BIG, "prompt of %u tokens: the context holds %u with at least one of output",
+		    r->n_prompt, context);
+	n_max = r->sampling.max_tokens < context - r->n_prompt ? r->n_prompt + r->sampling.max_tokens : context;
+	if (kv_pages_for(n_max) > e->kv.n_pages)
+		return err_set(err, -E2BIG, "%u tokens of prompt and output: the KV cache holds %llu", n_max,
+		    (unsigned long long)e->kv.n_pages * KV_PAGE_TOKENS);
+	if (__atomic_load_n(&e->n_queued, __ATOMIC_RELAXED) >= e->cfg.max_queue)
+		return err_set(err, -EBUSY, "busy: %u requests are queued", e->cfg.max_queue);
+
+	s = calloc(1, sizeof(*s));
+	if (s == NULL)
+		return err_set(err, -ENOMEM, "no memory for a request");
+	s->token = malloc((size_t)n_max * sizeof(*s->token));
+	s->page = malloc((size_t)kv_pages_for(n_max) * sizeof(*s->page));
+	if (s->token == NULL || s->page == NULL) {
+		free(s->token), free(s->page), free(s);
+		return err_set(err, -ENOMEM, "no memory for a request of %u tokens", n_max);
+	}
+	memcpy(s->token, r->prompt, (size_t)r->n_prompt * sizeof(*s->token));
+	s->req = r, s->n_known = r->n_prompt, s->n_max = n_max;
+	r->seq = s;
+	r->next = NULL;
+	__atomic_add_fetch(&e->n_queued, 1, __ATOMIC_RELAXED);
+	pthread_mutex_lock(&e->lock);
+	s->order = e->order++;
+	*e->posted_end = r;
+	e->posted_end = &r->next;
+	post(e);
+	pthread_mutex_unlock(&e->lock);
+	return 0;
+}
+
+void
+engine_cancel(struct engine *e, struct request *r)
+{
+	__atomic_store_n(&r->cancelled, 1, __ATOMIC_RELEASE);
+	engine_kick(e);
+}
+
+void
+engine_kick(struct engine *e)
+{
+	pthread_mutex_lock(&e->lock);
+	post(e);
+	pthread_mutex_unlock(&e->lock);
+}
+
+void
+engine_flip(struct engine *e, struct flip *f)
+{
+	f->next = NULL;
+	pthread_mutex_lock(&e->lock);
+	*e->flips_end = f;
+	e->flips_end = &f->next;
+	post(e);
+	pthread_mutex_unlock(&e->lock);
+}
+
+void
+engine_configure(struct engine *e, const struct engine_config *cfg)
+{
+	pthread_mutex_lock(&e->lock);
+	e->new_cfg = *cfg;
+	/* What buffers were sized by stays. */
+	e->new_cfg.max_batch_tokens = e->cfg.max_batch_tokens;
+	e->new_cfg.max_batch = e->cfg.max_batch;
+	e->new_cfg.kv_bytes = e->cfg.kv_bytes;
+	e->new_cfg.threads = e->cfg.threads;
+	e->new_cfg_set = true;
+	post(e);
+	pthread_mutex_unlock(&e->lock);
+}
+
+struct request *
+engine_reap(struct engine *e)
+{
+	struct request *r;
+
+	pthread_mutex_lock(&e->lock);
+	r = e->finished;
+	e->finished = NULL, e->finished_end = &e->finished;
+	pthread_mutex_unlock(&e->lock);
+	return r;
+}
+
+struct flip *
+engine_reap_flips(struct engine *e)
+{
+	struct flip *f;
+
+	pthread_mutex_lock(&e->lock);
+	f = e->applied;
+	e->applied = NULL, e->applied_end = &e->applied;
+	pthread_mutex_unlock(&e->lock);
+	return f;
+}
+
+static int
+by_value(const void *pa, const void *pb)
+{
+	float a = *(const float *)pa, b = *(const float *)pb;
+
+	return a < b ? -1 : a > b;
+}
+
+void
+engine_stats(struct engine *e, struct engine_stats *out)
+{
+	float ms[STEP_WINDOW];
+	uint32_t n;
+
+	pthread_mutex_lock(&e->stats_lock);
+	*out = e->stats;
+	n = e->n_step_ms < STEP_WINDOW ? e->n_step_ms : STEP_WINDOW;
+	memcpy(ms, e->step_ms, n * sizeof(*ms));
+	pthread_mutex_unlock(&e->stats_lock);
+	if (n == 0)
+		return;
+	qsort(ms, n, sizeof(*ms), by_value);
+	out->step_ms_p50 = ms[n / 2];
+	out->step_ms_p90 = ms[n * 9 / 10];
+	out->step_ms_p99 = ms[n * 99 / 100];
+	out->step_ms_max = ms[n - 1];
+}
+
+enum plan_format
+engine_executed(const struct engine *e, const struct plan *p, enum plan_group g, uint32_t layer)
+{
+	(void)e; /* the CPU backend runs every format at every site */
+	return plan_at(p, g, layer);
+}

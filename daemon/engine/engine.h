@@ -1,0 +1,111 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#ifndef OCTET_ENGINE_H
+#define OCTET_ENGINE_H
+/*
+ * The engine: one thread that steps the batch. The front (the loop thread)
+ * posts requests, cancels and flips, and reaps what is finished; all functions
+ * here are called from the loop thread unless said otherwise. No libuv, no
+ * sockets: tokens leave through a request's sink, on the engine thread.
+ *
+ *   request:  posted -> queued -> running <-> parked -> finished -> reaped
+ */
+#include <stdbool.h>
+#include <stdint.h>
+#include "client/err.h"
+#include "client/wire.h"
+#include "daemon/engine/model.h"
+#include "daemon/engine/plan.h"
+
+struct engine;
+
+/* Where a request's events go. Called on the engine thread, never blocks. */
+struct sink {
+	/* Events that fit now. The engine parks a request with less than
+	 * SINK_ROOM, and sets *parked so that the reader kicks it. */
+	uint32_t (*room)(void *arg);
+	void (*put)(void *arg, const struct wire_event *);  /* room was checked */
+	void (*set_parked)(void *arg, bool parked);
+	/* End of a step's puts for this request: ring a bell if the reader sleeps. */
+	void (*flush)(void *arg);
+	void *arg;
+};
+#define SINK_ROOM 4u
+
+struct sampling {
+	uint32_t max_tokens, top_k;
+	uint64_t seed;
+	float temperature, top_p;
+	bool ignore_eos, logprobs;
+};
+
+/* Made by the front with its own validated copies; lent to the engine from
+ * engine_submit() until it comes back from engine_reap(). */
+struct request {
+	uint64_t id;
+	uint64_t client;     /* for fairness */
+	uint32_t serial;     /* echoed in events */
+	uint32_t *prompt, n_prompt; /* malloc'd; freed by request_free() */
+	struct sampling sampling;
+	struct sink sink;
+	void *owner;         /* the front's */
+	/* Set by the engine before it comes back. */
+	uint32_t n_output;
+	enum wire_finish finish;
+	int error;
+	/* The engine's own. */
+	struct request *next;
+	uint32_t cancelled;  /* atomic */
+	struct seq *seq;
+};
+void request_free(struct request **);
+
+struct flip {
+	struct plan *plan;   /* the flip holds a reference */
+	uint64_t epoch;
+	void *owner;
+	bool force;          /* move pinned sequences too: rollback, guardrail */
+	uint64_t step;       /* set when applied: first step that runs the plan */
+	struct flip *next;
+};
+
+struct engine_config {
+	uint32_t threads, spin_us;
+	uint64_t kv_bytes;
+	uint32_t max_batch_tokens, max_batch, max_queue, step_target_ms;
+	bool pin;                         /* on_flip = pin */
+	void (*notify)(void *arg);        /* engine thread: something to reap */
+	void *notify_arg;
+};
+
+struct engine_stats {
+	uint64_t step, done, failed, prompt_tokens, output_tokens;
+	uint32_t running, queued, batch_rows;
+	uint32_t kv_pages, kv_pages_used, kv_page_tokens;
+	uint64_t kv_bytes;
+	double step_ms_p50, step_ms_p90, step_ms_p99, step_ms_max; /* last 1024 steps */
+	uint64_t epoch, plan_digest;      /* what the last step ran */
+};
+
+/* model and plan outlive nothing: the engine takes a reference to the plan and
+ * borrows the model until engine_free(). ops from kernels_select(). team is
+ * borrowed too: only the engine thread runs it from here on. */
+int engine_new(struct engine **, const struct model *, const struct k_ops *, struct team *,
+    const struct engine_config *, struct plan *, uint64_t epoch, struct err *);
+void engine_free(struct engine **); /* stops the thread; unfinished requests end as cancelled */
+
+/* Bytes the KV pool of this configuration will take, for the memory plan. */
+uint64_t engine_kv_bytes(const struct model_shape *, const struct engine_config *);
+
+/* 0, -EBUSY when the queue is full, -E2BIG when it could never fit the KV cache. */
+int engine_submit(struct engine *, struct request *, struct err *);
+void engine_cancel(struct engine *, struct request *);
+void engine_kick(struct engine *);          /* a parked reader made room */
+void engine_flip(struct engine *, struct flip *); /* takes effect between two steps */
+void engine_configure(struct engine *, const struct engine_config *); /* live options only */
+
+struct request *engine_reap(struct engine *);  /* list by ->next, or NULL */
+struct flip *engine_reap_flips(struct engine *);
+void engine_stats(struct engine *, struct engine_stats *); /* any thread */
+/* Format that runs at a site under a plan on this backend. */
+enum plan_format engine_executed(const struct engine *, const struct plan *, enum plan_group, uint32_t layer);
+#endif

@@ -1,0 +1,432 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "daemon/engine/forward.h"
+
+#include <errno.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* Inputs of linear layers in both encodings; a site's format picks one. */
+struct inputs {
+	uint16_t *bf16;   /* [max_rows, ld] rounded to BF16 */
+	uint16_t *fp8;    /* [max_rows, ld] E4M3 values, as BF16 */
+	float *scale;     /* [max_rows] of fp8 */
+	size_t ld;
+};
+
+struct forward {
+	const struct model *m;
+	const struct k_ops *ops;
+	struct team *team;
+	struct kv_pool *kv;
+	uint32_t max_rows;
+
+	float *x;         /* [max_rows, hidden] residual */
+	float *q;         /* [max_rows, n_heads * head_dim] */
+	float *k, *v;     /* [max_rows, n_kv_heads * head_dim] */
+	float *attn;      /* [max_rows, n_heads * head_dim] */
+	float *gate, *up; /* [max_rows, intermediate] */
+	float *logits;    /* [max_rows, vocab] */
+	float *tmp;       /* [parts, max(hidden, intermediate)] */
+	size_t tmp_ld;
+	const uint16_t **page; /* [parts, max_context / 32] of one row */
+	size_t page_ld;
+	struct inputs in;
+
+	/* The phase that runs. */
+	const struct forward_row *row;
+	uint32_t n_rows;
+	const struct plan **plan; /* [max_rows] plan of each input row */
+	uint32_t layer;
+
+	/* forward_find_nonfinite(): check after each phase. */
+	bool trace, found;
+	struct forward_site site;
+};
+
+/* One linear layer of a phase. */
+struct site {
+	enum plan_group group;
+	const struct k_weight *w;
+	float *y;
+	size_t ldy;
+	bool add;
+};
+
+struct linear_phase {
+	struct forward *f;
+	const struct site *site;
+	uint32_t n_sites, n_rows;
+};
+
+static void *
+buffer(size_t n, size_t size, bool *ok)
+{
+	size_t bytes = (n * size + 63) & ~(size_t)63;
+	void *p = aligned_alloc(64, bytes == 0 ? 64 : bytes);
+
+	if (p == NULL)
+		*ok = false;
+	else
+		memset(p, 0, bytes);
+	return p;
+}
+
+static uint32_t
+max3(uint32_t a, uint32_t b, uint32_t c)
+{
+	uint32_t m = a > b ? a : b;
+
+	return m > c ? m : c;
+}
+
+int
+forward_new(struct forward **out, const struct model *m, const struct k_ops *ops, struct team *team,
+    struct kv_pool *kv, uint32_t max_rows, struct err *err)
+{
+	const struct model_shape *s = &m->shape;
+	uint32_t q = s->n_heads * s->head_dim, kvd = s->n_kv_heads * s->head_dim, parts = team_size(team);
+	struct forward *f = calloc(1, sizeof(*f));
+	bool ok = true;
+
+	*out = NULL;
+	if (f == NULL)
+		return err_set(err, -ENOMEM, "no memory for the forward pass");
+	f->m = m, f->ops = ops, f->team = team, f->kv = kv, f->max_rows = max_rows;
+	f->tmp_ld = max3(s->hidden, s->intermediate, q);
+	f->in.ld = (f->tmp_ld + K_BLOCK - 1) & ~(size_t)(K_BLOCK - 1);
+	f->page_ld = kv_pages_for(s->max_context);
+	f->x = buffer((size_t)max_rows * s->hidden, sizeof(float), &ok);
+	f->q = buffer((size_t)max_rows * q, sizeof(float), &ok);
+	f->k = buffer((size_t)max_rows * kvd, sizeof(float), &ok);
+	f->v = buffer((size_t)max_rows * kvd, sizeof(float), &ok);
+	f->attn = buffer((size_t)max_rows * q, sizeof(float), &ok);
+	f->gate = buffer((size_t)max_rows * s->intermediate, sizeof(float), &ok);
+	f->up = buffer((size_t)max_rows * s->intermediate, sizeof(float), &ok);
+	f->logits = buffer((size_t)max_rows * s->vocab, sizeof(float), &ok);
+	f->tmp = buffer((size_t)parts * f->tmp_ld, sizeof(float), &ok);
+	f->page = buffer((size_t)parts * f->page_ld, sizeof(*f->page), &ok);
+	f->plan = buffer(max_rows, sizeof(*f->plan), &ok);
+	f->in.bf16 = buffer((size_t)max_rows * f->in.ld, sizeof(uint16_t), &ok);
+	f->in.fp8 = buffer((size_t)max_rows * f->in.ld, sizeof(uint16_t), &ok);
+	f->in.scale = buffer(max_rows, sizeof(float), &ok);
+	if (!ok) {
+		forward_free(&f);
+		return err_set(err, -ENOMEM, "no memory for a batch of %u rows", max_rows);
+	}
+	*out = f;
+	return 0;
+}
+
+void
+forward_free(struct forward **fp)
+{
+	struct forward *f = *fp;
+
+	if (f == NULL)
+		return;
+	free(f->x), free(f->q), free(f->k), free(f->v), free(f->attn), free(f->gate), free(f->up);
+	free(f->logits), free(f->tmp), free(f->page), free(f->plan);
+	free(f->in.bf16), free(f->in.fp8), free(f->in.scale);
+	free(f);
+	*fp = NULL;
+}
+
+/* Phases over rows: one row needs no barrier. */
+static void
+run_rows(struct forward *f, uint32_t n, team_fn fn)
+{
+	f->n_rows = n;
+	if (n == 1)
+		fn(f, 0, 1);
+	else
+		team_run(f->team, fn, f);
+}
+
+static bool
+any_format(const struct forward *f, uint32_t row, const enum plan_group *group, uint32_t n, bool fp8)
+{
+	for (uint32_t i = 0; i < n; i++)
+		if ((plan_at(f->plan[row], group[i], f->layer) == FORMAT_FP8) == fp8)
+			return true;
+	return false;
+}
+
+/* Encodes a row for the linear layers of these groups, as their formats need it. */
+static void
+encode(struct forward *f, uint32_t row, const float *h, uint32_t n, const enum plan_group *group, uint32_t n_groups)
+{
+	uint32_t n_pad = (n + K_BLOCK - 1) & ~(uint32_t)(K_BLOCK - 1);
+
+	if (any_format(f, row, group, n_groups, false))
+		f->ops->act_bf16(h, n, n_pad, f->in.bf16 + row * f->in.ld);
+	if (any_format(f, row, group, n_groups, true))
+		f->ops->act_fp8(h, n, n_pad, f->in.fp8 + row * f->in.ld, &f->in.scale[row]);
+}
+
+static void
+linear_part(void *arg, uint32_t part, uint32_t parts)
+{
+	const struct linear_phase *p = arg;
+	struct forward *f = p->f;
+	uint32_t total = 0, from, to, first = 0;
+
+	for (uint32_t i = 0; i < p->n_sites; i++)
+		total += p->site[i].w->n_pad / K_PANEL;
+	team_share(total, part, parts, &from, &to);
+
+	for (uint32_t i = 0; i < p->n_sites; i++) {
+		const struct site *s = &p->site[i];
+		uint32_t panels = s->w->n_pad / K_PANEL;
+		uint32_t p0 = from > first ? from - first : 0, p1 = to > first ? to - first : 0;
+
+		first += panels;
+		if (p1 > panels)
+			p1 = panels;
+		if (p0 >= p1)
+			continue;
+		for (uint32_t r = 0, end; r < p->n_rows; r = end) {
+			enum plan_format fmt = plan_at(f->plan[r], s->group, f->layer);
+			bool fp8 = fmt == FORMAT_FP8;
+
+			for (end = r + 1; end < p->n_rows && plan_at(f->plan[end], s->group, f->layer) == fmt; end++)
+				;
+			f->ops->linear(&(struct k_linear){
+			    .w = s->w, .format = (enum k_format)fmt,
+			    .x = (fp8 ? f->in.fp8 : f->in.bf16) + r * f->in.ld,
+			    .x_scale = fp8 ? f->in.scale + r : NULL,
+			    .rows = end - r, .ldx = f->in.ld,
+			    .y = s->y + r * s->ldy, .ldy = s->ldy, .add = s->add,
+			    .panel0 = p0, .panel1 = p1});
+		}
+	}
+}
+
+static void
+trace(struct forward *f, const float *v, size_t n, enum plan_group group)
+{
+	if (!f->trace || f->found)
+		return;
+	for (size_t i = 0; i < n; i++) {
+		if (!isfinite(v[i])) {
+			f->found = true;
+			f->site = (struct forward_site){group, f->layer};
+			return;
+		}
+	}
+}
+
+static void
+run_linear(struct forward *f, const struct site *site, uint32_t n_sites, uint32_t n_rows)
+{
+	struct linear_phase p = {f, site, n_sites, n_rows};
+
+	team_run(f->team, linear_part, &p);
+	for (uint32_t i = 0; i < n_sites; i++)
+		trace(f, site[i].y, site[i].w->n, site[i].group);
+}
+
+static void
+embed_part(void *arg, uint32_t part, uint32_t parts)
+{
+	struct forward *f = arg;
+	uint32_t from, to;
+
+	team_share(f->n_rows, part, parts, &from, &to);
+	for (uint32_t r = from; r < to; r++)
+		model_embed(f->m, f->row[r].token, f->x + (size_t)r * f->m->shape.hidden);
+}
+
+static void
+norm_part(struct forward *f, uint32_t part, uint32_t parts, const float *weight, const enum plan_group *group,
+    uint32_t n_groups)
+{
+	uint32_t hidden = f->m->shape.hidden, from, to;
+	float *h = f->tmp + part * f->tmp_ld;
+
+	team_share(f->n_rows, part, parts, &from, &to);
+	for (uint32_t r = from; r < to; r++) {
+		f->ops->rmsnorm(f->x + (size_t)r * hidden, weight, hidden, f->m->shape.rms_eps, h);
+		encode(f, r, h, hidden, group, n_groups);
+	}
+}
+
+static void
+attn_norm_part(void *arg, uint32_t part, uint32_t parts)
+{
+	static const enum plan_group group[] = {GROUP_Q, GROUP_K, GROUP_V};
+	struct forward *f = arg;
+
+	norm_part(f, part, parts, f->m->layer[f->layer].input_norm, group, 3);
+}
+
+static void
+mlp_norm_part(void *arg, uint32_t part, uint32_t parts)
+{
+	static const enum plan_group group[] = {GROUP_GATE, GROUP_UP};
+	struct forward *f = arg;
+
+	norm_part(f, part, parts, f->m->layer[f->layer].post_norm, group, 2);
+}
+
+static void
+final_norm_part(void *arg, uint32_t part, uint32_t parts)
+{
+	static const enum plan_group group[] = {GROUP_LM_HEAD};
+	struct forward *f = arg;
+
+	norm_part(f, part, parts, f->m->final_norm, group, 1);
+}
+
+static void
+rope_part(void *arg, uint32_t part, uint32_t parts)
+{
+	struct forward *f = arg;
+	const struct model_shape *s = &f->m->shape;
+	uint32_t half = s->head_dim / 2, from, to;
+
+	team_share(f->n_rows, part, parts, &from, &to);
+	for (uint32_t r = from; r < to; r++) {
+		const struct forward_row *row = &f->row[r];
+		const float *cos = f->m->rope_cos + (size_t)row->pos * half;
+		const float *sin = f->m->rope_sin + (size_t)row->pos * half;
+		float *k = f->k + (size_t)r * s->n_kv_heads * s->head_dim;
+
+		f->ops->rope(f->q + (size_t)r * s->n_heads * s->head_dim, s->n_heads, s->head_dim, cos, sin);
+		f->ops->rope(k, s->n_kv_heads, s->head_dim, cos, sin);
+		f->ops->kv_write(kv_layer(f->kv, row->pages[row->pos / KV_PAGE_TOKENS], f->layer), k,
+		    f->v + (size_t)r * s->n_kv_heads * s->head_dim, s->n_kv_heads, s->head_dim, f->kv->hd_pad,
+		    row->pos % KV_PAGE_TOKENS);
+	}
+}
+
+/* Rows x KV heads are shared out, so that one row uses all threads too. */
+static void
+attention_part(void *arg, uint32_t part, uint32_t parts)
+{
+	struct forward *f = arg;
+	const struct model_shape *s = &f->m->shape;
+	uint32_t group = s->n_heads / s->n_kv_heads, from, to;
+	const uint16_t **page = f->page + part * f->page_ld;
+
+	team_share(f->n_rows * s->n_kv_heads, part, parts, &from, &to);
+	for (uint32_t i = from; i < to;) {
+		uint32_t r = i / s->n_kv_heads, h0 = i % s->n_kv_heads;
+		uint32_t h1 = h0 + (to - i) < s->n_kv_heads ? h0 + (to - i) : s->n_kv_heads;
+		const struct forward_row *row = &f->row[r];
+		size_t at = (size_t)r * s->n_heads * s->head_dim;
+
+		for (uint32_t b = 0; b <= row->pos / KV_PAGE_TOKENS; b++)
+			page[b] = kv_layer(f->kv, row->pages[b], f->layer);
+		f->ops->attention(&(struct k_attention){
+		    .q = f->q + at, .out = f->attn + at, .pages = page,
+		    .n_heads = s->n_heads, .n_kv_heads = s->n_kv_heads,
+		    .head_dim = s->head_dim, .hd_pad = f->kv->hd_pad,
+		    .head0 = h0 * group, .head1 = h1 * group, .pos = row->pos,
+		    .scale = 1.0f / sqrtf((float)s->head_dim)});
+		i += h1 - h0;
+	}
+}
+
+static void
+attn_encode_part(void *arg, uint32_t part, uint32_t parts)
+{
+	static const enum plan_group group[] = {GROUP_O};
+	struct forward *f = arg;
+	uint32_t n = f->m->shape.n_heads * f->m->shape.head_dim, from, to;
+
+	team_share(f->n_rows, part, parts, &from, &to);
+	for (uint32_t r = from; r < to; r++)
+		encode(f, r, f->attn + (size_t)r * n, n, group, 1);
+}
+
+static void
+mlp_encode_part(void *arg, uint32_t part, uint32_t parts)
+{
+	static const enum plan_group group[] = {GROUP_DOWN};
+	struct forward *f = arg;
+	uint32_t n = f->m->shape.intermediate, from, to;
+	float *h = f->tmp + part * f->tmp_ld;
+
+	team_share(f->n_rows, part, parts, &from, &to);
+	for (uint32_t r = from; r < to; r++) {
+		f->ops->silu_mul(f->gate + (size_t)r * n, f->up + (size_t)r * n, n, h);
+		encode(f, r, h, n, group, 1);
+	}
+}
+
+static void
+run_layer(struct forward *f, uint32_t n)
+{
+	const struct model_shape *s = &f->m->shape;
+	const struct k_weight *w = f->m->layer[f->layer].linear;
+	size_t qd = (size_t)s->n_heads * s->head_dim, kvd = (size_t)s->n_kv_heads * s->head_dim;
+
+	run_rows(f, n, attn_norm_part);
+	run_linear(f, (struct site[]){
+	    {GROUP_Q, &w[GROUP_Q], f->q, qd, false},
+	    {GROUP_K, &w[GROUP_K], f->k, kvd, false},
+	    {GROUP_V, &w[GROUP_V], f->v, kvd, false}}, 3, n);
+	run_rows(f, n, rope_part);
+	team_run(f->team, attention_part, f);
+	/* q, k and v were finite: the fault came out of the cache. */
+	trace(f, f->attn, qd, GROUP_KV_CACHE);
+	run_rows(f, n, attn_encode_part);
+	run_linear(f, (struct site[]){{GROUP_O, &w[GROUP_O], f->x, s->hidden, true}}, 1, n);
+
+	run_rows(f, n, mlp_norm_part);
+	run_linear(f, (struct site[]){
+	    {GROUP_GATE, &w[GROUP_GATE], f->gate, s->intermediate, false},
+	    {GROUP_UP, &w[GROUP_UP], f->up, s->intermediate, false}}, 2, n);
+	run_rows(f, n, mlp_encode_part);
+	run_linear(f, (struct site[]){{GROUP_DOWN, &w[GROUP_DOWN], f->x, s->hidden, true}}, 1, n);
+}
+
+/* Moves the rows that want logits to the front of x and plan. */
+static uint32_t
+keep_wanted(struct forward *f, uint32_t n)
+{
+	uint32_t hidden = f->m->shape.hidden, kept = 0;
+
+	for (uint32_t r = 0; r < n; r++) {
+		if (!f->row[r].wants_logits)
+			continue;
+		if (kept != r)
+			memcpy(f->x + (size_t)kept * hidden, f->x + (size_t)r * hidden, hidden * sizeof(float));
+		f->plan[kept++] = f->plan[r];
+	}
+	return kept;
+}
+
+const float *
+forward_run(struct forward *f, const struct forward_row *row, uint32_t n)
+{
+	uint32_t wanted;
+
+	f->row = row;
+	for (uint32_t r = 0; r < n; r++)
+		f->plan[r] = row[r].plan;
+	run_rows(f, n, embed_part);
+	for (f->layer = 0; f->layer < f->m->shape.n_layers; f->layer++)
+		run_layer(f, n);
+
+	f->layer = 0; /* lm_head has no layer */
+	wanted = keep_wanted(f, n);
+	if (wanted > 0) {
+		run_rows(f, wanted, final_norm_part);
+		run_linear(f, (struct site[]){
+		    {GROUP_LM_HEAD, &f->m->lm_head, f->logits, f->m->shape.vocab, false}}, 1, wanted);
+	}
+	return f->logits;
+}
+
+bool
+forward_find_nonfinite(struct forward *f, const struct forward_row *row, struct forward_site *site)
+{
+	f->trace = true;
+	f->found = false;
+	forward_run(f, row, 1);
+	f->trace = false;
+	*site = f->site;
+	return f->found;
+}

@@ -1,0 +1,61 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#ifndef OCTET_MODEL_H
+#define OCTET_MODEL_H
+/*
+ * A model: shape from config.json, weights from safetensors, packed once into
+ * nested planes. Immutable after model_load(), readable from any thread. It
+ * knows nothing of plans, requests or tokenizers.
+ */
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include "client/err.h"
+#include "daemon/engine/plan.h"
+#include "daemon/engine/team.h"
+#include "kernels/kernels.h"
+
+struct model_shape {
+	uint32_t hidden, intermediate, n_layers, n_heads, n_kv_heads, head_dim;
+	uint32_t vocab, max_context;
+	float rms_eps;
+	double rope_theta;
+	bool tied;          /* lm_head is the embedding */
+	uint32_t eos[8], n_eos;
+};
+
+struct model_layer {
+	float *input_norm, *post_norm;       /* [hidden] */
+	struct k_weight linear[GROUP_DOWN + 1]; /* by enum plan_group */
+};
+
+struct model {
+	char *path, *name;           /* name: the last part of the path */
+	struct model_shape shape;
+	uint64_t digest;             /* of config.json and the safetensors header and size */
+	struct model_layer *layer;   /* [n_layers] */
+	struct k_weight lm_head;     /* [vocab, hidden]; also the embedding if tied */
+	uint16_t *embed;             /* [vocab, hidden] BF16; NULL if tied */
+	float *final_norm;           /* [hidden] */
+	float *rope_cos, *rope_sin;  /* [max_context, head_dim / 2] */
+	uint64_t weights_bytes;      /* planes, scales, flags, exceptions, embedding, norms */
+	uint64_t n_exceptions;
+	void *arena; size_t arena_bytes;
+	char *tokenizer_json, *tokenizer_config_json; /* whole files; config may be NULL */
+	size_t tokenizer_json_len, tokenizer_config_json_len;
+};
+
+/* Bytes the weights will take, from config.json alone. */
+uint64_t model_plan_bytes(const struct model_shape *);
+
+/* Reads and checks everything, then packs with the team (NULL: this thread).
+ * check_only stops after the checks, NaN and Inf included, and frees nothing
+ * less: *out is then a model without planes, for its shape. max_context 0: the
+ * file's. progress (may be NULL) is called from this thread with 0..100.
+ * extra_bytes: what else will be allocated (KV pool); the sum is checked
+ * against the memory available, -ENOMEM with both numbers. */
+int model_load(struct model **out, const char *dir, struct team *, uint32_t max_context,
+    uint64_t extra_bytes, bool check_only, void (*progress)(void *, int percent), void *arg, struct err *);
+void model_free(struct model **);
+/* The embedding row of a token, FP32 [hidden]. */
+void model_embed(const struct model *, uint32_t token, float *out);
+#endif

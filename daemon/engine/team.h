@@ -1,0 +1,27 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#ifndef OCTET_TEAM_H
+#define OCTET_TEAM_H
+/*
+ * The worker team: the calling thread plus n-1 workers that run one function
+ * together, over a spin-then-sleep barrier. One caller at a time. Workers
+ * sleep when nothing runs, and have FTZ/DAZ set.
+ */
+#include <stdint.h>
+struct team;
+/* part 0 is the caller. Each part does its share of the work. */
+typedef void (*team_fn)(void *arg, uint32_t part, uint32_t parts);
+/* n 0: the CPUs of the affinity mask. Never more than those. */
+int team_new(struct team **, uint32_t n, uint32_t spin_us);
+void team_free(struct team **);
+uint32_t team_size(const struct team *);
+void team_set_spin(struct team *, uint32_t spin_us);
+/* Runs fn on all parts and returns when all are done. team NULL: alone. */
+void team_run(struct team *, team_fn, void *arg);
+/* The share [*from, *to) of n items that part has. */
+static inline void
+team_share(uint32_t n, uint32_t part, uint32_t parts, uint32_t *from, uint32_t *to)
+{
+	*from = (uint32_t)((uint64_t)n * part / parts);
+	*to = (uint32_t)((uint64_t)n * (part + 1) / parts);
+}
+#endif

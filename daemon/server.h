@@ -1,0 +1,36 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#ifndef OCTETD_SERVER_H
+#define OCTETD_SERVER_H
+/*
+ * The data socket: handshakes, sessions and their shared memory, requests in
+ * and events out. Loop thread only, but for the sinks, which the engine thread
+ * calls. A session is freed when its socket is closed and its last request was
+ * reaped.
+ */
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <uv.h>
+#include "client/err.h"
+#include "client/page.h"
+#include "daemon/engine/engine.h"
+
+struct server;
+struct server_config {
+	const char *path; unsigned mode;       /* fixed after server_new() */
+	uint32_t max_clients, max_requests;    /* sessions in all; requests in flight of one */
+	uint32_t handshake_timeout_ms, spin_us;
+};
+/* Borrows loop, model, engine and the tokenizer blob. */
+int server_new(struct server **, uv_loop_t *, const struct server_config *, const struct model *,
+    struct engine *, const void *tok_blob, size_t tok_len, struct err *);
+void server_configure(struct server *, const struct server_config *);
+/* Refuse new clients and submissions (-ESHUTDOWN); what runs goes on. */
+void server_drain(struct server *);
+bool server_idle(const struct server *); /* no request in flight */
+/* Takes the list of engine_reap(), frees its requests, frees dead sessions. */
+void server_reaped(struct server *, struct request *);
+uint32_t server_clients(const struct server *, struct page_client *, uint32_t cap);
+/* Closes everything; call engine_free() first so that no sink is in use. */
+void server_free(struct server **);
+#endif
