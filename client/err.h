@@ -14,8 +14,10 @@ struct err {
 	char text[512]; /* always a terminated string, cut if too long; never ends in a newline */
 };
 
-/* Writes the message and returns `code` (a -errno), so that a caller can say `return err_set(e, -EINVAL, ...)`. e may be NULL. */
-__attribute__((format(printf, 3, 4), unused)) static inline int err_set(struct err *e, int code, const char *fmt, ...)
+/* Writes the message and returns `code` (a -errno), so that a caller can say `return err_set(e, -EINVAL, ...)`. e may
+ * be NULL. */
+__attribute__((format(printf, 3, 4), unused)) static inline int
+err_set(struct err *e, int code, const char *fmt, ...)
 {
 	va_list ap;
 
@@ -29,7 +31,8 @@ __attribute__((format(printf, 3, 4), unused)) static inline int err_set(struct e
 }
 
 /* Puts "context: " before the message already there. e may be NULL. */
-__attribute__((format(printf, 2, 3), unused)) static inline void err_prefix(struct err *e, const char *fmt, ...)
+__attribute__((format(printf, 2, 3), unused)) static inline void
+err_prefix(struct err *e, const char *fmt, ...)
 {
 	char old[sizeof(e->text)];
 	va_list ap;

@@ -1,6 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "daemon/engine/sched.h"
 
+#include <stddef.h>
+
 /* Tokens of one prefill turn: small enough that clients alternate within a
  * step, large enough that a chunk fills the tile kernels. */
 #define SCHED_CHUNK 64u
