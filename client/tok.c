@@ -2706,27 +2706,39 @@ link_blob(struct cc *c)
 		err_prefix(c->e, "tokenizer.json");
 }
 
-/* Added tokens that are matched in normalised text get normalised keys */
+/* An added token that is matched in normalised text stands for its normalised self, in both directions */
+static void
+normalize_key(struct cc *c, struct added *a)
+{
+	struct entry en = c->entry[a->id];
+	struct span text;
+	struct enc e;
+	struct bytes b;
+
+	enc_init(&e, c->t, en.len);
+	b = normalize(&e, en.s, en.len);
+	if (e.rc) {
+		FAIL(c, e.rc, "tokenizer.json: cannot normalize the added token '%s'", show(en.s));
+	} else if (!b.n) {
+		BAD(c, "added token '%s' is empty once normalized", show(en.s));
+	} else {
+		a->key = add_span(c, b.p, b.n);
+		en.s = b.p;
+		en.len = (uint32_t)b.n;
+		id_text(c, &en);
+		text = add_span(c, c->key.p, c->key.n);
+		memcpy(c->sec[S_TEXT].p + a->id * sizeof(text), &text, sizeof(text));
+	}
+	enc_clear(&e);
+}
+
 static void
 normalize_keys(struct cc *c, struct buf *added)
 {
 	struct added *v = (struct added *)added->p;
 
-	for (size_t i = 0; i < added->n / sizeof(*v) && !c->rc; i++) {
-		const struct entry *en = &c->entry[v[i].id];
-		struct enc e;
-		struct bytes b;
-
-		enc_init(&e, c->t, en->len);
-		b = normalize(&e, en->s, en->len);
-		if (e.rc)
-			FAIL(c, e.rc, "tokenizer.json: cannot normalize the added token '%s'", show(en->s));
-		else if (!b.n)
-			BAD(c, "added token '%s' is empty once normalized", show(en->s));
-		else
-			v[i].key = add_span(c, b.p, b.n);
-		enc_clear(&e);
-	}
+	for (size_t i = 0; i < added->n / sizeof(*v) && !c->rc; i++)
+		normalize_key(c, &v[i]);
 	add(c, &c->sec[S_NORM], added->p, added->n);
 	sort_added(c, S_NORM);
 }

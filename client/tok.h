@@ -19,8 +19,8 @@
  *   - Metaspace with a prepend_scheme other than "never": one leading space (or U+2581) of the text is lost;
  *   - ByteLevel with add_prefix_space: a space is put before text that has none, and stays;
  *   - NFC, NFD, NFKC, NFKD: the text comes back normalised; Split with behavior Removed: what it removes stays removed;
- *   - added tokens found in the text: lstrip and rstrip eat white space, and text after one is normalised as a text of
- * its own (SentencePiece prepends its U+2581 again);
+ *   - added tokens in the text: lstrip and rstrip eat white space, a normalized one comes back normalised, and text
+ *     after one is normalised as a text of its own (SentencePiece prepends its U+2581 again);
  *   - a character that the vocabulary lacks, in a model without byte_fallback: it becomes unk_token or vanishes.
  */
 #ifndef OCTET_TOK_H
@@ -33,9 +33,8 @@
 
 #include "err.h"
 
-#define TOK_SPECIAL                                                                                                    \
-	1u /* tok_encode: special tokens in the text are recognised (added tokens that are not special always are) */
-#define TOK_BOS 2u /* tok_encode: add what the post-processor adds around a single sequence */
+#define TOK_SPECIAL 1u /* tok_encode: recognise special tokens in the text (added tokens not special always are) */
+#define TOK_BOS 2u     /* tok_encode: add what the post-processor adds around a single sequence */
 
 #define TOK_SKIP_SPECIAL 1u /* tok_stream_new: special tokens give no text */
 #define TOK_CONTINUE 2u /* tok_stream_new: the ids continue an earlier text, so a leading space is text and is kept */

@@ -1,56 +1,125 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #ifndef OCTET_KERNELS_H
 #define OCTET_KERNELS_H
-/* placeholder by the lead until the kernels helper writes the final one (same content as specified) */
+/*
+ * Kernels: plain parameter structs and one table of functions per level of the
+ * machine. kernels/ref defines the bits; every level equals it bit for bit.
+ * All functions run on the calling thread, touch only what they are given and
+ * never allocate. Call kernels_thread_init() once in each thread that runs them.
+ *
+ * The order of every sum is fixed. Linear layers: blocks of 32 inputs in
+ * ascending order; in a block two FP32 FMA chains from zero, even and odd
+ * inputs; total = total + (even + odd). It is what AMX TDPBF16PS does.
+ */
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+
 enum k_format { K_BF16, K_FP8, K_FP8W, K_N_FORMATS };
-#define K_BLOCK 32
-#define K_PANEL 32
-struct k_exception { uint32_t block; uint16_t index; uint16_t bits; };
+
+#define K_BLOCK 32u /* inputs per block of a sum; positions per KV page */
+#define K_PANEL 32u /* output channels per panel of packed weights */
+
+/* ---- number formats (kernels/nested.c) ---- */
+
+uint16_t k_bf16_from_float(float);  /* nearest even; NaN stays a quiet NaN */
+float k_bf16_to_float(uint16_t);
+uint8_t k_e4m3_from_float(float);   /* OCP E4M3FN, nearest even, saturates at 448; NaN is 0x7f */
+float k_e4m3_to_float(uint8_t);
+
+/* ---- nested weights ---- */
+
+/*
+ * Channel r has k = floor(log2(448 / absmax)) clamped to +-120. The high plane
+ * holds c = E4M3(w * 2^k) with the sign of w, the low plane the distance from c
+ * to w * 2^k on the integer grid of BF16 magnitudes (code 0: from 0). Weights
+ * whose distance does not fit 8 bits, or whose w * 2^k is neither zero nor a
+ * BF16 normal, are exceptions: low 0, the master in a sorted list.
+ */
+struct k_exception {
+	uint32_t block;  /* panel * (k_pad / 32) + block of inputs */
+	uint16_t index;  /* 0..1023 in the byte order of the block */
+	uint16_t bits;   /* master BF16 */
+};
+
 struct k_weight {
-	uint32_t n, k, n_pad, k_pad;
-	uint8_t *hi;
-	int8_t *lo;
-	float *scale;
-	uint8_t *flag;
-	struct k_exception *exc; uint32_t n_exc;
+	uint32_t n, k;         /* output channels, inputs */
+	uint32_t n_pad, k_pad; /* multiples of K_PANEL, K_BLOCK */
+	uint8_t *hi;           /* [n_pad/32][k_pad/32][2 tiles][16 input pairs][16 channels][2 inputs]: AMX B tiles */
+	int8_t *lo;            /* same order */
+	float *scale;          /* [n_pad] 2^-k, applied once to the output; 1 in the padding */
+	uint8_t *flag;         /* [n_pad/32 * k_pad/32] 1: the block has exceptions */
+	struct k_exception *exc; /* [n_exc] ascending by (block, index) */
+	uint32_t n_exc;
 };
+
+/* Sets the sizes and returns the bytes that k_weight_place() lays out. */
+size_t k_weight_plan(struct k_weight *, uint32_t n, uint32_t k);
+void k_weight_place(struct k_weight *, void *mem); /* mem: 64-byte aligned */
+/* Packs rows [min(32, n - 32 * panel), k] of BF16 masters. Exceptions are added
+ * to a malloc'd vector of the caller's. -EINVAL with the place on NaN or Inf. */
+int k_pack_panel(struct k_weight *, uint32_t panel, const uint16_t *rows, struct k_exception **exc, uint32_t *n_exc,
+    uint32_t *cap, uint32_t *bad_row, uint32_t *bad_col);
+uint16_t k_unpack(const struct k_weight *, uint32_t row, uint32_t col); /* the exact master */
+void k_unpack_row(const struct k_weight *, uint32_t row, float *y);     /* y [k] FP32 */
+/* The exceptions of a block; what one is worth in the scaled domain of the
+ * planes (BF16 of w * 2^k, a signed zero if that is no normal). */
+const struct k_exception *k_find_exceptions(const struct k_weight *, uint32_t block, uint32_t *n);
+uint16_t k_exception_value(const struct k_exception *, float scale);
+
+/* ---- operations ---- */
+
+/* y[r][c] (+)= sum over i of x[r][i] * w[c][i], times x_scale[r] for fp8, times scale[c]. */
 struct k_linear {
-	const struct k_weight *w; enum k_format format;
-	const uint16_t *x;
-	const float *x_scale;
-	uint32_t rows; size_t ldx; float *y; size_t ldy;
-	bool add;
-	uint32_t panel0, panel1;
+	const struct k_weight *w;
+	enum k_format format;
+	const uint16_t *x;      /* [rows, ldx] BF16, zero from k to k_pad; E4M3 values for fp8 */
+	const float *x_scale;   /* [rows] for fp8, else NULL */
+	uint32_t rows;
+	size_t ldx;
+	float *y;               /* [rows, ldy]; columns >= n are not written */
+	size_t ldy;
+	bool add;               /* y += */
+	uint32_t panel0, panel1; /* computes the channels of panels [panel0, panel1) */
 };
+
+/*
+ * One query position, heads [head0, head1). K and V of one layer in a page:
+ * per KV head K as [hd_pad/2][32 positions][2], then per KV head V as
+ * [16 position pairs][hd_pad][2], BF16; hd_pad is head_dim up to 32.
+ * Each page forms its own max, sum and output; pages merge in ascending order.
+ */
 struct k_attention {
-	const float *q;
-	float *out;
-	const uint16_t *const *pages;
-	uint32_t n_heads, n_kv_heads, head_dim, hd_pad, head0, head1, pos;
-	float scale;
+	const float *q;               /* [n_heads, head_dim], RoPE applied; rounded to BF16 here */
+	float *out;                   /* [n_heads, head_dim] */
+	const uint16_t *const *pages; /* [pos / 32 + 1] */
+	uint32_t n_heads, n_kv_heads, head_dim, hd_pad;
+	uint32_t head0, head1;
+	uint32_t pos;                 /* attends to positions 0..pos; later slots of the page may hold anything */
+	float scale;                  /* 1 / sqrt(head_dim) */
 };
-struct k_ops { const char *name;
+
+struct k_ops {
+	const char *name;
 	void (*linear)(const struct k_linear *);
+	/* Rounds x [n] to BF16; zeros up to n_pad. */
 	void (*act_bf16)(const float *x, uint32_t n, uint32_t n_pad, uint16_t *out);
+	/* s = absmax / 448 (1 if zero); out = E4M3(x / s) as BF16; zeros up to n_pad. A NaN stays one. */
 	void (*act_fp8)(const float *x, uint32_t n, uint32_t n_pad, uint16_t *out, float *scale);
 	void (*rmsnorm)(const float *x, const float *w, uint32_t n, float eps, float *y);
+	/* Rotate-half RoPE in place: x [n_heads, head_dim], cos and sin [head_dim / 2]. */
 	void (*rope)(float *x, uint32_t n_heads, uint32_t head_dim, const float *cos, const float *sin);
+	/* y = gate / (1 + exp(-gate)) * up */
 	void (*silu_mul)(const float *gate, const float *up, uint32_t n, float *y);
-	void (*kv_write)(uint16_t *page, const float *k, const float *v, uint32_t n_kv_heads, uint32_t head_dim, uint32_t hd_pad, uint32_t slot);
+	/* Stores k, v [n_kv_heads, head_dim] at a slot 0..31 of a page. */
+	void (*kv_write)(uint16_t *page, const float *k, const float *v, uint32_t n_kv_heads, uint32_t head_dim,
+	    uint32_t hd_pad, uint32_t slot);
 	void (*attention)(const struct k_attention *);
 };
+
+/* The best level of this machine, or the named one ("ref", "avx2", "avx512").
+ * NULL with why for a level that is unknown or that the machine lacks. */
 const struct k_ops *kernels_select(const char *level, char *why, size_t why_len);
+/* FTZ and DAZ for the calling thread: subnormals are zero at every level. */
 void kernels_thread_init(void);
-uint8_t k_e4m3_from_float(float);
-float k_e4m3_to_float(uint8_t);
-uint16_t k_bf16_from_float(float);
-float k_bf16_to_float(uint16_t);
-size_t k_weight_plan(struct k_weight *w, uint32_t n, uint32_t k);
-void k_weight_place(struct k_weight *w, void *mem);
-int k_pack_panel(struct k_weight *w, uint32_t panel, const uint16_t *rows, struct k_exception **exc, uint32_t *n_exc, uint32_t *cap, uint32_t *bad_row, uint32_t *bad_col);
-uint16_t k_unpack(const struct k_weight *w, uint32_t row, uint32_t col);
-void k_unpack_row(const struct k_weight *w, uint32_t row, float *y);
 #endif

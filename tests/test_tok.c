@@ -110,13 +110,6 @@ need_proof(void)
 		fail_msg("no proof model: set OCTET_PROOF");
 }
 
-static void
-need_stories(void)
-{
-	if (!stories.t)
-		skip();
-}
-
 /* Encodes and compares; says where and what differs */
 static bool
 same_ids(const struct tok *t, unsigned flags, const json_t *text, const json_t *ids, const char *what)
@@ -201,7 +194,6 @@ static void
 golden_stories(void **state)
 {
 	(void)state;
-	need_stories();
 	check_golden(stories.t, "stories260k.jsonl");
 }
 
@@ -231,8 +223,27 @@ patched(const char *json, size_t n, const json_t *patch)
 	return out;
 }
 
+/* What the ids decode to is the row's third member, or the text again */
+static bool
+same_text(const struct tok *t, const json_t *row, const char *what)
+{
+	const json_t *ids = json_array_get(row, 1), *want = json_array_get(row, json_array_size(row) > 2 ? 2 : 0);
+	size_t len = json_string_length(want);
+	uint32_t v[4096];
+	char out[4096];
+	int64_t n;
+
+	for (size_t i = 0; i < json_array_size(ids) && i < 4096; i++)
+		v[i] = (uint32_t)json_integer_value(json_array_get(ids, i));
+	n = tok_decode(t, v, json_array_size(ids), false, out, sizeof(out));
+	if (n == (int64_t)len && !memcmp(out, json_string_value(want), len))
+		return true;
+	print_message("# %s decodes %s\n#   to %.*s\n", what, json_string_value(want), (int)n, out);
+	return false;
+}
+
 static size_t
-check_variant(const json_t *row, size_t *n_cases)
+check_variant(const json_t *row, size_t *n_cases, size_t *n_text)
 {
 	const char *name = json_string_value(json_object_get(row, "name"));
 	const struct model *m = strcmp(json_string_value(json_object_get(row, "base")), "proof") ? &stories : &proof;
@@ -249,6 +260,7 @@ check_variant(const json_t *row, size_t *n_cases)
 		const json_t *c = json_array_get(cases, i);
 
 		bad += !same_ids(v.t, TOK_SPECIAL | TOK_BOS, json_array_get(c, 0), json_array_get(c, 1), name);
+		*n_text += !same_text(v.t, c, name);
 	}
 	close_model(&v);
 	return bad;
@@ -258,21 +270,23 @@ static void
 golden_variants(void **state)
 {
 	FILE *f = open_golden("variants.jsonl");
-	size_t cap = 0, n = 0, n_cases = 0, bad = 0;
+	size_t cap = 0, n = 0, n_cases = 0, n_text = 0, bad = 0;
 	char *line = NULL;
 	json_t *j;
 
 	(void)state;
 	need_proof();
 	for (; (j = next_row(f, &line, &cap)); n++) {
-		bad += check_variant(j, &n_cases);
+		bad += check_variant(j, &n_cases, &n_text);
 		json_decref(j);
 	}
 	free(line);
 	fclose(f);
-	print_message("# variants.jsonl: %zu tokenizers, %zu texts, %zu differ\n", n, n_cases, bad);
+	print_message(
+	    "# variants.jsonl: %zu tokenizers, %zu texts, %zu differ, %zu decode otherwise\n", n, n_cases, bad, n_text);
 	assert_true(n > 30);
 	assert_int_equal(bad, 0);
+	assert_int_equal(n_text, 0);
 }
 
 /* ---- there and back ---- */
@@ -384,7 +398,6 @@ static void
 roundtrip_stories(void **state)
 {
 	(void)state;
-	need_stories();
 	roundtrip(stories.t, true);
 	/* what cannot come back, by the file's own rules */
 	check_text(stories.t, "\xe2\x96\x81", 3, 0, " ", 1);
@@ -433,13 +446,17 @@ stream_continues(void **state)
 	struct tok_stream *s;
 
 	(void)state;
-	need_stories();
 	assert_int_equal(tok_encode(stories.t, "the", 3, TOK_BOS, ids, 4), 2);
 	assert_int_equal(ids[0], 1);
 	assert_int_equal(tok_decode(stories.t, ids, 2, true, out, sizeof(out)), 3);
 	assert_int_equal(tok_stream_new(&s, stories.t, TOK_CONTINUE), 0);
 	assert_int_equal(tok_stream_push(s, ids[1], out, sizeof(out)), 4);
 	assert_memory_equal(out, " the", 4);
+	tok_stream_free(&s);
+	assert_int_equal(tok_stream_new(&s, stories.t, TOK_SKIP_SPECIAL), 0);
+	assert_int_equal(tok_stream_push(s, ids[0], out, sizeof(out)), 0);
+	assert_int_equal(tok_stream_push(s, ids[1], out, sizeof(out)), 3); /* the Prepend is undone behind <s> too */
+	assert_int_equal(tok_stream_push(s, ids[1], out, sizeof(out)), 4);
 	tok_stream_free(&s);
 }
 
@@ -679,7 +696,7 @@ static const struct {
 	"tokenizer.json: pre_tokenizer and decoder disagree: only the first is ByteLevel"},
     {-EINVAL,
 	"{" MODEL ", \"decoder\": {\"type\": \"ByteLevel\"}, \"pre_tokenizer\": {\"type\": \"ByteLevel\", "
-		  "\"add_prefix_space\": false}}",
+	"\"add_prefix_space\": false}}",
 	NULL, "tokenizer.json: model.vocab lacks byte 0x00 ('\xc4\x80'), and there is no unk_token"},
     {-EINVAL, SPLIT("a(b"), NULL, "tokenizer.json: regular expression, at byte 3: missing closing parenthesis"},
     {-ENOTSUP, SPLIT("[a&&b]"), NULL, "tokenizer.json: pre_tokenizer Regex: '&&b]' at byte 2 is not supported"},
@@ -835,7 +852,6 @@ static void
 hostile_stories(void **state)
 {
 	(void)state;
-	need_stories();
 	hostile_blobs(&stories);
 }
 
@@ -882,7 +898,6 @@ static void
 long_texts_stories(void **state)
 {
 	(void)state;
-	need_stories();
 	check_work(stories.t);
 }
 
@@ -893,8 +908,6 @@ setup(void **state)
 	rng = getenv("OCTET_SEED") ? strtoull(getenv("OCTET_SEED"), NULL, 0) : 20240131;
 	rng = rng ? rng : 1;
 	print_message("# seed %llu\n", (unsigned long long)rng);
-	load(&proof, "OCTET_PROOF", "models/proof", 2048);
-	load(&stories, "OCTET_STORIES", "../shared/models/stories260k", 512);
 	if (proof.json)
 		open_model(&proof);
 	if (stories.json)
@@ -916,22 +929,30 @@ main(void)
 {
 	const struct CMUnitTest tests[] = {
 	    cmocka_unit_test(golden_proof),
-	    cmocka_unit_test(golden_stories),
 	    cmocka_unit_test(golden_variants),
 	    cmocka_unit_test(roundtrip_proof),
-	    cmocka_unit_test(roundtrip_stories),
 	    cmocka_unit_test(stream_waits_for_characters),
-	    cmocka_unit_test(stream_continues),
 	    cmocka_unit_test(capacity),
 	    cmocka_unit_test(lookups),
 	    cmocka_unit_test(templates),
 	    cmocka_unit_test(broken_files),
 	    cmocka_unit_test(truncated_files),
 	    cmocka_unit_test(hostile_proof),
-	    cmocka_unit_test(hostile_stories),
 	    cmocka_unit_test(long_texts),
+	    cmocka_unit_test(golden_stories),
+	    cmocka_unit_test(roundtrip_stories),
+	    cmocka_unit_test(stream_continues),
+	    cmocka_unit_test(hostile_stories),
 	    cmocka_unit_test(long_texts_stories),
 	};
+	size_t n = sizeof(tests) / sizeof(*tests), n_stories = 5; /* the last ones */
 
-	return cmocka_run_group_tests(tests, setup, teardown);
+	load(&proof, "OCTET_PROOF", "models/proof", 2048);
+	load(&stories, "OCTET_STORIES", "../shared/models/stories260k", 512);
+	if (!stories.json) {
+		/* left out: cmocka's skip() prints "not ok # SKIP", which Automake's TAP driver takes for a failure */
+		print_message("# no stories260k model (OCTET_STORIES): %zu tests left out\n", n_stories);
+		n -= n_stories;
+	}
+	return _cmocka_run_group_tests("tok", tests, n, setup, teardown);
 }

@@ -6,7 +6,8 @@ usage: make.py PROOF_DIR STORIES_DIR [OUT_DIR]
 
 proof.jsonl, stories260k.jsonl: {"text", "ids", "plain"?, "bos"?}: ids with special tokens recognised; "plain" where they are not and it
 differs; "bos" what add_special_tokens puts around it, where it differs.
-variants.jsonl: {"name", "base", "patch", "cases": [[text, ids], ...]}: a base model's tokenizer.json with top-level keys replaced
+variants.jsonl: {"name", "base", "patch", "cases": [[text, ids, decoded?], ...]}: ids with special tokens and BOS, "decoded" where
+it is not the text; a base model's tokenizer.json with top-level keys replaced
 ("model" merged key by key, "vocab" too), so that every supported family is compared without its files.
 """
 import copy
@@ -168,6 +169,14 @@ def patched(base, patch):
     return j
 
 
+def case(tok, text):
+    ids = encode(tok, text, bos=True)
+    decoded = tok.decode(ids, skip_special_tokens=False)
+    if "\ufffd" not in text:  # Hugging Face takes the e acute of an added token for a byte-level spelling; octet gives the token's text
+        decoded = decoded.replace("\ufffd", "\u00e9")
+    return [text, ids] + ([decoded] if decoded != text else [])
+
+
 def write_variants(proof_dir, stories_dir, path):
     bases = {"proof": json.load(open(proof_dir + "/tokenizer.json")), "stories260k": json.load(open(stories_dir + "/tokenizer.json"))}
     rows = []
@@ -176,11 +185,13 @@ def write_variants(proof_dir, stories_dir, path):
         added = [t.content for t in tok.get_added_tokens_decoder().values()]
         rng = random.Random(1000 + i)
         texts = lines(rng, added, 400)
+        always = FIXED[21:25]
         if "added" in name:
-            texts = [t for t in texts if any(a in t for a in added)] + ["lo lo. loo slo lo", "a <L>b<L>  <L>", "x<R>  y <R>\n <R>", " <LR>  <LR> z", "\u4e2dlo lo\u4e2d lo_",
-                "<R>   lo", "w <LR>\t<L>\t<R>\tw", "hello world cafe\u0301 caf\u00e9", "lolo 00", "  <N>  the a</s> thea"]
-        pick = rng.sample(texts, min(len(texts), 34)) + FIXED[21:27]
-        rows.append({"name": name, "base": base, "patch": patch, "cases": [[t, encode(tok, t, bos=True)] for t in dict.fromkeys(pick)]})
+            texts = [t for t in texts if any(a in t for a in added)]
+            always = ["lo lo. loo slo lo", "a <L>b<L>  <L>", "x<R>  y <R>\n <R>", " <LR>  <LR> z", "\u4e2dlo lo\u4e2d lo_", "<R>   lo", "w <LR>\t<L>\t<R>\tw", "<|end", "<|enx",
+                "hello world cafe\u0301 caf\u00e9", "lolo 00", "  <N>  the a</s> thea"]
+        pick = always + rng.sample(texts, min(len(texts), 28))
+        rows.append({"name": name, "base": base, "patch": patch, "cases": [case(tok, t) for t in dict.fromkeys(pick)]})
     write(path, rows)
 
 

@@ -1,0 +1,317 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Number formats and nested weights: the E4M3 and BF16 codecs, packing a
+ * panel into its two planes, reading a weight back.
+ */
+#include "kernels/kernels.h"
+
+#include <errno.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+static uint32_t
+bits_of(float f)
+{
+	uint32_t u;
+
+	memcpy(&u, &f, sizeof(u));
+	return u;
+}
+
+static float
+float_of(uint32_t u)
+{
+	float f;
+
+	memcpy(&f, &u, sizeof(f));
+	return f;
+}
+
+uint16_t
+k_bf16_from_float(float f)
+{
+	uint32_t u = bits_of(f);
+
+	if ((u & 0x7fffffffu) > 0x7f800000u)
+		return (uint16_t)(u >> 16 | 0x40);
+	return (uint16_t)((u + 0x7fffu + (u >> 16 & 1)) >> 16);
+}
+
+float
+k_bf16_to_float(uint16_t b)
+{
+	return float_of((uint32_t)b << 16);
+}
+
+/* The OCP E4M3 (FN) format: bias 7, no infinities, 0x7f is NaN, largest 448. */
+float
+k_e4m3_to_float(uint8_t c)
+{
+	uint32_t sign = (uint32_t)(c & 0x80) << 24, mag = c & 0x7f;
+
+	if (mag == 0x7f)
+		return float_of(sign | 0x7fc00000u);
+	if (mag < 8)
+		return float_of(sign | bits_of((float)mag * 0x1p-9f));
+	return float_of(sign | (mag + (120u << 3)) << 20);
+}
+
+/* Integer arithmetic only: it means the same with FTZ and DAZ on. */
+uint8_t
+k_e4m3_from_float(float f)
+{
+	uint32_t u = bits_of(f), mag = u & 0x7fffffffu;
+	uint8_t sign = (uint8_t)(u >> 24 & 0x80);
+
+	if (mag > 0x7f800000u)
+		return sign | 0x7f;
+	if (mag >= bits_of(0x1p-6f)) {
+		uint32_t r = mag + 0x7ffffu + (mag >> 20 & 1); /* nearest even at 3 bits */
+
+		r = (r >> 20) - (120u << 3);
+		return sign | (uint8_t)(r > 0x7e ? 0x7e : r);
+	}
+	/* Subnormal: multiples of 2^-9. Below half of one it is zero. */
+	uint32_t exp = mag >> 23, frac = (mag & 0x7fffffu) | 0x800000u, shift;
+	if (exp < 117)
+		return sign;
+	shift = 141 - exp; /* value = frac * 2^(exp-150); code = value * 2^9 */
+	return sign | (uint8_t)((frac + (1u << (shift - 1)) - 1 + (frac >> shift & 1)) >> shift);
+}
+
+/* |w| as a double. By hand, since kernel threads read subnormal floats as 0. */
+static double
+magnitude(uint16_t bits)
+{
+	uint32_t exp = bits >> 7 & 0xff, frac = bits & 0x7f;
+
+	return exp == 0 ? ldexp(frac, -133) : ldexp(frac + 128.0, (int)exp - 134);
+}
+
+/* ---- layout ---- */
+
+static size_t
+align64(size_t n)
+{
+	return (n + 63) & ~(size_t)63;
+}
+
+size_t
+k_weight_plan(struct k_weight *w, uint32_t n, uint32_t k)
+{
+	size_t plane, blocks;
+
+	memset(w, 0, sizeof(*w));
+	w->n = n, w->k = k;
+	w->n_pad = (n + K_PANEL - 1) / K_PANEL * K_PANEL;
+	w->k_pad = (k + K_BLOCK - 1) / K_BLOCK * K_BLOCK;
+	plane = (size_t)w->n_pad * w->k_pad;
+	blocks = (size_t)(w->n_pad / K_PANEL) * (w->k_pad / K_BLOCK);
+	return align64(plane) * 2 + align64(w->n_pad * sizeof(float)) + align64(blocks);
+}
+
+void
+k_weight_place(struct k_weight *w, void *mem)
+{
+	size_t plane = align64((size_t)w->n_pad * w->k_pad);
+	uint8_t *p = mem;
+
+	w->hi = p;
+	w->lo = (int8_t *)(p + plane);
+	w->scale = (float *)(void *)(p + 2 * plane);
+	w->flag = p + 2 * plane + align64(w->n_pad * sizeof(float));
+}
+
+/* Where (channel, input) of a panel lies inside its block. */
+static uint32_t
+index_in_block(uint32_t channel, uint32_t input)
+{
+	return (channel / 16 * 16 + input / 2) * 32 + channel % 16 * 2 + input % 2;
+}
+
+static uint32_t
+block_of(const struct k_weight *w, uint32_t row, uint32_t col)
+{
+	return row / K_PANEL * (w->k_pad / K_BLOCK) + col / K_BLOCK;
+}
+
+/* ---- packing ---- */
+
+/* k = floor(log2(448 / absmax)), exact: 448 = 1.75 * 2^8. */
+static int
+row_exponent(const uint16_t *row, uint32_t n)
+{
+	uint32_t max = 0;
+	int e, k;
+
+	for (uint32_t i = 0; i < n; i++)
+		if ((row[i] & 0x7fffu) > max)
+			max = row[i] & 0x7fffu;
+	if (max == 0)
+		return 0;
+	frexp(magnitude((uint16_t)max), &e); /* max = m * 2^e, m in [0.5, 1) */
+	k = 9 - e;
+	if (ldexp(magnitude((uint16_t)max), k) > 448)
+		k--;
+	return k > 120 ? 120 : k < -120 ? -120 : k;
+}
+
+static int
+push_exception(struct k_exception **exc, uint32_t *n, uint32_t *cap, struct k_exception x)
+{
+	if (*n == *cap) {
+		uint32_t more = *cap == 0 ? 64 : *cap * 2;
+		struct k_exception *p = realloc(*exc, more * sizeof(*p));
+
+		if (p == NULL)
+			return -ENOMEM;
+		*exc = p;
+		*cap = more;
+	}
+	(*exc)[(*n)++] = x;
+	return 0;
+}
+
+/* Splits one weight; false if it is an exception. Runs with or without FTZ:
+ * the product by a power of two is made in double. */
+static bool
+split(uint16_t bits, int k, uint8_t *hi, int8_t *lo)
+{
+	double v = ldexp(magnitude(bits), k);
+	uint8_t sign = (uint8_t)(bits >> 8 & 0x80), c;
+	int32_t d;
+
+	*lo = 0;
+	if ((bits & 0x7fff) == 0) {
+		*hi = sign;
+		return true;
+	}
+	if (v < 0x1p-126) { /* no BF16 normal: far below the smallest code too */
+		*hi = sign;
+		return false;
+	}
+	c = k_e4m3_from_float((float)v);
+	*hi = sign | c;
+	d = (int32_t)(bits_of((float)v) >> 16) - (int32_t)(c == 0 ? 0 : bits_of(k_e4m3_to_float(c)) >> 16);
+	if (d < -128 || d > 127)
+		return false;
+	*lo = (int8_t)d;
+	return true;
+}
+
+int
+k_pack_panel(struct k_weight *w, uint32_t panel, const uint16_t *rows, struct k_exception **exc, uint32_t *n_exc,
+    uint32_t *cap, uint32_t *bad_row, uint32_t *bad_col)
+{
+	uint32_t first = panel * K_PANEL, kb_n = w->k_pad / K_BLOCK;
+	uint32_t n = w->n - first < K_PANEL ? w->n - first : K_PANEL;
+	size_t at = (size_t)panel * kb_n * K_PANEL * K_BLOCK;
+	int k[K_PANEL] = {0};
+
+	for (uint32_t r = 0; r < n; r++) {
+		const uint16_t *row = rows + (size_t)r * w->k;
+
+		for (uint32_t i = 0; i < w->k; i++) {
+			if ((row[i] & 0x7f80) == 0x7f80) {
+				*bad_row = first + r;
+				*bad_col = i;
+				return -EINVAL;
+			}
+		}
+		k[r] = row_exponent(row, w->k);
+	}
+	for (uint32_t r = 0; r < K_PANEL; r++)
+		w->scale[first + r] = ldexpf(1.0f, -k[r]);
+	memset(w->hi + at, 0, (size_t)kb_n * K_PANEL * K_BLOCK);
+	memset(w->lo + at, 0, (size_t)kb_n * K_PANEL * K_BLOCK);
+
+	for (uint32_t kb = 0; kb < kb_n; kb++) {
+		uint32_t block = panel * kb_n + kb;
+		size_t base = (size_t)block * K_PANEL * K_BLOCK;
+
+		w->flag[block] = 0;
+		/* In index order, so that exceptions come out sorted. */
+		for (uint32_t index = 0; index < K_PANEL * K_BLOCK; index++) {
+			uint32_t r = index / 512 * 16 + index / 2 % 16, i = kb * K_BLOCK + index / 32 % 16 * 2 + index % 2;
+			uint16_t bits;
+
+			if (r >= n || i >= w->k)
+				continue;
+			bits = rows[(size_t)r * w->k + i];
+			if (split(bits, k[r], &w->hi[base + index], &w->lo[base + index]))
+				continue;
+			w->flag[block] = 1;
+			if (push_exception(exc, n_exc, cap, (struct k_exception){block, (uint16_t)index, bits}) != 0)
+				return -ENOMEM;
+		}
+	}
+	return 0;
+}
+
+const struct k_exception *
+k_find_exceptions(const struct k_weight *w, uint32_t block, uint32_t *n)
+{
+	uint32_t lo = 0, hi = w->n_exc;
+
+	while (lo < hi) {
+		uint32_t mid = lo + (hi - lo) / 2;
+
+		if (w->exc[mid].block < block)
+			lo = mid + 1;
+		else
+			hi = mid;
+	}
+	for (*n = 0; lo + *n < w->n_exc && w->exc[lo + *n].block == block;)
+		(*n)++;
+	return w->exc + lo;
+}
+
+uint16_t
+k_exception_value(const struct k_exception *x, float scale)
+{
+	double v = magnitude(x->bits) / scale;
+
+	if (v < 0x1p-126)
+		return x->bits & 0x8000;
+	return (uint16_t)((x->bits & 0x8000) | bits_of((float)v) >> 16);
+}
+
+uint16_t
+k_unpack(const struct k_weight *w, uint32_t row, uint32_t col)
+{
+	uint32_t block = block_of(w, row, col), index = index_in_block(row % K_PANEL, col % K_BLOCK), n;
+	size_t at = (size_t)block * K_PANEL * K_BLOCK + index;
+	uint8_t c = w->hi[at];
+	int32_t mag;
+
+	if (w->flag[block]) {
+		const struct k_exception *x = k_find_exceptions(w, block, &n);
+
+		for (uint32_t i = 0; i < n; i++)
+			if (x[i].index == index)
+				return x[i].bits;
+	}
+	mag = (c & 0x7f) == 0 ? 0 : (int32_t)(bits_of(k_e4m3_to_float(c & 0x7f)) >> 16);
+	mag += w->lo[at];
+	/* Back by the power of two, exact also where the master is subnormal. */
+	double v = magnitude((uint16_t)mag) * w->scale[row];
+	int e;
+	uint16_t out;
+
+	if (mag == 0)
+		return (uint16_t)(c & 0x80) << 8;
+	frexp(v, &e);
+	if (e > -126)
+		out = (uint16_t)(bits_of((float)v) >> 16);
+	else
+		out = (uint16_t)ldexp(v, 133); /* in units of the smallest BF16 subnormal, 2^-133 */
+	return (uint16_t)((uint16_t)(c & 0x80) << 8 | out);
+}
+
+void
+k_unpack_row(const struct k_weight *w, uint32_t row, float *y)
+{
+	for (uint32_t i = 0; i < w->k; i++)
+		y[i] = k_bf16_to_float(k_unpack(w, row, i));
+}

@@ -1,0 +1,284 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The scalar truth. Slow on purpose: every other level is held against it. */
+#include <math.h>
+#include <string.h>
+
+#include "kernels/internal.h"
+
+static float
+float_of(uint32_t u)
+{
+	float f;
+
+	memcpy(&f, &u, sizeof(f));
+	return f;
+}
+
+static float
+exp_ref(float x)
+{
+	float n, r, p;
+
+	if (x < EXP_MIN)
+		return 0;
+	x = x > EXP_MAX ? EXP_MAX : x;
+	n = fmaf(x, EXP_LOG2E, EXP_ROUND) - EXP_ROUND;
+	r = fmaf(n, -EXP_LN2_LO, fmaf(n, -EXP_LN2_HI, x));
+	p = fmaf(EXP_C6, r, EXP_C5);
+	p = fmaf(p, r, EXP_C4);
+	p = fmaf(p, r, EXP_C3);
+	p = fmaf(p, r, EXP_C2);
+	p = fmaf(p, r, 1.0f);
+	p = fmaf(p, r, 1.0f);
+	if (n != n)
+		return n;
+	return p * float_of((uint32_t)((int32_t)n + 127) << 23);
+}
+
+/* Lane i of 16 has its part of a sum; the lanes fold in halves. */
+static float
+fold16(float *lane)
+{
+	for (int half = 8; half > 0; half /= 2)
+		for (int i = 0; i < half; i++)
+			lane[i] = lane[i] + lane[i + half];
+	return lane[0];
+}
+
+/* The weights of one block as computing values, [32 channels][32 inputs]. */
+static void
+unpack_block(const struct k_weight *w, uint32_t block, bool bf16, float out[32][32])
+{
+	const uint8_t *hi = w->hi + (size_t)block * 1024;
+	const int8_t *lo = w->lo + (size_t)block * 1024;
+	uint32_t panel = block / (w->k_pad / K_BLOCK);
+
+	for (uint32_t i = 0; i < 1024; i++) {
+		uint32_t c = i / 512 * 16 + i / 2 % 16, in = i / 32 % 16 * 2 + i % 2;
+		float v = k_e4m3_to_float(hi[i]);
+
+		if (bf16) {
+			int32_t mag = (hi[i] & 0x7f) == 0 ? 0 : k_bf16_from_float(v) & 0x7fff;
+
+			v = k_bf16_to_float((uint16_t)((uint32_t)(hi[i] & 0x80) << 8 | (uint32_t)(mag + lo[i])));
+		}
+		out[c][in] = v;
+	}
+	if (bf16 && w->flag[block]) {
+		uint32_t n;
+		const struct k_exception *x = k_find_exceptions(w, block, &n);
+
+		for (uint32_t j = 0; j < n; j++) {
+			uint32_t i = x[j].index, c = i / 512 * 16 + i / 2 % 16;
+
+			out[c][i / 32 % 16 * 2 + i % 2] =
+			    k_bf16_to_float(k_exception_value(&x[j], w->scale[panel * K_PANEL + c]));
+		}
+	}
+}
+
+static void
+linear_ref(const struct k_linear *a)
+{
+	const struct k_weight *w = a->w;
+	uint32_t kb_n = w->k_pad / K_BLOCK;
+	float weight[32][32];
+
+	for (uint32_t panel = a->panel0; panel < a->panel1; panel++) {
+		uint32_t first = panel * K_PANEL, n = w->n - first < K_PANEL ? w->n - first : K_PANEL;
+
+		for (uint32_t r = 0; r < a->rows; r++) {
+			float total[32] = {0};
+			float *y = a->y + r * a->ldy + first;
+
+			for (uint32_t kb = 0; kb < kb_n; kb++) {
+				const uint16_t *x = a->x + r * a->ldx + kb * K_BLOCK;
+
+				unpack_block(w, panel * kb_n + kb, a->format == K_BF16, weight);
+				for (uint32_t c = 0; c < n; c++) {
+					float even = 0, odd = 0;
+
+					for (uint32_t i = 0; i < K_BLOCK; i += 2) {
+						even = fmaf(weight[c][i], k_bf16_to_float(x[i]), even);
+						odd = fmaf(weight[c][i + 1], k_bf16_to_float(x[i + 1]), odd);
+					}
+					total[c] = total[c] + (even + odd);
+				}
+			}
+			for (uint32_t c = 0; c < n; c++) {
+				float v = total[c];
+
+				if (a->x_scale != NULL)
+					v = v * a->x_scale[r];
+				v = v * w->scale[first + c];
+				y[c] = a->add ? y[c] + v : v;
+			}
+		}
+	}
+}
+
+static void
+act_bf16_ref(const float *x, uint32_t n, uint32_t n_pad, uint16_t *out)
+{
+	for (uint32_t i = 0; i < n; i++)
+		out[i] = k_bf16_from_float(x[i]);
+	memset(out + n, 0, (n_pad - n) * sizeof(*out));
+}
+
+static void
+act_fp8_ref(const float *x, uint32_t n, uint32_t n_pad, uint16_t *out, float *scale)
+{
+	float max = 0, s;
+
+	for (uint32_t i = 0; i < n; i++) {
+		if (x[i] != x[i])
+			max = x[i];
+		else if (fabsf(x[i]) > max)
+			max = fabsf(x[i]);
+	}
+	s = max / 448.0f;
+	*scale = s = s == 0 ? 1.0f : s;
+	for (uint32_t i = 0; i < n; i++)
+		out[i] = k_bf16_from_float(k_e4m3_to_float(k_e4m3_from_float(x[i] / s)));
+	memset(out + n, 0, (n_pad - n) * sizeof(*out));
+}
+
+static void
+rmsnorm_ref(const float *x, const float *w, uint32_t n, float eps, float *y)
+{
+	float lane[16] = {0}, r;
+
+	for (uint32_t i = 0; i < n; i++)
+		lane[i % 16] = fmaf(x[i], x[i], lane[i % 16]);
+	r = 1.0f / sqrtf(fold16(lane) / (float)n + eps);
+	for (uint32_t i = 0; i < n; i++)
+		y[i] = x[i] * r * w[i];
+}
+
+static void
+rope_ref(float *x, uint32_t n_heads, uint32_t head_dim, const float *cos, const float *sin)
+{
+	uint32_t half = head_dim / 2;
+
+	for (uint32_t h = 0; h < n_heads; h++, x += head_dim) {
+		for (uint32_t i = 0; i < half; i++) {
+			float a = x[i], b = x[i + half];
+
+			x[i] = fmaf(a, cos[i], -(b * sin[i]));
+			x[i + half] = fmaf(b, cos[i], a * sin[i]);
+		}
+	}
+}
+
+static void
+silu_mul_ref(const float *gate, const float *up, uint32_t n, float *y)
+{
+	for (uint32_t i = 0; i < n; i++)
+		y[i] = gate[i] / (1.0f + exp_ref(-gate[i])) * up[i];
+}
+
+static void
+kv_write_ref(uint16_t *page, const float *k, const float *v, uint32_t n_kv_heads, uint32_t head_dim, uint32_t hd_pad,
+    uint32_t slot)
+{
+	uint16_t *vs = page + (size_t)n_kv_heads * hd_pad * K_BLOCK;
+
+	for (uint32_t h = 0; h < n_kv_heads; h++) {
+		uint16_t *kh = page + (size_t)h * hd_pad * K_BLOCK, *vh = vs + (size_t)h * hd_pad * K_BLOCK;
+
+		for (uint32_t d = 0; d < hd_pad; d++) {
+			bool in = d < head_dim;
+
+			kh[(d / 2 * K_BLOCK + slot) * 2 + d % 2] = in ? k_bf16_from_float(k[h * head_dim + d]) : 0;
+			vh[(slot / 2 * hd_pad + d) * 2 + slot % 2] = in ? k_bf16_from_float(v[h * head_dim + d]) : 0;
+		}
+	}
+}
+
+/* Scores, probabilities and output of one head over one page of n valid slots. */
+static void
+attend_page(const struct k_attention *a, const float *q, const uint16_t *k, const uint16_t *v, uint32_t n, float *max,
+    float *sum, float *out)
+{
+	float score[32], p[32], lane[16];
+
+	*max = -INFINITY;
+	for (uint32_t j = 0; j < n; j++) {
+		float total = 0;
+
+		for (uint32_t d0 = 0; d0 < a->head_dim; d0 += K_BLOCK) {
+			float even = 0, odd = 0;
+
+			for (uint32_t d = d0; d < d0 + K_BLOCK && d < a->head_dim; d += 2) {
+				const uint16_t *pair = k + (d / 2 * K_BLOCK + j) * 2;
+
+				even = fmaf(k_bf16_to_float(pair[0]), q[d], even);
+				odd = fmaf(k_bf16_to_float(pair[1]), q[d + 1], odd);
+			}
+			total = total + (even + odd);
+		}
+		score[j] = total * a->scale;
+		*max = score[j] > *max || score[j] != score[j] ? score[j] : *max;
+	}
+	for (uint32_t j = 0; j < 32; j++)
+		p[j] = j < n ? k_bf16_to_float(k_bf16_from_float(exp_ref(score[j] - *max))) : 0;
+	for (uint32_t i = 0; i < 16; i++)
+		lane[i] = p[i] + p[i + 16];
+	*sum = fold16(lane);
+	for (uint32_t d = 0; d < a->head_dim; d++) {
+		float even = 0, odd = 0;
+
+		for (uint32_t j = 0; j < n; j += 2) {
+			const uint16_t *pair = v + (j / 2 * a->hd_pad + d) * 2;
+
+			even = fmaf(k_bf16_to_float(pair[0]), p[j], even);
+			if (j + 1 < n)
+				odd = fmaf(k_bf16_to_float(pair[1]), p[j + 1], odd);
+		}
+		out[d] = even + odd;
+	}
+}
+
+static void
+attend_head(const struct k_attention *a, uint32_t h)
+{
+	uint32_t kvh = h / (a->n_heads / a->n_kv_heads);
+	size_t head = (size_t)kvh * a->hd_pad * K_BLOCK, values = (size_t)a->n_kv_heads * a->hd_pad * K_BLOCK;
+	float *out = a->out + (size_t)h * a->head_dim, q[256], block[256], m = 0, l = 0;
+
+	for (uint32_t d = 0; d < a->head_dim; d++)
+		q[d] = k_bf16_to_float(k_bf16_from_float(a->q[(size_t)h * a->head_dim + d]));
+	for (uint32_t b = 0; b <= a->pos / K_BLOCK; b++) {
+		uint32_t n = a->pos - b * K_BLOCK + 1 < K_BLOCK ? a->pos - b * K_BLOCK + 1 : K_BLOCK;
+		float bm, bl, to, fa, fb;
+
+		attend_page(a, q, a->pages[b] + head, a->pages[b] + values + head, n, &bm, &bl, block);
+		if (b == 0) {
+			m = bm, l = bl;
+			memcpy(out, block, a->head_dim * sizeof(*out));
+			continue;
+		}
+		to = bm > m ? bm : m;
+		fa = exp_ref(m - to), fb = exp_ref(bm - to);
+		l = fmaf(l, fa, bl * fb);
+		for (uint32_t d = 0; d < a->head_dim; d++)
+			out[d] = fmaf(out[d], fa, block[d] * fb);
+		m = to;
+	}
+	for (uint32_t d = 0; d < a->head_dim; d++)
+		out[d] = out[d] / l;
+}
+
+static void
+attention_ref(const struct k_attention *a)
+{
+	for (uint32_t h = a->head0; h < a->head1; h++)
+		attend_head(a, h);
+}
+
+void
+kernels_fill_ref(struct k_ops *ops)
+{
+	*ops = (struct k_ops){"ref", linear_ref, act_bf16_ref, act_fp8_ref, rmsnorm_ref, rope_ref, silu_mul_ref,
+	    kv_write_ref, attention_ref};
+}
