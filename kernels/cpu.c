@@ -16,17 +16,10 @@ always(void)
 }
 
 static bool
-has_avx2(void)
-{
-	return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-}
-
-static bool
 has_avx512(void)
 {
-	return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-	    __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-	    __builtin_cpu_supports("avx512vbmi");
+	return __builtin_cpu_supports("fma") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+	    __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
 
 static const struct level {
@@ -35,8 +28,7 @@ static const struct level {
 	void (*fill)(struct k_ops *);
 } levels[] = {
 	{"ref", "", always, kernels_fill_ref},
-	{"avx2", "AVX2 and FMA", has_avx2, kernels_fill_avx2},
-	{"avx512", "AVX-512 F, BW, VL, DQ and VBMI", has_avx512, kernels_fill_avx512},
+	{"avx512", "AVX-512 F, BW, VL and DQ", has_avx512, kernels_fill_avx512},
 };
 #define N_LEVELS (sizeof(levels) / sizeof(*levels))
 
@@ -73,7 +65,7 @@ kernels_select(const char *level, char *why, size_t why_len)
 		snprintf(why, why_len, "CPU level '%s' needs %s, which this machine lacks", level, levels[i].needs);
 		return NULL;
 	}
-	snprintf(why, why_len, "unknown CPU level '%s' (ref, avx2, avx512)", level);
+	snprintf(why, why_len, "unknown CPU level '%s' (ref, avx512)", level);
 	return NULL;
 }
 

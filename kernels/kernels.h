@@ -117,7 +117,7 @@ struct k_ops {
 	void (*attention)(const struct k_attention *);
 };
 
-/* The best level of this machine, or the named one ("ref", "avx2", "avx512").
+/* The best level of this machine, or the named one ("ref", "avx512").
  * NULL with why for a level that is unknown or that the machine lacks. */
 const struct k_ops *kernels_select(const char *level, char *why, size_t why_len);
 /* FTZ and DAZ for the calling thread: subnormals are zero at every level. */
