@@ -3,8 +3,10 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <inttypes.h>
 #include <jansson.h>
 #include <math.h>
+#include <pthread.h>
 #include <sha2.h>
 #include <stdlib.h>
 #include <string.h>
@@ -15,195 +17,302 @@
 #include "daemon/engine/safetensors.h"
 
 #define MAX_TEXT_FILE (64u << 20)
+#define MAX_HIDDEN 65536u
+#define MAX_INTERMEDIATE (1u << 20)
+#define MAX_LAYERS 256u
+#define MAX_HEADS 1024u
+#define MAX_HEAD_DIM 256u
+#define MAX_VOCAB (1u << 20)
+#define MAX_CONTEXT (1u << 24)
+
+static const char embed_name[] = "model.embed_tokens.weight", head_name[] = "lm_head.weight";
+
+static const char *const linear_name[] = {
+	[GROUP_Q] = "self_attn.q_proj", [GROUP_K] = "self_attn.k_proj", [GROUP_V] = "self_attn.v_proj",
+	[GROUP_O] = "self_attn.o_proj", [GROUP_GATE] = "mlp.gate_proj", [GROUP_UP] = "mlp.up_proj",
+	[GROUP_DOWN] = "mlp.down_proj",
+};
 
 /* ---- files ---- */
 
-static char *
-join(const char *dir, const char *file)
+static int
+read_fd(int fd, const char *path, char **out, size_t *len, struct err *err)
 {
-	char *path;
+	struct stat st;
+	size_t at = 0;
+	ssize_t n = 1;
+	char *text;
 
-	return asprintf(&path, "%s/%s", dir, file) < 0 ? NULL : path;
+	if (fstat(fd, &st) != 0)
+		return err_set(err, -errno, "%s: %s", path, strerror(errno));
+	if (!S_ISREG(st.st_mode))
+		return err_set(err, -EINVAL, "%s: not a regular file", path);
+	if (st.st_size > MAX_TEXT_FILE)
+		return err_set(err, -EFBIG, "%s: %lld bytes, at most %u are read", path, (long long)st.st_size, MAX_TEXT_FILE);
+	text = malloc((size_t)st.st_size + 1);
+	if (text == NULL)
+		return err_set(err, -ENOMEM, "%s: out of memory", path);
+	while (n > 0 && at < (size_t)st.st_size) {
+		do
+			n = read(fd, text + at, (size_t)st.st_size - at);
+		while (n < 0 && errno == EINTR);
+		at += n > 0 ? (size_t)n : 0;
+	}
+	if (n < 0) {
+		int rc = err_set(err, -errno, "%s: %s", path, strerror(errno));
+
+		free(text);
+		return rc;
+	}
+	text[at] = '\0';
+	*out = text;
+	*len = at;
+	return 0;
 }
 
-/* A whole text file, terminated; -ENOENT leaves *out NULL. */
+/* A whole text file, terminated. An optional one that is missing leaves NULL. */
 static int
-read_file(const char *dir, const char *file, char **out, size_t *len, struct err *err)
+read_file(const char *dir, const char *file, bool optional, char **out, size_t *len, struct err *err)
 {
-	char *path = join(dir, file);
-	struct stat st;
-	int fd, rc = 0;
-	size_t at = 0;
+	char *path;
+	int fd, rc;
 
-	*out = NULL;
-	if (path == NULL)
-		return err_set(err, -ENOMEM, "out of memory");
-	fd = open(path, O_RDONLY | O_CLOEXEC);
-	if (fd < 0 || fstat(fd, &st) != 0)
-		rc = err_set(err, -errno, "%s: %s", path, strerror(errno));
-	else if (!S_ISREG(st.st_mode) || st.st_size > MAX_TEXT_FILE)
-		rc = err_set(err, -EINVAL, "%s: no regular file of at most %u MiB", path, MAX_TEXT_FILE >> 20);
-	else if ((*out = malloc((size_t)st.st_size + 1)) == NULL)
-		rc = err_set(err, -ENOMEM, "out of memory");
-	while (rc == 0 && at < (size_t)st.st_size) {
-		ssize_t n = read(fd, *out + at, (size_t)st.st_size - at);
-
-		if (n < 0 && errno != EINTR)
-			rc = err_set(err, -errno, "%s: %s", path, strerror(errno));
-		else if (n == 0)
-			break;
-		else
-			at += n > 0 ? (size_t)n : 0;
-	}
-	if (rc == 0) {
-		(*out)[at] = '\0';
-		*len = at;
-	} else {
-		free(*out);
-		*out = NULL;
-	}
-	if (fd >= 0)
+	if (asprintf(&path, "%s/%s", dir, file) < 0)
+		return err_set(err, -ENOMEM, "%s: out of memory", file);
+	fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* a FIFO must not hang us */
+	if (fd >= 0) {
+		rc = read_fd(fd, path, out, len, err);
 		close(fd);
+	} else if (optional && errno == ENOENT)
+		rc = 0;
+	else
+		rc = err_set(err, -errno, "%s: %s", path, strerror(errno));
 	free(path);
 	return rc;
 }
 
 /* ---- config.json ---- */
 
-static int
-get_u32(json_t *o, const char *key, uint32_t min, uint32_t max, const uint32_t *fallback, uint32_t *out, struct err *err)
+static const json_t *
+get(const json_t *o, const char *key)
 {
-	json_t *v = json_object_get(o, key);
-	json_int_t n = json_integer_value(v);
+	const json_t *v = json_object_get(o, key);
 
-	if ((v == NULL || json_is_null(v)) && fallback != NULL) {
+	return json_is_null(v) ? NULL : v;
+}
+
+static int
+get_u32(const json_t *o, const char *key, uint32_t max, const uint32_t *fallback, uint32_t *out, struct err *err)
+{
+	const json_t *v = get(o, key);
+
+	if (v == NULL && fallback != NULL) {
 		*out = *fallback;
 		return 0;
 	}
 	if (v == NULL)
-		return err_set(err, -EINVAL, "'%s' is missing", key);
-	if (!json_is_integer(v) || n < min || n > max)
-		return err_set(err, -EINVAL, "'%s' is no integer from %u to %u", key, min, max);
-	*out = (uint32_t)n;
+		return err_set(err, -EINVAL, "%s is missing", key);
+	if (!json_is_integer(v))
+		return err_set(err, -EINVAL, "%s is no integer", key);
+	if (json_integer_value(v) < 1 || json_integer_value(v) > max)
+		return err_set(err, -EINVAL, "%s = %" JSON_INTEGER_FORMAT " is not from 1 to %u", key, json_integer_value(v),
+		    max);
+	*out = (uint32_t)json_integer_value(v);
 	return 0;
 }
 
 static int
-get_positive(json_t *o, const char *key, double fallback, double *out, struct err *err)
+get_double(const json_t *o, const char *key, double min, double max, double fallback, double *out, struct err *err)
 {
-	json_t *v = json_object_get(o, key);
+	const json_t *v = get(o, key);
 
-	*out = v == NULL || json_is_null(v) ? fallback : json_number_value(v);
-	if (!isfinite(*out) || *out <= 0)
-		return err_set(err, -EINVAL, "'%s' is no positive number", key);
+	*out = v == NULL ? fallback : json_number_value(v);
+	if (v != NULL && !json_is_number(v))
+		return err_set(err, -EINVAL, "%s is no number", key);
+	if (!(*out >= min && *out <= max))
+		return err_set(err, -EINVAL, "%s = %g is not from %g to %g", key, *out, min, max);
 	return 0;
 }
 
+/* null, one id or a list; duplicates count once. */
 static int
-get_eos(json_t *o, struct model_shape *s, struct err *err)
+get_eos(const json_t *o, struct model_shape *s, struct err *err)
 {
-	json_t *v = json_object_get(o, "eos_token_id"), *e;
-	size_t n = json_is_array(v) ? json_array_size(v) : v == NULL || json_is_null(v) ? 0 : 1;
+	const json_t *v = get(o, "eos_token_id");
+	size_t n = json_is_array(v) ? json_array_size(v) : v != NULL;
 
-	if (n > sizeof(s->eos) / sizeof(*s->eos))
-		return err_set(err, -EINVAL, "'eos_token_id' has more than 8 tokens");
-	for (size_t i = 0; i < n; i++) {
-		e = json_is_array(v) ? json_array_get(v, i) : v;
-		if (!json_is_integer(e) || json_integer_value(e) < 0 || json_integer_value(e) >= s->vocab)
-			return err_set(err, -EINVAL, "'eos_token_id' is no token below %u", s->vocab);
-		s->eos[s->n_eos++] = (uint32_t)json_integer_value(e);
-	}
-	return 0;
-}
-
-static int
-refuse_unless_false(json_t *o, const char *key, struct err *err)
-{
-	json_t *v = json_object_get(o, key);
-
-	if (v == NULL || json_is_null(v) || json_is_false(v))
+	if (n == 0)
 		return 0;
-	return err_set(err, -EINVAL, "'%s' is not supported", key);
-}
+	s->n_eos = 0;
+	for (size_t i = 0; i < n; i++) {
+		const json_t *e = json_is_array(v) ? json_array_get(v, i) : v;
+		json_int_t id = json_integer_value(e);
+		uint32_t seen = 0;
 
-static int
-check_family(json_t *o, struct err *err)
-{
-	json_t *arch = json_object_get(o, "architectures"), *v;
-	const char *name = json_string_value(json_is_array(arch) ? json_array_get(arch, 0) : NULL);
-	int rc = 0;
-
-	if (name == NULL)
-		return err_set(err, -EINVAL, "'architectures' is missing");
-	if (strcmp(name, "LlamaForCausalLM") != 0)
-		return err_set(err, -EINVAL, "architecture '%s' is not supported (LlamaForCausalLM is)", name);
-	v = json_object_get(o, "hidden_act");
-	if (v != NULL && (!json_is_string(v) || strcmp(json_string_value(v), "silu") != 0))
-		return err_set(err, -EINVAL, "'hidden_act' is not silu");
-	v = json_object_get(o, "rope_scaling");
-	if (v != NULL && !json_is_null(v)) {
-		const char *type = json_string_value(json_object_get(v, "rope_type"));
-
-		if (type == NULL)
-			type = json_string_value(json_object_get(v, "type"));
-		return err_set(err, -EINVAL, "'rope_scaling' of type '%s' is not supported", type != NULL ? type : "?");
+		if (!json_is_integer(e))
+			return err_set(err, -EINVAL, "eos_token_id is no token id or list of them");
+		if (id < 0 || id >= s->vocab)
+			return err_set(err, -EINVAL, "eos_token_id %" JSON_INTEGER_FORMAT " is not below vocab_size %u", id, s->vocab);
+		while (seen < s->n_eos && s->eos[seen] != id)
+			seen++;
+		if (seen < s->n_eos)
+			continue;
+		if (s->n_eos == sizeof(s->eos) / sizeof(*s->eos))
+			return err_set(err, -EINVAL, "eos_token_id has more than %zu tokens", sizeof(s->eos) / sizeof(*s->eos));
+		s->eos[s->n_eos++] = (uint32_t)id;
 	}
-	if ((rc = refuse_unless_false(o, "attention_bias", err)) == 0)
-		rc = refuse_unless_false(o, "mlp_bias", err);
-	return rc;
+	return 0;
 }
 
 static int
-parse_shape(json_t *o, struct model_shape *s, struct err *err)
+refuse_bias(const json_t *o, const char *key, struct err *err)
+{
+	const json_t *v = get(o, key);
+
+	return v == NULL || json_is_false(v) ? 0 : err_set(err, -EINVAL, "%s is not supported", key);
+}
+
+/* rope_scaling, or rope_parameters as newer files write it, with rope_theta in it. */
+static int
+check_rope_type(const json_t *o, const char *key, struct err *err)
+{
+	const json_t *v = get(o, key), *type = get(v, "rope_type");
+	char shown[ST_PRINTABLE];
+
+	if (v == NULL)
+		return 0;
+	if (type == NULL)
+		type = get(v, "type");
+	if (!json_is_string(type))
+		return err_set(err, -EINVAL, "%s has no rope_type", key);
+	if (strcmp(json_string_value(type), "default") == 0)
+		return 0;
+	return err_set(err, -ENOTSUP, "%s of type '%s' is not supported", key,
+	    safetensors_printable(json_string_value(type), shown));
+}
+
+static int
+check_architecture(const json_t *o, struct err *err)
+{
+	const json_t *all = get(o, "architectures"), *v;
+	char shown[ST_PRINTABLE];
+	size_t i;
+
+	if (!json_is_string(json_array_get(all, 0)))
+		return err_set(err, -EINVAL, "architectures is missing");
+	json_array_foreach(all, i, v) {
+		if (json_is_string(v) && strcmp(json_string_value(v), "LlamaForCausalLM") == 0)
+			return 0;
+	}
+	return err_set(err, -ENOTSUP, "architecture '%s' is not supported (LlamaForCausalLM is)",
+	    safetensors_printable(json_string_value(json_array_get(all, 0)), shown));
+}
+
+static int
+check_family(const json_t *o, struct err *err)
+{
+	const json_t *act = get(o, "hidden_act");
+	char shown[ST_PRINTABLE];
+	int rc = check_architecture(o, err);
+
+	if (rc != 0)
+		return rc;
+	if (act != NULL && !json_is_string(act))
+		return err_set(err, -EINVAL, "hidden_act is no string");
+	if (act != NULL && strcmp(json_string_value(act), "silu") != 0)
+		return err_set(err, -ENOTSUP, "hidden_act '%s' is not supported (silu is)",
+		    safetensors_printable(json_string_value(act), shown));
+	if ((rc = refuse_bias(o, "attention_bias", err)) != 0 || (rc = refuse_bias(o, "mlp_bias", err)) != 0 ||
+	    (rc = check_rope_type(o, "rope_scaling", err)) != 0)
+		return rc;
+	return check_rope_type(o, "rope_parameters", err);
+}
+
+/* Every product of two of the bounds fits 64 bits with room for all layers. */
+static int
+parse_sizes(const json_t *o, struct model_shape *s, struct err *err)
 {
 	uint32_t hd;
-	double eps;
-	int rc = check_family(o, err);
+	int rc;
 
-	if (rc != 0 || (rc = get_u32(o, "hidden_size", 1, 65536, NULL, &s->hidden, err)) != 0 ||
-	    (rc = get_u32(o, "intermediate_size", 1, 1 << 20, NULL, &s->intermediate, err)) != 0 ||
-	    (rc = get_u32(o, "num_hidden_layers", 1, 256, NULL, &s->n_layers, err)) != 0 ||
-	    (rc = get_u32(o, "num_attention_heads", 1, 1024, NULL, &s->n_heads, err)) != 0 ||
-	    (rc = get_u32(o, "num_key_value_heads", 1, 1024, &s->n_heads, &s->n_kv_heads, err)) != 0 ||
-	    (rc = get_u32(o, "vocab_size", 1, 1 << 20, NULL, &s->vocab, err)) != 0 ||
-	    (rc = get_u32(o, "max_position_embeddings", 2, 1 << 20, NULL, &s->max_context, err)) != 0)
+	if ((rc = get_u32(o, "hidden_size", MAX_HIDDEN, NULL, &s->hidden, err)) != 0 ||
+	    (rc = get_u32(o, "intermediate_size", MAX_INTERMEDIATE, NULL, &s->intermediate, err)) != 0 ||
+	    (rc = get_u32(o, "num_hidden_layers", MAX_LAYERS, NULL, &s->n_layers, err)) != 0 ||
+	    (rc = get_u32(o, "num_attention_heads", MAX_HEADS, NULL, &s->n_heads, err)) != 0 ||
+	    (rc = get_u32(o, "num_key_value_heads", MAX_HEADS, &s->n_heads, &s->n_kv_heads, err)) != 0 ||
+	    (rc = get_u32(o, "vocab_size", MAX_VOCAB, NULL, &s->vocab, err)) != 0 ||
+	    (rc = get_u32(o, "max_position_embeddings", MAX_CONTEXT, NULL, &s->max_context, err)) != 0)
 		return rc;
+	if (get(o, "head_dim") == NULL && s->hidden % s->n_heads != 0)
+		return err_set(err, -EINVAL, "hidden_size %u is no multiple of num_attention_heads %u", s->hidden, s->n_heads);
 	hd = s->hidden / s->n_heads;
-	if ((rc = get_u32(o, "head_dim", 2, 256, &hd, &s->head_dim, err)) != 0 ||
-	    (rc = get_positive(o, "rms_norm_eps", 1e-6, &eps, err)) != 0 ||
-	    (rc = get_positive(o, "rope_theta", 10000, &s->rope_theta, err)) != 0)
+	if ((rc = get_u32(o, "head_dim", MAX_HEAD_DIM, &hd, &s->head_dim, err)) != 0)
+		return rc;
+	if (s->head_dim > MAX_HEAD_DIM || s->head_dim % 2 != 0)
+		return err_set(err, -EINVAL, "head_dim %u is not even or over %u", s->head_dim, MAX_HEAD_DIM);
+	if (s->n_heads % s->n_kv_heads != 0)
+		return err_set(err, -EINVAL, "num_attention_heads %u is no multiple of num_key_value_heads %u", s->n_heads,
+		    s->n_kv_heads);
+	return 0;
+}
+
+static int
+parse_config(const json_t *o, struct model_shape *s, struct err *err)
+{
+	const json_t *tied = get(o, "tie_word_embeddings"), *rope = get(o, "rope_parameters");
+	double eps;
+	int rc;
+
+	if ((rc = check_family(o, err)) != 0 || (rc = parse_sizes(o, s, err)) != 0 ||
+	    (rc = get_double(o, "rms_norm_eps", 1e-30, 1, 1e-6, &eps, err)) != 0 ||
+	    (rc = get_double(get(rope, "rope_theta") != NULL ? rope : o, "rope_theta", 1, 1e15, 10000, &s->rope_theta,
+	         err)) != 0)
 		return rc;
 	s->rms_eps = (float)eps;
-	s->tied = json_is_true(json_object_get(o, "tie_word_embeddings"));
-	if (s->head_dim < 2 || s->head_dim > 256 || s->head_dim % 2 != 0)
-		return err_set(err, -EINVAL, "'head_dim' %u is not even and at most 256", s->head_dim);
-	if (s->n_heads % s->n_kv_heads != 0)
-		return err_set(err, -EINVAL, "%u attention heads are no multiple of %u key-value heads", s->n_heads,
-		    s->n_kv_heads);
+	if (tied != NULL && !json_is_boolean(tied))
+		return err_set(err, -EINVAL, "tie_word_embeddings is neither true nor false");
+	s->tied = json_is_true(tied);
 	return get_eos(o, s, err);
 }
 
 static int
-load_shape(struct model *m, char **text, size_t *len, struct err *err)
+parse_json(const char *file, const char *text, size_t len, struct model_shape *s,
+    int (*parse)(const json_t *, struct model_shape *, struct err *), struct err *err)
 {
+	char why[ST_PRINTABLE];
 	json_error_t je;
-	json_t *o;
-	int rc = read_file(m->path, "config.json", text, len, err);
+	json_t *o = json_loadb(text, len, JSON_REJECT_DUPLICATES, &je);
+	int rc;
 
-	if (rc != 0)
-		return rc;
-	o = json_loadb(*text, *len, JSON_REJECT_DUPLICATES, &je);
+	if (o == NULL)
+		return err_set(err, -EINVAL, "%s:%d: %s", file, je.line, safetensors_printable(je.text, why));
 	if (!json_is_object(o))
-		rc = err_set(err, -EINVAL, "line %d: %s", je.line, o == NULL ? je.text : "no JSON object");
-	else
-		rc = parse_shape(o, &m->shape, err);
+		rc = err_set(err, -EINVAL, "%s: not a JSON object", file);
+	else if ((rc = parse(o, s, err)) != 0)
+		err_prefix(err, "%s", file);
 	json_decref(o);
-	if (rc != 0)
-		err_prefix(err, "%s/config.json", m->path);
 	return rc;
 }
 
-/* ---- sizes ---- */
+/* The end tokens of generation_config.json, where there are some, replace those of config.json. */
+static int
+load_shape(struct model *m, char **config, size_t *len, struct err *err)
+{
+	char *generation = NULL;
+	size_t generation_len = 0;
+	int rc;
+
+	if ((rc = read_file(m->path, "config.json", false, config, len, err)) != 0 ||
+	    (rc = parse_json("config.json", *config, *len, &m->shape, parse_config, err)) != 0 ||
+	    (rc = read_file(m->path, "generation_config.json", true, &generation, &generation_len, err)) != 0)
+		return rc;
+	if (generation != NULL)
+		rc = parse_json("generation_config.json", generation, generation_len, &m->shape, get_eos, err);
+	free(generation);
+	return rc;
+}
+
+/* ---- memory ---- */
 
 static void
 linear_dims(const struct model_shape *s, enum plan_group g, uint32_t *n, uint32_t *k)
@@ -222,576 +331,662 @@ linear_dims(const struct model_shape *s, enum plan_group g, uint32_t *n, uint32_
 	}
 }
 
+static uint64_t
+align64(uint64_t n)
+{
+	return (n + 63) & ~(uint64_t)63;
+}
+
+static uint64_t
+rope_bytes(const struct model_shape *s)
+{
+	return align64((uint64_t)s->max_context * (s->head_dim / 2) * sizeof(float));
+}
+
 uint64_t
 model_plan_bytes(const struct model_shape *s)
 {
+	uint64_t norm = align64(s->hidden * sizeof(float)), layer = 2 * norm, all;
 	struct k_weight w;
-	uint64_t layer = 0, rest;
 	uint32_t n, k;
 
 	for (enum plan_group g = GROUP_Q; g <= GROUP_DOWN; g++) {
 		linear_dims(s, g, &n, &k);
 		layer += k_weight_plan(&w, n, k);
 	}
-	layer += 2 * sizeof(float) * (uint64_t)s->hidden;
-	rest = k_weight_plan(&w, s->vocab, s->hidden) + sizeof(float) * (uint64_t)s->hidden;
+	all = layer * s->n_layers + norm + k_weight_plan(&w, s->vocab, s->hidden);
 	if (!s->tied)
-		rest += (uint64_t)s->vocab * s->hidden * sizeof(uint16_t);
-	rest += (uint64_t)s->max_context * s->head_dim * sizeof(float);
-	return layer * s->n_layers + rest;
+		all += align64((uint64_t)s->vocab * s->hidden * sizeof(uint16_t));
+	return all + 2 * rope_bytes(s);
 }
 
+/* The number after key at the start of a line; UINT64_MAX if there is none ("max"). */
 static uint64_t
 read_number(const char *path, const char *key)
 {
 	FILE *f = fopen(path, "re");
+	uint64_t v = UINT64_MAX;
 	char line[256];
-	unsigned long long v = UINT64_MAX;
 
-	while (f != NULL && fgets(line, sizeof(line), f) != NULL) {
-		size_t n = strlen(key);
-
-		if (strncmp(line, key, n) == 0 && sscanf(line + n, "%llu", &v) == 1)
+	if (f == NULL)
+		return v;
+	while (fgets(line, sizeof(line), f) != NULL)
+		if (strncmp(line, key, strlen(key)) == 0 && sscanf(line + strlen(key), "%" SCNu64, &v) == 1)
 			break;
-	}
-	if (f != NULL)
-		fclose(f);
+	fclose(f);
 	return v;
 }
 
-/* What the machine and our cgroup would still give. */
+/* What one control group leaves. The page cache is charged to it, the file we
+ * are about to pack too, but gives way. */
+static uint64_t
+cgroup_left(const char *dir)
+{
+	char path[4400];
+	uint64_t max, used, file;
+
+	snprintf(path, sizeof(path), "%s/memory.max", dir);
+	max = read_number(path, "");
+	snprintf(path, sizeof(path), "%s/memory.current", dir);
+	used = read_number(path, "");
+	if (max == UINT64_MAX || used == UINT64_MAX)
+		return UINT64_MAX;
+	snprintf(path, sizeof(path), "%s/memory.stat", dir);
+	for (int i = 0; i < 2; i++) {
+		file = read_number(path, i == 0 ? "inactive_file " : "active_file ");
+		if (file != UINT64_MAX)
+			used -= file < used ? file : used;
+	}
+	return max > used ? max - used : 0;
+}
+
+/* MemAvailable, and what our control group (v2) and all above it leave. */
 static uint64_t
 memory_available(void)
 {
-	uint64_t avail = read_number("/proc/meminfo", "MemAvailable:");
-	uint64_t max = read_number("/sys/fs/cgroup/memory.max", ""), used = read_number("/sys/fs/cgroup/memory.current", "");
+	static const char root[] = "/sys/fs/cgroup";
+	uint64_t avail = read_number("/proc/meminfo", "MemAvailable:"), left;
+	char line[4096], dir[4200];
+	FILE *f = fopen("/proc/self/cgroup", "re");
 
 	avail = avail == UINT64_MAX ? avail : avail * 1024;
-	if (max != UINT64_MAX && used != UINT64_MAX) {
-		uint64_t left = max > used ? max - used : 0;
-
+	snprintf(dir, sizeof(dir), "%s", root);
+	while (f != NULL && fgets(line, sizeof(line), f) != NULL) {
+		line[strcspn(line, "\n")] = '\0';
+		if (strncmp(line, "0::/", 4) == 0)
+			snprintf(dir, sizeof(dir), "%s%s", root, line + 3);
+	}
+	if (f != NULL)
+		fclose(f);
+	do {
+		left = cgroup_left(dir);
 		if (left < avail)
 			avail = left;
-	}
+		*strrchr(dir, '/') = '\0';
+	} while (strlen(dir) >= sizeof(root) - 1);
 	return avail;
 }
 
-static int
-check_memory(const struct model *m, uint64_t weights, uint64_t extra, struct err *err)
+/* Three digits: "2.47 GB". */
+static const char *
+human(uint64_t bytes, char buf[32])
 {
-	uint64_t avail = memory_available();
+	static const char *const unit[] = {"B", "kB", "MB", "GB", "TB", "PB", "EB"};
+	double v = (double)bytes;
+	int u = 0;
 
-	if (weights + extra < extra || weights + extra <= avail)
-		return weights + extra < extra ? -EOVERFLOW : 0;
-	return err_set(err, -ENOMEM, "%s needs %.3f GB of weights and %.3f GB of KV cache; %.3f GB of memory is available",
-	    m->name, (double)weights / 1e9, (double)extra / 1e9, (double)avail / 1e9);
+	for (; v >= 999.5 && u < 6; u++)
+		v /= 1000;
+	snprintf(buf, 32, "%.*f %s", u == 0 || v >= 99.95 ? 0 : v >= 9.995 ? 1 : 2, v, unit[u]);
+	return buf;
+}
+
+static int
+check_memory(const struct model *m, uint64_t extra, struct err *err)
+{
+	uint64_t weights = model_plan_bytes(&m->shape), avail = memory_available();
+	char a[32], b[32], c[32];
+
+	if (weights <= avail && extra <= avail - weights)
+		return 0;
+	return err_set(err, -ENOMEM, "model needs %s of weights and %s of KV cache, %s of memory is available",
+	    human(weights, a), human(extra, b), human(avail, c));
 }
 
 /* ---- tensors ---- */
 
+/* A tensor of the file and where it goes. */
+struct want {
+	const struct st_tensor *t;
+	struct k_weight *linear;      /* packed into this one, or */
+	float **norm;                 /* kept here as FP32, or */
+	uint16_t **embed;             /* kept here as BF16, or */
+	const struct st_tensor *twin; /* must hold the same bytes as this */
+	uint32_t rows, cols;
+	uint32_t first_item;
+};
+
+/* What one part of the team does at a time: up to 32 rows. */
+struct item {
+	uint32_t want, panel;
+	struct k_exception *exc;
+	uint32_t n_exc;
+};
+
+struct work {
+	struct want *want;
+	struct item *item;
+	uint32_t n_wants, n_items;
+	uint32_t max_cols;
+	bool check_only;
+	void (*progress)(void *, int);
+	void *progress_arg;
+	uint32_t next;                /* atomic: the next item to take */
+	uint32_t failed;              /* atomic: somebody failed, take no more */
+	pthread_mutex_t lock;         /* over what follows */
+	uint32_t bad;                 /* the first item that failed */
+	int rc;
+	struct err err;
+};
+
 static struct st_tensor *
-want(struct safetensors *st, const char *name, uint32_t n_dims, uint64_t d0, uint64_t d1, struct err *err)
+find_tensor(const struct safetensors *st, const char *name, uint32_t n_dims, uint32_t d0, uint32_t d1, struct err *err)
 {
 	struct st_tensor *t = safetensors_find(st, name);
-	char is[128] = "";
+	char is[128] = "", expected[64];
 	size_t at = 0;
 
 	if (t == NULL) {
-		err_set(err, -EINVAL, "%s: tensor '%s' is missing", st->path, name);
+		err_set(err, -EINVAL, "%s: tensor '%s' is missing", st->file, name);
 		return NULL;
 	}
-	t->used = 1;
+	t->used = true;
 	if (t->n_dims == n_dims && t->dim[0] == d0 && (n_dims == 1 || t->dim[1] == d1))
 		return t;
 	for (uint32_t i = 0; i < t->n_dims; i++)
-		at += (size_t)snprintf(is + at, sizeof(is) - at, "%s%llu", i > 0 ? ", " : "", (unsigned long long)t->dim[i]);
-	if (n_dims == 1)
-		err_set(err, -EINVAL, "%s: tensor '%s' has shape [%s], expected [%llu]", st->path, name, is,
-		    (unsigned long long)d0);
-	else
-		err_set(err, -EINVAL, "%s: tensor '%s' has shape [%s], expected [%llu, %llu]", st->path, name, is,
-		    (unsigned long long)d0, (unsigned long long)d1);
+		at += (size_t)snprintf(is + at, sizeof(is) - at, "%s%" PRIu64, i > 0 ? ", " : "", t->dim[i]);
+	snprintf(expected, sizeof(expected), n_dims == 1 ? "[%u]" : "[%u, %u]", d0, d1);
+	err_set(err, -EINVAL, "%s: tensor '%s' has shape [%s], expected %s", st->file, name, is, expected);
 	return NULL;
 }
 
-static int
-load_norm(struct safetensors *st, const char *name, uint32_t n, float **out, struct err *err)
-{
-	struct st_tensor *t = want(st, name, 1, n, 0, err);
-	uint16_t bits;
-
-	if (t == NULL)
-		return -EINVAL;
-	*out = malloc(n * sizeof(**out));
-	if (*out == NULL)
-		return err_set(err, -ENOMEM, "out of memory");
-	for (uint32_t i = 0; i < n; i++) {
-		st_read_bf16(t, i, 1, &bits);
-		if ((bits & 0x7f80) == 0x7f80)
-			return err_set(err, -EINVAL, "%s: tensor '%s' is not finite at [%u]", st->path, name, i);
-		(*out)[i] = k_bf16_to_float(bits);
-	}
-	return 0;
-}
-
-/* One linear layer to pack. */
-struct job {
-	struct k_weight *w;
-	const struct st_tensor *t;
-	uint32_t first_panel; /* in the list of all panels */
-};
-
-/* What a part of the team did wrong or found. */
-struct part {
-	struct k_exception **exc; /* per job */
-	uint32_t *n_exc, *cap;
-	uint16_t *rows;
-	int rc;
-	uint32_t bad_job, bad_row, bad_col;
-};
-
-struct packing {
-	struct job *job;
-	uint32_t n_jobs, n_panels, next; /* next: atomic */
-	uint32_t max_k;
-	struct part *part;
-};
-
-static uint32_t
-job_of(const struct packing *p, uint32_t panel)
-{
-	uint32_t lo = 0, hi = p->n_jobs - 1;
-
-	while (lo < hi) {
-		uint32_t mid = (lo + hi + 1) / 2;
-
-		if (p->job[mid].first_panel <= panel)
-			lo = mid;
-		else
-			hi = mid - 1;
-	}
-	return lo;
-}
-
-/* Takes panels one by one, so that the parts end together. */
-static void
-pack_part(void *arg, uint32_t part, uint32_t parts)
-{
-	struct packing *p = arg;
-	struct part *me = &p->part[part];
-	uint32_t panel;
-
-	(void)parts;
-	while (me->rc == 0 && (panel = __atomic_fetch_add(&p->next, 1, __ATOMIC_RELAXED)) < p->n_panels) {
-		uint32_t j = job_of(p, panel), first = (panel - p->job[j].first_panel) * K_PANEL;
-		struct k_weight *w = p->job[j].w;
-		uint32_t n = w->n - first < K_PANEL ? w->n - first : K_PANEL;
-
-		st_read_bf16(p->job[j].t, (uint64_t)first * w->k, (uint64_t)n * w->k, me->rows);
-		me->rc = k_pack_panel(w, first / K_PANEL, me->rows, &me->exc[j], &me->n_exc[j], &me->cap[j], &me->bad_row,
-		    &me->bad_col);
-		me->bad_job = j;
-	}
-}
-
-static int
-by_place(const void *pa, const void *pb)
-{
-	const struct k_exception *a = pa, *b = pb;
-
-	if (a->block != b->block)
-		return a->block < b->block ? -1 : 1;
-	return a->index < b->index ? -1 : a->index > b->index;
-}
-
-/* The parts' exceptions of one job, in order. */
-static int
-join_exceptions(struct packing *p, uint32_t parts, uint32_t j)
-{
-	struct k_weight *w = p->job[j].w;
-	uint32_t n = 0;
-
-	for (uint32_t i = 0; i < parts; i++)
-		n += p->part[i].n_exc[j];
-	if (n == 0)
-		return 0;
-	w->exc = malloc(n * sizeof(*w->exc));
-	if (w->exc == NULL)
-		return -ENOMEM;
-	for (uint32_t i = 0; i < parts; i++) {
-		memcpy(w->exc + w->n_exc, p->part[i].exc[j], p->part[i].n_exc[j] * sizeof(*w->exc));
-		w->n_exc += p->part[i].n_exc[j];
-	}
-	qsort(w->exc, n, sizeof(*w->exc), by_place);
-	return 0;
-}
-
-static void
-free_parts(struct packing *p, uint32_t parts)
-{
-	for (uint32_t i = 0; p->part != NULL && i < parts; i++) {
-		for (uint32_t j = 0; p->part[i].exc != NULL && j < p->n_jobs; j++)
-			free(p->part[i].exc[j]);
-		free(p->part[i].exc), free(p->part[i].n_exc), free(p->part[i].cap), free(p->part[i].rows);
-	}
-	free(p->part);
-}
-
-static int
-pack_all(struct packing *p, struct team *team, const char *file, struct err *err)
-{
-	uint32_t parts = team_size(team);
-	int rc = 0;
-
-	p->part = calloc(parts, sizeof(*p->part));
-	for (uint32_t i = 0; p->part != NULL && i < parts; i++) {
-		struct part *t = &p->part[i];
-
-		t->exc = calloc(p->n_jobs, sizeof(*t->exc));
-		t->n_exc = calloc(p->n_jobs, sizeof(*t->n_exc));
-		t->cap = calloc(p->n_jobs, sizeof(*t->cap));
-		t->rows = malloc((size_t)K_PANEL * p->max_k * sizeof(*t->rows));
-		if (t->exc == NULL || t->n_exc == NULL || t->cap == NULL || t->rows == NULL)
-			rc = -ENOMEM;
-	}
-	if (p->part == NULL || rc != 0) {
-		free_parts(p, parts);
-		return err_set(err, -ENOMEM, "out of memory");
-	}
-	team_run(team, pack_part, p);
-	for (uint32_t i = 0; i < parts && rc == 0; i++) {
-		struct part *t = &p->part[i];
-
-		if (t->rc == -EINVAL)
-			rc = err_set(err, -EINVAL, "%s: tensor '%s' is not finite at [%u, %u]", file, p->job[t->bad_job].t->name,
-			    t->bad_row, t->bad_col);
-		else if (t->rc != 0)
-			rc = err_set(err, t->rc, "out of memory");
-	}
-	for (uint32_t j = 0; j < p->n_jobs && rc == 0; j++)
-		if (join_exceptions(p, parts, j) != 0)
-			rc = err_set(err, -ENOMEM, "out of memory");
-	free_parts(p, parts);
-	return rc;
-}
-
-/* Progress is told between slices of the panel list. */
-static int
-pack_in_slices(struct packing *p, struct team *team, const char *file, void (*progress)(void *, int), void *arg,
+/* Adds a tensor [rows, cols]; a norm is a [cols]. */
+static struct want *
+add_want(struct work *w, const struct safetensors *st, const char *name, bool norm, uint32_t rows, uint32_t cols,
     struct err *err)
 {
-	uint32_t jobs = p->n_jobs, done = 0;
-	struct job *all = p->job;
-	int rc = 0;
-
-	while (done < jobs && rc == 0) {
-		uint32_t n = 0, panels = 0;
-
-		while (done + n < jobs && (n == 0 || panels < 4096)) {
-			all[done + n].first_panel = panels;
-			panels += all[done + n].w->n_pad / K_PANEL;
-			n++;
-		}
-		p->job = all + done;
-		p->n_jobs = n;
-		p->n_panels = panels;
-		p->next = 0;
-		rc = pack_all(p, team, file, err);
-		done += n;
-		if (progress != NULL)
-			progress(arg, (int)(100u * done / jobs));
-	}
-	p->job = all;
-	return rc;
-}
-
-static const char *const tensor_of[] = {
-	[GROUP_Q] = "self_attn.q_proj", [GROUP_K] = "self_attn.k_proj", [GROUP_V] = "self_attn.v_proj",
-	[GROUP_O] = "self_attn.o_proj", [GROUP_GATE] = "mlp.gate_proj", [GROUP_UP] = "mlp.up_proj",
-	[GROUP_DOWN] = "mlp.down_proj",
-};
-
-static int
-add_job(struct packing *p, struct safetensors *st, struct k_weight *w, const char *name, uint32_t n, uint32_t k,
-    struct err *err)
-{
-	const struct st_tensor *t = want(st, name, 2, n, k, err);
+	struct st_tensor *t = norm ? find_tensor(st, name, 1, cols, 0, err) : find_tensor(st, name, 2, rows, cols, err);
+	struct want *want = &w->want[w->n_wants];
 
 	if (t == NULL)
+		return NULL;
+	*want = (struct want){.t = t, .rows = rows, .cols = cols};
+	w->n_wants++;
+	if (cols > w->max_cols)
+		w->max_cols = cols;
+	return want;
+}
+
+static int
+want_norm(struct work *w, const struct safetensors *st, const char *name, uint32_t n, float **out, struct err *err)
+{
+	struct want *want = add_want(w, st, name, true, 1, n, err);
+
+	if (want == NULL)
 		return -EINVAL;
-	if (k > p->max_k)
-		p->max_k = k;
-	p->job[p->n_jobs++] = (struct job){w, t, 0};
+	want->norm = out;
 	return 0;
 }
 
 static int
-collect_layer(struct model *m, struct safetensors *st, uint32_t l, struct packing *p, struct err *err)
+want_linear(struct work *w, const struct safetensors *st, const char *name, uint32_t n, uint32_t k,
+    struct k_weight *out, struct err *err)
+{
+	struct want *want = add_want(w, st, name, false, n, k, err);
+
+	if (want == NULL)
+		return -EINVAL;
+	want->linear = out;
+	return 0;
+}
+
+static int
+want_layer(struct work *w, const struct safetensors *st, struct model *m, uint32_t l, struct err *err)
 {
 	struct model_layer *layer = &m->layer[l];
+	uint32_t n, k, hidden = m->shape.hidden;
 	char name[96];
-	uint32_t n, k;
 	int rc;
 
 	snprintf(name, sizeof(name), "model.layers.%u.input_layernorm.weight", l);
-	if ((rc = load_norm(st, name, m->shape.hidden, &layer->input_norm, err)) != 0)
+	if ((rc = want_norm(w, st, name, hidden, &layer->input_norm, err)) != 0)
 		return rc;
 	snprintf(name, sizeof(name), "model.layers.%u.post_attention_layernorm.weight", l);
-	if ((rc = load_norm(st, name, m->shape.hidden, &layer->post_norm, err)) != 0)
+	if ((rc = want_norm(w, st, name, hidden, &layer->post_norm, err)) != 0)
 		return rc;
 	for (enum plan_group g = GROUP_Q; g <= GROUP_DOWN; g++) {
 		linear_dims(&m->shape, g, &n, &k);
-		snprintf(name, sizeof(name), "model.layers.%u.%s.weight", l, tensor_of[g]);
-		if ((rc = add_job(p, st, &layer->linear[g], name, n, k, err)) != 0)
+		snprintf(name, sizeof(name), "model.layers.%u.%s.weight", l, linear_name[g]);
+		if ((rc = want_linear(w, st, name, n, k, &layer->linear[g], err)) != 0)
 			return rc;
 	}
 	return 0;
 }
 
+/* Tied: the embedding is packed as lm_head. Some checkpoints store it twice. */
 static int
-load_embedding(struct model *m, struct safetensors *st, struct packing *p, struct err *err)
+want_vocabulary(struct work *w, const struct safetensors *st, struct model *m, struct err *err)
 {
-	static const char embed[] = "model.embed_tokens.weight", head[] = "lm_head.weight";
 	uint32_t vocab = m->shape.vocab, hidden = m->shape.hidden;
-	struct st_tensor *t, *h;
-	int rc;
+	const char *lm_head = m->shape.tied ? embed_name : head_name;
+	struct want *want;
+	int rc = want_linear(w, st, lm_head, vocab, hidden, &m->lm_head, err);
 
-	if (!m->shape.tied && (rc = add_job(p, st, &m->lm_head, head, vocab, hidden, err)) != 0)
+	if (rc != 0) {
+		if (!m->shape.tied && safetensors_find(st, head_name) == NULL)
+			err_set(err, rc, "%s: tensor '%s' is missing, and tie_word_embeddings is not true", st->file, head_name);
 		return rc;
-	if (m->shape.tied) {
-		/* Some tied checkpoints store the same matrix twice. */
-		if ((rc = add_job(p, st, &m->lm_head, embed, vocab, hidden, err)) != 0)
-			return rc;
-		if ((h = safetensors_find(st, head)) == NULL)
-			return 0;
-		t = safetensors_find(st, embed);
-		h->used = 1;
-		if (h->dtype != t->dtype || h->to - h->from != t->to - t->from || memcmp(h->data, t->data, t->to - t->from) != 0)
-			return err_set(err, -EINVAL, "%s: tensor '%s' differs from the embedding it is tied to", st->path, head);
-		return 0;
 	}
-	if ((t = want(st, embed, 2, vocab, hidden, err)) == NULL)
+	if (m->shape.tied && safetensors_find(st, head_name) == NULL)
+		return 0;
+	want = add_want(w, st, m->shape.tied ? head_name : embed_name, false, vocab, hidden, err);
+	if (want == NULL)
 		return -EINVAL;
-	m->embed = malloc((size_t)vocab * hidden * sizeof(*m->embed));
-	if (m->embed == NULL)
-		return err_set(err, -ENOMEM, "out of memory");
-	st_read_bf16(t, 0, (uint64_t)vocab * hidden, m->embed);
-	for (size_t i = 0; i < (size_t)vocab * hidden; i++)
-		if ((m->embed[i] & 0x7f80) == 0x7f80)
-			return err_set(err, -EINVAL, "%s: tensor '%s' is not finite at [%zu, %zu]", st->path, embed, i / hidden,
-			    i % hidden);
+	if (m->shape.tied)
+		want->twin = safetensors_find(st, embed_name);
+	else
+		want->embed = &m->embed;
 	return 0;
+}
+
+/* Old checkpoints keep the RoPE frequencies as buffers. */
+static bool
+ignored(const char *name)
+{
+	static const char end[] = ".rotary_emb.inv_freq";
+	size_t n = strlen(name), m = sizeof(end) - 1;
+
+	return n > m && strcmp(name + n - m, end) == 0;
 }
 
 static int
 check_extra(const struct safetensors *st, struct err *err)
 {
-	for (size_t i = 0; i < st->n; i++) {
-		const char *name = st->tensor[i].name;
-		size_t n = strlen(name);
+	char shown[ST_PRINTABLE];
 
-		if (!st->tensor[i].used && !(n > 8 && strcmp(name + n - 8, "inv_freq") == 0))
-			return err_set(err, -EINVAL, "%s: tensor '%s' has no place in this architecture", st->path, name);
-	}
+	for (size_t i = 0; i < st->n; i++)
+		if (!st->tensor[i].used && !ignored(st->tensor[i].name))
+			return err_set(err, -EINVAL, "%s: tensor '%s' is not part of LlamaForCausalLM", st->file,
+			    safetensors_printable(st->tensor[i].name, shown));
 	return 0;
 }
 
 static int
-place_planes(struct model *m, const struct packing *p, struct err *err)
+compare_places(const void *pa, const void *pb)
 {
-	size_t at = 0;
+	const struct want *a = pa, *b = pb;
 
-	for (uint32_t j = 0; j < p->n_jobs; j++) {
-		uint32_t n = (uint32_t)p->job[j].t->dim[0], k = (uint32_t)p->job[j].t->dim[1];
+	return a->t->data < b->t->data ? -1 : a->t->data > b->t->data;
+}
 
-		m->arena_bytes += k_weight_plan(p->job[j].w, n, k);
-	}
-	m->arena = mmap(NULL, m->arena_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-	if (m->arena == MAP_FAILED) {
-		m->arena = NULL;
-		return err_set(err, -ENOMEM, "no memory for %zu bytes of weights", m->arena_bytes);
-	}
-	madvise(m->arena, m->arena_bytes, MADV_HUGEPAGE);
-	for (uint32_t j = 0; j < p->n_jobs; j++) {
-		struct k_weight *w = p->job[j].w;
+/* Finds every tensor and cuts all into items, in the order of the file. */
+static int
+collect(struct work *w, const struct safetensors *st, struct model *m, struct err *err)
+{
+	uint64_t n_items = 0;
+	int rc = 0;
 
-		k_weight_place(w, (char *)m->arena + at);
-		at += k_weight_plan(&(struct k_weight){0}, w->n, w->k);
+	w->want = calloc((size_t)m->shape.n_layers * (GROUP_DOWN + 3) + 3, sizeof(*w->want));
+	if (w->want == NULL)
+		return err_set(err, -ENOMEM, "out of memory");
+	for (uint32_t l = 0; l < m->shape.n_layers && rc == 0; l++)
+		rc = want_layer(w, st, m, l, err);
+	if (rc != 0 || (rc = want_norm(w, st, "model.norm.weight", m->shape.hidden, &m->final_norm, err)) != 0 ||
+	    (rc = want_vocabulary(w, st, m, err)) != 0 || (rc = check_extra(st, err)) != 0)
+		return rc;
+
+	qsort(w->want, w->n_wants, sizeof(*w->want), compare_places);
+	for (uint32_t i = 0; i < w->n_wants; i++)
+		n_items += (w->want[i].rows + K_PANEL - 1) / K_PANEL;
+	w->item = calloc(n_items, sizeof(*w->item));
+	if (w->item == NULL)
+		return err_set(err, -ENOMEM, "out of memory");
+	for (uint32_t i = 0; i < w->n_wants; i++) {
+		w->want[i].first_item = w->n_items;
+		for (uint32_t panel = 0; panel * K_PANEL < w->want[i].rows; panel++)
+			w->item[w->n_items++] = (struct item){.want = i, .panel = panel};
 	}
 	return 0;
 }
 
-static int
-make_rope(struct model *m, struct err *err)
+/* ---- packing ---- */
+
+/* One memory for all: base NULL sets sizes only. Same sum as model_plan_bytes(). */
+static uint64_t
+arrange(struct model *m, char *base)
 {
 	const struct model_shape *s = &m->shape;
-	uint32_t half = s->head_dim / 2;
+	uint64_t at = 0, norm = align64(s->hidden * sizeof(float));
+	uint32_t n, k;
+#define TAKE(field, bytes) ((field) = base != NULL ? (void *)(base + at) : NULL, at += (bytes))
+#define TAKE_LINEAR(w, n, k) do { \
+		size_t bytes_ = k_weight_plan(w, n, k); \
+		if (base != NULL) \
+			k_weight_place(w, base + at); \
+		at += bytes_; \
+	} while (0)
 
-	m->rope_cos = malloc((size_t)s->max_context * half * sizeof(float));
-	m->rope_sin = malloc((size_t)s->max_context * half * sizeof(float));
-	if (m->rope_cos == NULL || m->rope_sin == NULL)
-		return err_set(err, -ENOMEM, "out of memory");
-	for (uint32_t i = 0; i < half; i++) {
-		double freq = pow(s->rope_theta, -2.0 * i / s->head_dim);
-
-		for (uint32_t pos = 0; pos < s->max_context; pos++) {
-			m->rope_cos[(size_t)pos * half + i] = (float)cos(pos * freq);
-			m->rope_sin[(size_t)pos * half + i] = (float)sin(pos * freq);
+	TAKE(m->final_norm, norm);
+	TAKE(m->rope_cos, rope_bytes(s));
+	TAKE(m->rope_sin, rope_bytes(s));
+	for (uint32_t l = 0; l < s->n_layers; l++) {
+		TAKE(m->layer[l].input_norm, norm);
+		TAKE(m->layer[l].post_norm, norm);
+		for (enum plan_group g = GROUP_Q; g <= GROUP_DOWN; g++) {
+			linear_dims(s, g, &n, &k);
+			TAKE_LINEAR(&m->layer[l].linear[g], n, k);
 		}
 	}
+	TAKE_LINEAR(&m->lm_head, s->vocab, s->hidden);
+	if (!s->tied)
+		TAKE(m->embed, align64((uint64_t)s->vocab * s->hidden * sizeof(uint16_t)));
+#undef TAKE
+#undef TAKE_LINEAR
+	return at;
+}
+
+static int
+allocate(struct model *m, struct err *err)
+{
+	uint64_t bytes = arrange(m, NULL);
+	void *p = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	char a[32];
+
+	if (p == MAP_FAILED)
+		return err_set(err, -ENOMEM, "no memory for %s of weights: %s", human(bytes, a), strerror(errno));
+	madvise(p, bytes, MADV_HUGEPAGE); /* fewer TLB misses; does without */
+	m->arena = p;
+	m->arena_bytes = bytes;
+	arrange(m, p);
 	return 0;
+}
+
+static int
+pack_item(const struct want *want, struct item *it, uint16_t *rows, struct err *err)
+{
+	struct k_exception *exc = NULL;
+	uint32_t cap = 0, row, col;
+	int rc = k_pack_panel(want->linear, it->panel, rows, &exc, &it->n_exc, &cap, &row, &col);
+
+	if (rc == 0 && it->n_exc > 0) {
+		it->exc = malloc(it->n_exc * sizeof(*it->exc));
+		if (it->exc == NULL)
+			rc = -ENOMEM;
+		else
+			memcpy(it->exc, exc, it->n_exc * sizeof(*it->exc));
+	}
+	free(exc);
+	return rc == 0 ? 0 : err_set(err, rc, "%s: tensor '%s': %s", want->t->file, want->t->name, strerror(-rc));
+}
+
+static int
+do_item(struct work *w, struct item *it, uint16_t *buf, struct err *err)
+{
+	const struct want *want = &w->want[it->want];
+	uint32_t row = it->panel * K_PANEL, n = want->rows - row < K_PANEL ? want->rows - row : K_PANEL;
+	uint64_t at = (uint64_t)row * want->cols, len = (uint64_t)n * want->cols;
+	int rc;
+
+	if (want->twin != NULL) {
+		size_t size = safetensors_elem_bytes(want->t->dtype);
+
+		if (want->t->dtype != want->twin->dtype ||
+		    memcmp(want->t->data + at * size, want->twin->data + at * size, len * size) != 0)
+			return err_set(err, -EINVAL, "%s: tensor '%s' differs from '%s' it is tied to", want->t->file,
+			    want->t->name, want->twin->name);
+		return 0;
+	}
+	rc = safetensors_read_bf16(want->t, at, len, buf, err);
+	if (rc != 0 || w->check_only)
+		return rc;
+	if (want->linear != NULL)
+		return pack_item(want, it, buf, err);
+	if (want->embed != NULL)
+		memcpy(*want->embed + at, buf, len * sizeof(*buf));
+	else
+		for (uint32_t i = 0; i < want->cols; i++)
+			(*want->norm)[i] = k_bf16_to_float(buf[i]);
+	return 0;
+}
+
+/* Items are taken in order and whoever took one finishes it: the first bad item
+ * of a file is the one that is told, however many threads there are. */
+static void
+fail(struct work *w, uint32_t item, int rc, const struct err *err)
+{
+	__atomic_store_n(&w->failed, 1, __ATOMIC_RELAXED);
+	pthread_mutex_lock(&w->lock);
+	if (item < w->bad) {
+		w->bad = item;
+		w->rc = rc;
+		w->err = *err;
+	}
+	pthread_mutex_unlock(&w->lock);
 }
 
 static void
-count_bytes(struct model *m)
+work_part(void *arg, uint32_t part, uint32_t parts)
 {
-	for (uint32_t l = 0; l < m->shape.n_layers; l++)
-		for (enum plan_group g = GROUP_Q; g <= GROUP_DOWN; g++)
-			m->n_exceptions += m->layer[l].linear[g].n_exc;
-	m->n_exceptions += m->lm_head.n_exc;
-	m->weights_bytes = model_plan_bytes(&m->shape) + m->n_exceptions * sizeof(struct k_exception);
+	struct work *w = arg;
+	uint16_t *buf = malloc((size_t)K_PANEL * w->max_cols * sizeof(*buf));
+	struct err err;
+	int told = 0;
+
+	(void)parts;
+	while (!__atomic_load_n(&w->failed, __ATOMIC_RELAXED)) {
+		uint32_t i = __atomic_fetch_add(&w->next, 1, __ATOMIC_RELAXED);
+		int rc, percent;
+
+		if (i >= w->n_items)
+			break;
+		rc = buf == NULL ? err_set(&err, -ENOMEM, "out of memory") : do_item(w, &w->item[i], buf, &err);
+		if (rc != 0)
+			fail(w, i, rc, &err);
+		percent = (int)((uint64_t)i * 100 / w->n_items);
+		if (part == 0 && w->progress != NULL && percent > told)
+			w->progress(w->progress_arg, told = percent);
+	}
+	free(buf);
 }
 
-/* Without planes the masters are still looked at: a bad weight is found by --check. */
+/* The exceptions of a layer's panels, one after the other: ascending. */
 static int
-check_finite(const struct packing *p, const char *file, struct err *err)
+join_exceptions(const struct work *w, const struct want *want, uint64_t *count, struct err *err)
 {
-	for (uint32_t j = 0; j < p->n_jobs; j++) {
-		const struct st_tensor *t = p->job[j].t;
-		uint16_t row[1024];
+	uint32_t panels = (want->rows + K_PANEL - 1) / K_PANEL;
+	struct k_weight *k = want->linear;
+	uint64_t n = 0;
 
-		for (uint64_t at = 0, n = t->dim[0] * t->dim[1]; at < n; at += 1024) {
-			uint64_t len = n - at < 1024 ? n - at : 1024;
+	for (uint32_t i = 0; i < panels; i++)
+		n += w->item[want->first_item + i].n_exc;
+	*count += n;
+	if (n == 0)
+		return 0;
+	k->exc = n > UINT32_MAX ? NULL : malloc(n * sizeof(*k->exc));
+	if (k->exc == NULL)
+		return err_set(err, -ENOMEM, "no memory for %" PRIu64 " exceptions of tensor '%s'", n, want->t->name);
+	for (uint32_t i = 0; i < panels; i++) {
+		const struct item *it = &w->item[want->first_item + i];
 
-			st_read_bf16(t, at, len, row);
-			for (uint64_t i = 0; i < len; i++)
-				if ((row[i] & 0x7f80) == 0x7f80)
-					return err_set(err, -EINVAL, "%s: tensor '%s' is not finite at [%llu, %llu]", file, t->name,
-					    (unsigned long long)((at + i) / t->dim[1]), (unsigned long long)((at + i) % t->dim[1]));
-		}
+		if (it->n_exc > 0)
+			memcpy(k->exc + k->n_exc, it->exc, it->n_exc * sizeof(*k->exc));
+		k->n_exc += it->n_exc;
 	}
 	return 0;
 }
 
 static int
-load_weights(struct model *m, struct safetensors *st, struct team *team, bool check_only,
-    void (*progress)(void *, int), void *arg, struct err *err)
+run_work(struct work *w, struct model *m, struct team *team, struct err *err)
 {
-	struct packing p = {0};
 	int rc = 0;
 
-	m->layer = calloc(m->shape.n_layers, sizeof(*m->layer));
-	p.job = calloc((size_t)m->shape.n_layers * (GROUP_DOWN + 1) + 1, sizeof(*p.job));
-	if (m->layer == NULL || p.job == NULL)
-		rc = err_set(err, -ENOMEM, "out of memory");
-	for (uint32_t l = 0; l < m->shape.n_layers && rc == 0; l++)
-		rc = collect_layer(m, st, l, &p, err);
-	if (rc == 0)
-		rc = load_norm(st, "model.norm.weight", m->shape.hidden, &m->final_norm, err);
-	if (rc == 0)
-		rc = load_embedding(m, st, &p, err);
-	if (rc == 0)
-		rc = check_extra(st, err);
-	if (rc == 0 && check_only)
-		rc = check_finite(&p, st->path, err);
-	else if (rc == 0) {
-		rc = place_planes(m, &p, err);
-		if (rc == 0)
-			rc = pack_in_slices(&p, team, st->path, progress, arg, err);
-		if (rc == 0)
-			rc = make_rope(m, err);
-		if (rc == 0)
-			count_bytes(m);
-	}
-	free(p.job);
+	w->bad = UINT32_MAX;
+	pthread_mutex_init(&w->lock, NULL);
+	if (w->progress != NULL)
+		w->progress(w->progress_arg, 0);
+	team_run(team, work_part, w);
+	pthread_mutex_destroy(&w->lock);
+	if (w->rc != 0)
+		return err_set(err, w->rc, "%s", w->err.text);
+	for (uint32_t i = 0; i < w->n_wants && !w->check_only && rc == 0; i++)
+		if (w->want[i].linear != NULL)
+			rc = join_exceptions(w, &w->want[i], &m->n_exceptions, err);
+	if (rc == 0 && w->progress != NULL)
+		w->progress(w->progress_arg, 100);
 	return rc;
 }
 
 static void
-digest(struct model *m, const char *config, size_t len, const struct safetensors *st)
+free_work(struct work *w)
 {
-	uint8_t out[SHA256_DIGEST_LENGTH];
-	uint64_t bytes = st->bytes;
+	for (uint32_t i = 0; i < w->n_items; i++)
+		free(w->item[i].exc);
+	free(w->item);
+	free(w->want);
+}
+
+/* Angle of pair i at a position: pos * theta^(-2i/head_dim) (Su et al., RoFormer), in double. */
+static void
+rope_part(void *arg, uint32_t part, uint32_t parts)
+{
+	const struct model *m = arg;
+	uint32_t half = m->shape.head_dim / 2, from, to;
+	double freq[MAX_HEAD_DIM / 2];
+
+	for (uint32_t i = 0; i < half; i++)
+		freq[i] = pow(m->shape.rope_theta, -2.0 * i / m->shape.head_dim);
+	team_share(m->shape.max_context, part, parts, &from, &to);
+	for (uint32_t pos = from; pos < to; pos++) {
+		for (uint32_t i = 0; i < half; i++) {
+			m->rope_cos[(size_t)pos * half + i] = (float)cos(pos * freq[i]);
+			m->rope_sin[(size_t)pos * half + i] = (float)sin(pos * freq[i]);
+		}
+	}
+}
+
+static int
+load_weights(struct model *m, const struct safetensors *st, struct team *team, uint64_t extra, struct work *w,
+    struct err *err)
+{
+	int rc;
+
+	m->layer = calloc(m->shape.n_layers, sizeof(*m->layer));
+	if (m->layer == NULL)
+		return err_set(err, -ENOMEM, "out of memory");
+	if ((rc = collect(w, st, m, err)) != 0 || (rc = check_memory(m, extra, err)) != 0 ||
+	    (!w->check_only && (rc = allocate(m, err)) != 0) || (rc = run_work(w, m, team, err)) != 0)
+		return rc;
+	if (!w->check_only)
+		team_run(team, rope_part, m);
+	m->weights_bytes = model_plan_bytes(&m->shape) - 2 * rope_bytes(&m->shape);
+	m->weights_bytes += m->n_exceptions * sizeof(struct k_exception);
+	return 0;
+}
+
+/* ---- the model ---- */
+
+static uint64_t
+make_digest(const char *config, size_t len, const struct safetensors *st)
+{
+	uint8_t sum[SHA256_DIGEST_LENGTH], size[8];
+	uint64_t digest = 0;
 	SHA2_CTX sha;
 
+	for (int i = 0; i < 8; i++)
+		size[i] = (uint8_t)((uint64_t)st->bytes >> (8 * i));
 	SHA256Init(&sha);
 	SHA256Update(&sha, (const uint8_t *)config, len);
 	SHA256Update(&sha, st->map, st->header_bytes);
-	SHA256Update(&sha, (const uint8_t *)&bytes, sizeof(bytes));
-	SHA256Final(out, &sha);
+	SHA256Update(&sha, size, sizeof(size));
+	SHA256Final(sum, &sha);
 	for (int i = 0; i < 8; i++)
-		m->digest = m->digest << 8 | out[i];
+		digest = digest << 8 | sum[i];
+	return digest;
 }
 
 static int
-open_weights(const struct model *m, struct safetensors *st, struct err *err)
+open_weights(const char *dir, struct safetensors *st, struct err *err)
 {
-	char *path = join(m->path, "model.safetensors"), *index = join(m->path, "model.safetensors.index.json");
+	char *path = NULL, *index = NULL;
 	int rc;
 
-	if (path == NULL || index == NULL)
+	if (asprintf(&path, "%s/model.safetensors", dir) < 0 || asprintf(&index, "%s.index.json", path) < 0)
 		rc = err_set(err, -ENOMEM, "out of memory");
-	else if (access(path, F_OK) != 0 && access(index, F_OK) == 0)
-		rc = err_set(err, -ENOTSUP, "%s: sharded safetensors are not supported", index);
-	else
-		rc = safetensors_open(st, path, err);
-	free(path), free(index);
+	else if ((rc = safetensors_open(st, path, err)) == -ENOENT && access(index, F_OK) == 0)
+		rc = err_set(err, -ENOTSUP, "%s: sharded models are not supported yet, and there is no model.safetensors",
+		    index);
+	free(path);
+	free(index);
 	return rc;
 }
 
 static int
-load(struct model *m, struct team *team, uint32_t max_context, uint64_t extra, bool check_only,
-    void (*progress)(void *, int), void *arg, struct err *err)
+load_files(struct model *m, uint32_t max_context, char **config, size_t *len, struct safetensors *st, struct err *err)
 {
-	struct safetensors st = {0};
-	struct err ignored;
-	char *config = NULL;
-	size_t len = 0;
-	int rc = load_shape(m, &config, &len, err);
+	struct stat dir;
+	int rc;
 
-	if (rc == 0 && max_context != 0 && max_context < m->shape.max_context)
+	if (stat(m->path, &dir) != 0)
+		return err_set(err, -errno, "%s: %s", m->path, strerror(errno));
+	if (!S_ISDIR(dir.st_mode))
+		return err_set(err, -ENOTDIR, "%s: %s", m->path, strerror(ENOTDIR));
+	if ((rc = load_shape(m, config, len, err)) != 0)
+		return rc;
+	if (max_context != 0 && max_context < m->shape.max_context)
 		m->shape.max_context = max_context;
-	if (rc == 0)
-		rc = read_file(m->path, "tokenizer.json", &m->tokenizer_json, &m->tokenizer_json_len, err);
-	if (rc == 0) {
-		int r = read_file(m->path, "tokenizer_config.json", &m->tokenizer_config_json, &m->tokenizer_config_json_len,
-		    &ignored);
+	if ((rc = read_file(m->path, "tokenizer.json", false, &m->tokenizer_json, &m->tokenizer_json_len, err)) != 0 ||
+	    (rc = read_file(m->path, "tokenizer_config.json", true, &m->tokenizer_config_json,
+	         &m->tokenizer_config_json_len, err)) != 0)
+		return rc;
+	return open_weights(m->path, st, err);
+}
 
-		if (r != 0 && r != -ENOENT)
-			rc = err_set(err, r, "%s", ignored.text);
+static int
+set_names(struct model *m, const char *dir, struct err *err)
+{
+	size_t n = strlen(dir);
+	const char *slash;
+
+	while (n > 1 && dir[n - 1] == '/')
+		n--;
+	m->path = strndup(dir, n);
+	if (m->path != NULL) {
+		slash = strrchr(m->path, '/');
+		m->name = strdup(slash != NULL && slash[1] != '\0' ? slash + 1 : m->path);
 	}
-	if (rc == 0)
-		rc = open_weights(m, &st, err);
-	if (rc == 0)
-		rc = check_memory(m, model_plan_bytes(&m->shape), extra, err);
-	if (rc == 0)
-		rc = load_weights(m, &st, team, check_only, progress, arg, err);
-	if (rc == 0)
-		digest(m, config, len, &st);
-	safetensors_close(&st);
-	free(config);
-	return rc;
+	return m->name != NULL ? 0 : err_set(err, -ENOMEM, "out of memory");
 }
 
 int
 model_load(struct model **out, const char *dir, struct team *team, uint32_t max_context, uint64_t extra_bytes,
     bool check_only, void (*progress)(void *, int), void *arg, struct err *err)
 {
+	struct work w = {.check_only = check_only, .progress = progress, .progress_arg = arg};
 	struct model *m = calloc(1, sizeof(*m));
-	size_t n = strlen(dir);
-	const char *name;
+	struct safetensors st = {0};
+	char *config = NULL;
+	size_t len = 0;
 	int rc;
 
 	*out = NULL;
 	if (m == NULL)
 		return err_set(err, -ENOMEM, "out of memory");
-	while (n > 1 && dir[n - 1] == '/')
-		n--;
-	m->path = strndup(dir, n);
-	name = m->path == NULL ? NULL : strrchr(m->path, '/');
-	m->name = m->path == NULL ? NULL : strdup(name != NULL && name[1] != '\0' ? name + 1 : m->path);
-	rc = m->name == NULL ? err_set(err, -ENOMEM, "out of memory")
-	                     : load(m, team, max_context, extra_bytes, check_only, progress, arg, err);
+	if ((rc = set_names(m, dir, err)) == 0 && (rc = load_files(m, max_context, &config, &len, &st, err)) == 0 &&
+	    (rc = load_weights(m, &st, team, extra_bytes, &w, err)) == 0)
+		m->digest = make_digest(config, len, &st);
+	free_work(&w);
+	safetensors_close(&st);
+	free(config);
 	if (rc != 0)
 		model_free(&m);
 	*out = m;
@@ -805,15 +1000,17 @@ model_free(struct model **mp)
 
 	if (m == NULL)
 		return;
-	for (uint32_t l = 0; m->layer != NULL && l < m->shape.n_layers; l++) {
-		free(m->layer[l].input_norm), free(m->layer[l].post_norm);
+	for (uint32_t l = 0; m->layer != NULL && l < m->shape.n_layers; l++)
 		for (enum plan_group g = GROUP_Q; g <= GROUP_DOWN; g++)
 			free(m->layer[l].linear[g].exc);
-	}
-	free(m->layer), free(m->lm_head.exc), free(m->embed), free(m->final_norm), free(m->rope_cos), free(m->rope_sin);
+	free(m->layer);
+	free(m->lm_head.exc);
 	if (m->arena != NULL)
 		munmap(m->arena, m->arena_bytes);
-	free(m->tokenizer_json), free(m->tokenizer_config_json), free(m->path), free(m->name);
+	free(m->tokenizer_json);
+	free(m->tokenizer_config_json);
+	free(m->path);
+	free(m->name);
 	free(m);
 	*mp = NULL;
 }
@@ -821,12 +1018,12 @@ model_free(struct model **mp)
 void
 model_embed(const struct model *m, uint32_t token, float *out)
 {
-	uint32_t hidden = m->shape.hidden;
+	const uint16_t *row = m->embed + (size_t)token * m->shape.hidden;
 
 	if (m->embed == NULL) {
 		k_unpack_row(&m->lm_head, token, out);
 		return;
 	}
-	for (uint32_t i = 0; i < hidden; i++)
-		out[i] = k_bf16_to_float(m->embed[(size_t)token * hidden + i]);
+	for (uint32_t i = 0; i < m->shape.hidden; i++)
+		out[i] = k_bf16_to_float(row[i]);
 }

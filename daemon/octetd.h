@@ -1,0 +1,62 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#ifndef OCTETD_H
+#define OCTETD_H
+/*
+ * What the daemon is made of, for its loop thread: main.c makes and frees the
+ * parts in order, control verbs and reload reach them through here. Modules
+ * that can do with less are handed less.
+ */
+#include <jansson.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <uv.h>
+#include "client/err.h"
+#include "conf/conf.h"
+#include "daemon/engine/engine.h"
+#include "daemon/engine/model.h"
+#include "daemon/engine/plan.h"
+#include "daemon/flip.h"
+#include "daemon/journal.h"
+#include "daemon/server.h"
+#include "kernels/kernels.h"
+
+struct control;
+struct status;
+
+struct octetd {
+	uv_loop_t loop;
+	const char *conf_path;
+	struct conf *conf;          /* as it runs: restart-only options keep their old value */
+	const struct k_ops *ops;
+	const char *backend;
+	struct team *team;
+	struct model *model;
+	void *tok_blob; size_t tok_len;
+	struct journal *journal;
+	struct engine *engine;
+	struct server *server;
+	struct flipper *flips;
+	struct control *control;
+	struct status *status;
+	int64_t started_us;         /* Unix time */
+	bool draining;
+};
+
+/* What conf.h says, in the words of engine and server. */
+void octetd_engine_config(const struct octetd *, const struct conf *, struct engine_config *);
+void octetd_server_config(const struct conf *, struct server_config *);
+/* Checks what conf_load() cannot: user and group names, the backend. */
+int octetd_conf_check(const struct conf *, struct err *);
+/* Every policy of a file resolved for a model; then the plan of the active one. */
+int octetd_policies_check(const struct conf *, uint32_t n_layers, struct plan **active, struct err *);
+int octetd_policy_plan(const struct conf *, const char *name, uint32_t n_layers, struct plan **, struct err *);
+
+/* Reads the file again; done is called with 0 or -errno, the list of changes
+ * (borrowed) and the flip's result (NULL if it came to none). */
+typedef void (*reload_done)(void *arg, int rc, const struct err *, const json_t *changes, const struct flip_result *);
+void reload_start(struct octetd *, const struct flip_who *, reload_done, void *arg);
+
+int64_t octetd_now_us(void); /* Unix time */
+/* A JSON string of any bytes: what is no UTF-8 becomes '?'. */
+json_t *json_lossy(const char *);
+#endif
