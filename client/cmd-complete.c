@@ -321,7 +321,7 @@ complete(struct complete *c, octet *o)
 
 	if (rc != 0)
 		return rc;
-	if (octet_text_new(&t, o, c->stop, c->n_stops) != 0)
+	if (octet_text_new(&t, o, c->prompt_len > 0, c->stop, c->n_stops) != 0)
 		return cmd_fail("out of memory");
 	c->start = cmd_now_ms();
 	request = octet_submit(o, c->ids, (size_t)c->n_ids, &c->sampling);

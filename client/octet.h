@@ -97,7 +97,9 @@ const char *octet_piece(octet *o, uint32_t id, size_t *len);
 /* A running text of one request: turns ids into whole UTF-8 characters and
  * watches for stop strings, holding back what may be the start of one. */
 typedef struct octet_text octet_text;
-int octet_text_new(octet_text **t, octet *o, const char *const *stops, size_t n_stops);
+/* is_continuation: the ids go on from a prompt, so a leading space is text. The
+ * stop strings are copied. 0, -EINVAL for an empty stop string, -ENOMEM. */
+int octet_text_new(octet_text **t, octet *o, int is_continuation, const char *const *stops, size_t n_stops);
 void octet_text_free(octet_text **t);
 /* Gives the text that is now certain: *out is valid until the next call, *len
  * its bytes. Returns 1 when a stop string was met (the text ends before it; the

@@ -629,11 +629,9 @@ compare_places(const void *pa, const void *pb)
 	return a->t->data < b->t->data ? -1 : a->t->data > b->t->data;
 }
 
-/* Finds every tensor and cuts all into items, in the order of the file. */
 static int
 collect(struct work *w, const struct safetensors *st, struct model *m, struct err *err)
 {
-	uint64_t n_items = 0;
 	int rc = 0;
 
 	w->want = calloc((size_t)m->shape.n_layers * (GROUP_DOWN + 3) + 3, sizeof(*w->want));
@@ -642,8 +640,16 @@ collect(struct work *w, const struct safetensors *st, struct model *m, struct er
 	for (uint32_t l = 0; l < m->shape.n_layers && rc == 0; l++)
 		rc = want_layer(w, st, m, l, err);
 	if (rc != 0 || (rc = want_norm(w, st, "model.norm.weight", m->shape.hidden, &m->final_norm, err)) != 0 ||
-	    (rc = want_vocabulary(w, st, m, err)) != 0 || (rc = check_extra(st, err)) != 0)
+	    (rc = want_vocabulary(w, st, m, err)) != 0)
 		return rc;
+	return check_extra(st, err);
+}
+
+/* In the order of the file, so that it is read from front to back. */
+static int
+cut_into_items(struct work *w, struct err *err)
+{
+	uint64_t n_items = 0;
 
 	qsort(w->want, w->n_wants, sizeof(*w->want), compare_places);
 	for (uint32_t i = 0; i < w->n_wants; i++)
@@ -884,7 +890,8 @@ load_weights(struct model *m, const struct safetensors *st, struct team *team, u
 	if (m->layer == NULL)
 		return err_set(err, -ENOMEM, "out of memory");
 	if ((rc = collect(w, st, m, err)) != 0 || (rc = check_memory(m, extra, err)) != 0 ||
-	    (!w->check_only && (rc = allocate(m, err)) != 0) || (rc = run_work(w, m, team, err)) != 0)
+	    (rc = cut_into_items(w, err)) != 0 || (!w->check_only && (rc = allocate(m, err)) != 0) ||
+	    (rc = run_work(w, m, team, err)) != 0)
 		return rc;
 	if (!w->check_only)
 		team_run(team, rope_part, m);
@@ -1018,12 +1025,12 @@ model_free(struct model **mp)
 void
 model_embed(const struct model *m, uint32_t token, float *out)
 {
-	const uint16_t *row = m->embed + (size_t)token * m->shape.hidden;
+	uint32_t hidden = m->shape.hidden;
 
 	if (m->embed == NULL) {
 		k_unpack_row(&m->lm_head, token, out);
 		return;
 	}
-	for (uint32_t i = 0; i < m->shape.hidden; i++)
-		out[i] = k_bf16_to_float(row[i]);
+	for (uint32_t i = 0; i < hidden; i++)
+		out[i] = k_bf16_to_float(m->embed[(size_t)token * hidden + i]);
 }

@@ -49,8 +49,8 @@ uint64_t model_plan_bytes(const struct model_shape *);
 
 /* Reads and checks everything, then packs with the team (NULL: this thread).
  * check_only stops after the checks, NaN and Inf included, and frees nothing
- * less: *out is then a model without planes, for its shape. max_context 0: the
- * file's. progress (may be NULL) is called from this thread with 0..100.
+ * less: *out is then a model without planes, for its shape. max_context: 0, or
+ * a bound below the file's. progress (may be NULL) is called from this thread with 0..100.
  * extra_bytes: what else will be allocated (KV pool); the sum is checked
  * against the memory available, -ENOMEM with both numbers. */
 int model_load(struct model **out, const char *dir, struct team *, uint32_t max_context,

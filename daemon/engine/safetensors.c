@@ -252,7 +252,8 @@ parse_header(struct safetensors *s, struct err *err)
 	s->header_bytes = 8 + (size_t)len;
 	root = json_loadb((const char *)s->map + 8, (size_t)len, JSON_REJECT_DUPLICATES, &je);
 	if (root == NULL)
-		rc = err_set(err, -EINVAL, "%s: header: %s", s->file, safetensors_printable(je.text, why));
+		rc = err_set(err, -EINVAL, "%s: header, byte %d: %s", s->file, je.position,
+		    safetensors_printable(je.text, why));
 	else if (!json_is_object(root))
 		rc = err_set(err, -EINVAL, "%s: header: not a JSON object", s->file);
 	else

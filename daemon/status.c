@@ -1,0 +1,271 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "daemon/status.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "client/page.h"
+#include "daemon/octetd.h"
+
+#ifndef F_SEAL_FUTURE_WRITE
+#define F_SEAL_FUTURE_WRITE 0x0010
+#endif
+
+#define REFRESH_MS 100u
+#define RATE_SAMPLES 11u /* ten intervals: the last second */
+
+struct sample {
+	uint64_t at_ns, output, prompt;
+};
+
+struct status {
+	uv_timer_t timer;
+	struct octetd *d;
+	int fd, read_fd;
+	struct octet_page *page;   /* shared */
+	struct octet_page next;    /* made here, then copied in one go */
+	uint32_t watchers;
+	struct sample sample[RATE_SAMPLES];
+	uint32_t n_samples;
+	uint64_t seen_changes;     /* flipper_changes() + 1 the history was copied at */
+};
+
+/* ---- filling ---- */
+
+static void
+fill_fixed(struct status *s)
+{
+	const struct octetd *d = s->d;
+	struct octet_page *p = &s->next;
+	uint32_t n_layers = d->model->shape.n_layers;
+
+	p->magic = PAGE_MAGIC, p->version = PAGE_VERSION, p->bytes = sizeof(*p);
+	snprintf(p->octet_version, sizeof(p->octet_version), "%s", OCTET_VERSION);
+	snprintf(p->model, sizeof(p->model), "%s", d->model->name);
+	snprintf(p->backend, sizeof(p->backend), "%s", d->backend);
+	snprintf(p->cpu_level, sizeof(p->cpu_level), "%s", d->ops->name);
+	p->pid = (uint32_t)getpid();
+	p->n_layers = n_layers < PAGE_LAYERS ? n_layers : PAGE_LAYERS;
+	p->n_groups = N_GROUPS;
+	p->n_formats = N_FORMATS;
+	p->started_us = d->started_us;
+	for (int g = 0; g < N_GROUPS; g++)
+		snprintf(p->group[g], sizeof(p->group[g]), "%s", plan_group_name(g));
+	for (int f = 0; f < N_FORMATS; f++)
+		snprintf(p->format[f], sizeof(p->format[f]), "%s", plan_format_name(f));
+	p->weights_bytes = d->model->weights_bytes;
+	memset(p->wanted, PAGE_NONE, sizeof(p->wanted));
+	memset(p->executed, PAGE_NONE, sizeof(p->executed));
+}
+
+static void
+fill_plan(struct status *s)
+{
+	const struct octetd *d = s->d;
+	const struct plan *plan = flipper_plan(d->flips);
+	struct octet_page *p = &s->next;
+
+	for (int g = 0; g < N_GROUPS; g++) {
+		for (uint32_t l = 0; l < (g == GROUP_LM_HEAD ? 1 : p->n_layers); l++) {
+			p->wanted[g][l] = (uint8_t)plan_at(plan, g, l);
+			p->executed[g][l] = (uint8_t)engine_executed(d->engine, plan, g, l);
+		}
+	}
+	p->epoch = flipper_epoch(d->flips);
+	p->plan_digest = plan->digest;
+	snprintf(p->policy, sizeof(p->policy), "%s", flipper_policy(d->flips));
+}
+
+/* Over the last second, or since the first watcher came. */
+static void
+fill_rates(struct status *s)
+{
+	struct octet_page *p = &s->next;
+	struct sample now = {uv_hrtime(), p->output_tokens, p->prompt_tokens}, old;
+	double seconds;
+
+	s->sample[s->n_samples++ % RATE_SAMPLES] = now;
+	old = s->sample[s->n_samples < RATE_SAMPLES ? 0 : s->n_samples % RATE_SAMPLES];
+	seconds = (double)(now.at_ns - old.at_ns) / 1e9;
+	p->tokens_per_s = seconds > 0 ? (double)(now.output - old.output) / seconds : 0;
+	p->prompt_per_s = seconds > 0 ? (double)(now.prompt - old.prompt) / seconds : 0;
+}
+
+static void
+fill_stats(struct status *s)
+{
+	struct octet_page *p = &s->next;
+	struct engine_stats st = {0};
+
+	engine_stats(s->d->engine, &st);
+	p->step = st.step;
+	p->kv_bytes = st.kv_bytes, p->kv_pages = st.kv_pages, p->kv_pages_used = st.kv_pages_used;
+	p->kv_page_tokens = st.kv_page_tokens;
+	p->running = st.running, p->queued = st.queued, p->batch_rows = st.batch_rows;
+	p->done = st.done, p->failed = st.failed;
+	p->prompt_tokens = st.prompt_tokens, p->output_tokens = st.output_tokens;
+	p->step_ms_p50 = st.step_ms_p50, p->step_ms_p90 = st.step_ms_p90;
+	p->step_ms_p99 = st.step_ms_p99, p->step_ms_max = st.step_ms_max;
+}
+
+/* The precision lets gcc see that cutting is meant. */
+#define COPY(to, from) snprintf((to), sizeof(to), "%.*s", (int)sizeof(to) - 1, (from))
+
+static void
+fill_history(struct status *s)
+{
+	struct journal_entry *list = NULL;
+	struct octet_page *p = &s->next;
+	uint32_t n;
+
+	if (s->seen_changes == flipper_changes(s->d->flips) + 1)
+		return;
+	s->seen_changes = flipper_changes(s->d->flips) + 1;
+	n = journal_history(s->d->journal, &list);
+	p->n_history = n < PAGE_HISTORY ? n : PAGE_HISTORY;
+	for (uint32_t i = 0; i < p->n_history; i++) {
+		const struct journal_entry *e = &list[n - 1 - i];
+		struct page_history *h = &p->history[i];
+
+		*h = (struct page_history){.epoch = e->r.epoch, .step = e->r.step, .time_us = e->r.time_us, .uid = e->r.uid,
+		    .pid = e->r.pid};
+		COPY(h->program, e->r.program);
+		COPY(h->why, e->r.why);
+		COPY(h->change, e->r.change);
+		COPY(h->result, e->r.unjournaled ? "unjournaled" : e->outcome);
+	}
+	free(list);
+}
+
+/* Readers copy until seq is even and unchanged. */
+static void
+publish(struct status *s)
+{
+	struct octet_page *p = s->page;
+	uint32_t seq = __atomic_load_n(&p->seq, __ATOMIC_RELAXED);
+
+	s->next.updated_us = octetd_now_us();
+	s->next.seq = seq + 1;
+	__atomic_store_n(&p->seq, seq + 1, __ATOMIC_RELAXED);
+	__atomic_thread_fence(__ATOMIC_RELEASE);
+	memcpy(p, &s->next, sizeof(*p));
+	__atomic_store_n(&p->seq, seq + 2, __ATOMIC_RELEASE);
+}
+
+static void
+refresh(struct status *s)
+{
+	fill_plan(s);
+	fill_stats(s);
+	fill_rates(s);
+	fill_history(s);
+	s->next.n_clients = server_clients(s->d->server, s->next.client, PAGE_CLIENTS);
+	if (s->next.n_clients > PAGE_CLIENTS)
+		s->next.n_clients = PAGE_CLIENTS;
+	publish(s);
+}
+
+static void
+on_timer(uv_timer_t *t)
+{
+	refresh(t->data);
+}
+
+/* ---- life ---- */
+
+static int
+make_page(struct status *s, struct err *err)
+{
+	char self[64];
+	void *p;
+
+	s->fd = memfd_create("octet-status", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+	if (s->fd < 0)
+		return err_set(err, -errno, "status page: %s", strerror(errno));
+	if (ftruncate(s->fd, sizeof(*s->page)) != 0)
+		return err_set(err, -errno, "status page: %s", strerror(errno));
+	p = mmap(NULL, sizeof(*s->page), PROT_READ | PROT_WRITE, MAP_SHARED, s->fd, 0);
+	if (p == MAP_FAILED)
+		return err_set(err, -errno, "status page: %s", strerror(errno));
+	s->page = p;
+	if (fcntl(s->fd, F_ADD_SEALS, F_SEAL_FUTURE_WRITE | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0)
+		return err_set(err, -errno, "status page: cannot be sealed (Linux 5.1 or later is needed): %s",
+		    strerror(errno));
+	/* The seal holds for every descriptor; a read-only one is only cleaner. */
+	snprintf(self, sizeof(self), "/proc/self/fd/%d", s->fd);
+	s->read_fd = open(self, O_RDONLY | O_CLOEXEC);
+	return 0;
+}
+
+static void
+on_closed(uv_handle_t *h)
+{
+	struct status *s = h->data;
+
+	if (s->page != NULL)
+		munmap(s->page, sizeof(*s->page));
+	if (s->fd >= 0)
+		close(s->fd);
+	if (s->read_fd >= 0)
+		close(s->read_fd);
+	free(s);
+}
+
+int
+status_new(struct status **out, struct octetd *d, struct err *err)
+{
+	struct status *s = calloc(1, sizeof(*s));
+	int rc;
+
+	*out = NULL;
+	if (s == NULL)
+		return err_set(err, -ENOMEM, "no memory for the status page");
+	s->d = d;
+	s->fd = s->read_fd = -1;
+	uv_timer_init(&d->loop, &s->timer);
+	s->timer.data = s;
+	rc = make_page(s, err);
+	if (rc != 0) {
+		status_free(&s);
+		return rc;
+	}
+	fill_fixed(s);
+	*out = s;
+	return 0;
+}
+
+void
+status_free(struct status **sp)
+{
+	if (*sp != NULL)
+		uv_close((uv_handle_t *)&(*sp)->timer, on_closed);
+	*sp = NULL;
+}
+
+int
+status_fd(const struct status *s)
+{
+	return s->read_fd >= 0 ? s->read_fd : s->fd;
+}
+
+void
+status_watch(struct status *s)
+{
+	if (s->watchers++ == 0) {
+		s->n_samples = 0;
+		uv_timer_start(&s->timer, on_timer, REFRESH_MS, REFRESH_MS);
+	}
+	refresh(s);
+}
+
+void
+status_unwatch(struct status *s)
+{
+	if (--s->watchers == 0)
+		uv_timer_stop(&s->timer);
+}

@@ -1,0 +1,177 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""An independent float64 forward pass of a Llama directory under octet's formats. Needs numpy.
+
+  reference.py MODEL_DIR --plan bf16|fp8|fp8w|fp8-all|fp8w-all --tokens N [--eos ID] --out FILE PROMPT_IDS...
+
+Each PROMPT_IDS is a comma list of token ids, one case each. Greedy decoding. Writes one JSON
+object: {"plan", "cases": [{"prompt", "tokens", "margins", "probe": [ids], "logits": [[...] per token]}]}.
+margins: best minus second logit of each step; logits: those of the probe ids, at each step.
+
+Weights are rounded once to BF16. bf16: inputs of linear layers rounded to BF16. fp8w: weights E4M3 at
+a power-of-two scale per output channel, inputs BF16. fp8: the same weights, inputs E4M3 at absmax/448
+per token. q, K, V and the probabilities of a 32-position block are rounded to BF16; all else is float64.
+"""
+import argparse, json, struct
+import numpy as np
+
+
+def bf16(x):
+    """Nearest even, as float64."""
+    u = np.asarray(x, np.float32).view(np.uint32).astype(np.uint64)
+    return ((((u + 0x7FFF + ((u >> 16) & 1)) >> 16) << 16).astype(np.uint32)).view(np.float32).astype(np.float64)
+
+
+POSITIVE = np.array([m * 2.0**-9 if e == 0 else (8 + m) * 2.0**(e - 10) for e in range(16) for m in range(8)][:127])
+
+
+def e4m3(x):
+    """Nearest even of float64 values, saturating at 448: by search in the list of all values."""
+    a = np.minimum(np.abs(x), 448.0)
+    hi = np.clip(np.searchsorted(POSITIVE, a), 1, 126)
+    lo = hi - 1
+    dl, dh = a - POSITIVE[lo], POSITIVE[hi] - a
+    pick = np.where((dh < dl) | ((dh == dl) & (hi % 2 == 0)), hi, lo)
+    return np.sign(x) * POSITIVE[pick]
+
+
+def e4m3_rows(w):
+    absmax = np.abs(w).max(axis=1)
+    k = np.where(absmax > 0, np.floor(np.log2(448 / np.where(absmax > 0, absmax, 1))), 0)
+    k = np.where(absmax * 2.0**k > 448, k - 1, k)
+    k = np.clip(k, -120, 120)[:, None]
+    return e4m3(w * 2.0**k) * 2.0**-k
+
+
+def safetensors(path):
+    with open(path, "rb") as f:
+        n = struct.unpack("<Q", f.read(8))[0]
+        header = json.loads(f.read(n))
+        data = f.read()
+    out = {}
+    for name, t in header.items():
+        if name == "__metadata__":
+            continue
+        raw = data[t["data_offsets"][0]:t["data_offsets"][1]]
+        if t["dtype"] == "BF16":
+            a = (np.frombuffer(raw, np.uint16).astype(np.uint32) << 16).view(np.float32)
+        else:
+            a = np.frombuffer(raw, {"F32": np.float32, "F16": np.float16}[t["dtype"]])
+        out[name] = bf16(a).reshape(t["shape"])
+    return out
+
+
+GROUPS = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
+          "mlp.down_proj", "lm_head"]
+
+
+class Model:
+    def __init__(self, path, plan):
+        self.c = c = json.load(open(path + "/config.json"))
+        self.w = w = safetensors(path + "/model.safetensors")
+        self.hd = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
+        self.embed = w["model.embed_tokens.weight"]
+        if c.get("tie_word_embeddings"):
+            w["lm_head.weight"] = self.embed
+        base = plan.replace("-all", "")
+        self.format = {g: base if base == "bf16" or g != "lm_head" or plan.endswith("-all") else "bf16" for g in GROUPS}
+        self.cooked = {}
+        for name, t in list(w.items()):
+            group = next((g for g in GROUPS if name.endswith(g + ".weight")), None)
+            if group:
+                self.cooked[name] = t if self.format[group] == "bf16" else e4m3_rows(t)
+
+    def linear(self, name, x):
+        group = next(g for g in GROUPS if name.endswith(g))
+        if self.format[group] == "fp8":
+            x32 = x.astype(np.float32)
+            s = np.float32(np.abs(x32).max() / np.float32(448))
+            s = s if s != 0 else np.float32(1)
+            x = e4m3((x32 / s).astype(np.float64)) * np.float64(s)
+        else:
+            x = bf16(x)
+        return self.cooked[name + ".weight"] @ x
+
+    def norm(self, x, name):
+        return x / np.sqrt((x * x).mean() + self.c["rms_norm_eps"]) * self.w[name]
+
+    def rope(self, x, pos):
+        half = self.hd // 2
+        angle = pos * self.c.get("rope_theta", 10000.0) ** (-2.0 * np.arange(half) / self.hd)
+        cos, sin = np.cos(angle), np.sin(angle)
+        a, b = x[:, :half], x[:, half:]
+        return np.concatenate([a * cos - b * sin, b * cos + a * sin], 1)
+
+    def attention(self, q, K, V):
+        """One head: blocks of 32 positions, each with its own max and rounded probabilities."""
+        m = l = o = None
+        for b in range(0, len(K), 32):
+            s = K[b:b + 32] @ q / np.sqrt(self.hd)
+            bm = s.max()
+            p = bf16(np.exp(s - bm))
+            bl, bo = p.sum(), p @ V[b:b + 32]
+            if m is None:
+                m, l, o = bm, bl, bo
+                continue
+            t = max(m, bm)
+            l = l * np.exp(m - t) + bl * np.exp(bm - t)
+            o = o * np.exp(m - t) + bo * np.exp(bm - t)
+            m = t
+        return o / l
+
+    def step(self, token, pos, cache):
+        c, n, kv = self.c, self.c["num_attention_heads"], self.c["num_key_value_heads"]
+        x = self.embed[token].copy()
+        for i in range(c["num_hidden_layers"]):
+            p = f"model.layers.{i}."
+            h = self.norm(x, p + "input_layernorm.weight")
+            q = bf16(self.rope(self.linear(p + "self_attn.q_proj", h).reshape(n, -1), pos))
+            k = bf16(self.rope(self.linear(p + "self_attn.k_proj", h).reshape(kv, -1), pos))
+            v = bf16(self.linear(p + "self_attn.v_proj", h).reshape(kv, -1))
+            cache[i][0].append(k)
+            cache[i][1].append(v)
+            K, V = np.stack(cache[i][0]), np.stack(cache[i][1])
+            a = np.concatenate([self.attention(q[j], K[:, j * kv // n], V[:, j * kv // n]) for j in range(n)])
+            x = x + self.linear(p + "self_attn.o_proj", a)
+            h = self.norm(x, p + "post_attention_layernorm.weight")
+            g, u = self.linear(p + "mlp.gate_proj", h), self.linear(p + "mlp.up_proj", h)
+            x = x + self.linear(p + "mlp.down_proj", g / (1 + np.exp(-g)) * u)
+        return self.linear("lm_head", self.norm(x, "model.norm.weight"))
+
+
+def run(m, prompt, n_tokens, eos, probe):
+    cache = [([], []) for _ in range(m.c["num_hidden_layers"])]
+    tokens, margins, logits = [], [], []
+    for pos in range(len(prompt) + n_tokens - 1):
+        token = prompt[pos] if pos < len(prompt) else tokens[pos - len(prompt)]
+        out = m.step(token, pos, cache)
+        if pos < len(prompt) - 1:
+            continue
+        best = int(out.argmax())
+        two = np.partition(out, -2)[-2:]
+        logits.append([float(f"{v:.7g}") for v in out[probe]])
+        margins.append(float(f"{two[1] - two[0]:.4g}"))
+        if best == eos:
+            break
+        tokens.append(best)
+    return {"prompt": prompt, "tokens": tokens, "margins": margins, "logits": logits}
+
+
+def main():
+    ap = argparse.ArgumentParser()
+    ap.add_argument("model")
+    ap.add_argument("--plan", default="bf16")
+    ap.add_argument("--tokens", type=int, default=200)
+    ap.add_argument("--eos", type=int, default=-1)
+    ap.add_argument("--out", required=True)
+    ap.add_argument("prompt", nargs="+")
+    a = ap.parse_args()
+    m = Model(a.model, a.plan)
+    probe = [int(v) for v in np.linspace(0, m.c["vocab_size"] - 1, 12)]
+    cases = [run(m, [int(t) for t in p.split(",")], a.tokens, a.eos, probe) for p in a.prompt]
+    with open(a.out, "w") as f:
+        json.dump({"plan": a.plan, "probe": probe, "cases": cases}, f, separators=(",", ":"))
+        f.write("\n")
+
+
+main()

@@ -1,0 +1,1124 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The model loader: the embedded model and small ones made here, bit for bit;
+ * a table of broken directories, each with its message; a seeded loop of
+ * mutated files that may fail but never crash.
+ */
+#include <stdarg.h>
+#include <stddef.h>
+#include <setjmp.h>
+#include <cmocka.h>
+#include <errno.h>
+#include <inttypes.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "daemon/engine/model.h"
+#include "daemon/engine/safetensors.h"
+
+#define MAX_TENSORS 64
+
+static char scratch[] = "/tmp/octet-model-XXXXXX";
+static const char *const files[] = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+    "model.safetensors", "model.safetensors.index.json"};
+
+/* ---- random numbers: splitmix64 ---- */
+
+static uint64_t rng_state;
+
+static uint64_t
+rng(void)
+{
+	uint64_t z = rng_state += 0x9e3779b97f4a7c15u;
+
+	z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
+	z = (z ^ z >> 27) * 0x94d049bb133111ebu;
+	return z ^ z >> 31;
+}
+
+static uint32_t
+below(uint32_t n)
+{
+	return (uint32_t)(rng() % n);
+}
+
+/* ---- a model directory in the making ---- */
+
+struct fake_tensor {
+	char name[96], dtype[8];
+	char shape[80];      /* as in the header */
+	uint32_t rows, cols; /* a norm has one row */
+	int64_t from, to;
+	uint8_t *data;       /* what the file holds */
+	uint16_t *bits;      /* [rows * cols] what it must become */
+};
+
+struct fake {
+	struct model_shape s;
+	char config[2048], index[64], generation[256], tokenizer[64];
+	struct fake_tensor t[MAX_TENSORS];
+	uint32_t n;
+	char *header;        /* replaces what the tensors say */
+	uint64_t header_len; /* what the file claims, if not 0 */
+	int64_t cut;         /* bytes taken off the file's end, or added to it if negative */
+	uint64_t extra;
+};
+
+static uint32_t
+elem_bytes(const char *dtype)
+{
+	return strcmp(dtype, "F32") == 0 ? 4 : 2;
+}
+
+static double
+value_of_bf16(uint16_t b)
+{
+	uint32_t exp = b >> 7 & 0xff, frac = b & 0x7f;
+	double v = exp == 0 ? ldexp(frac, -133) : ldexp(frac + 128.0, (int)exp - 134);
+
+	return b & 0x8000 ? -v : v;
+}
+
+static double
+value_of_f32(uint32_t u)
+{
+	uint32_t exp = u >> 23 & 0xff, frac = u & 0x7fffff;
+	double v = exp == 0 ? ldexp(frac, -149) : ldexp(frac + 8388608.0, (int)exp - 150);
+
+	return u >> 31 ? -v : v;
+}
+
+static double
+value_of_f16(uint16_t h)
+{
+	uint32_t exp = h >> 10 & 0x1f, frac = h & 0x3ff;
+	double v = exp == 0 ? ldexp(frac, -24) : ldexp(frac + 1024.0, (int)exp - 25);
+
+	return h & 0x8000 ? -v : v;
+}
+
+/* The BF16 pattern nearest to v, the even one of two, by bisection over all
+ * magnitudes: another way than the loader's. */
+static uint16_t
+nearest_bf16(double v, bool negative)
+{
+	uint32_t lo = 0, hi = 0x7f7f;
+	double a = fabs(v), down, up;
+
+	while (hi - lo > 1) {
+		uint32_t mid = (lo + hi) / 2;
+
+		if (value_of_bf16((uint16_t)mid) <= a)
+			lo = mid;
+		else
+			hi = mid;
+	}
+	down = a - value_of_bf16((uint16_t)lo);
+	up = value_of_bf16((uint16_t)hi) - a;
+	if (up < down || (up == down && hi % 2 == 0))
+		lo = hi;
+	return (uint16_t)(lo | (negative ? 0x8000u : 0));
+}
+
+static void
+put_element(struct fake_tensor *t, size_t i, uint32_t u)
+{
+	uint16_t h = (uint16_t)u;
+
+	if (elem_bytes(t->dtype) == 4)
+		memcpy(t->data + 4 * i, &u, 4);
+	else
+		memcpy(t->data + 2 * i, &h, 2);
+}
+
+/* Mostly like weights, some of any size, zeros of both signs, ties. */
+static void
+random_element(struct fake_tensor *t, size_t i)
+{
+	bool wild = below(16) == 0;
+
+	if (strcmp(t->dtype, "F32") == 0) {
+		uint32_t u = (uint32_t)rng() & 0x80ffffffu, exp = wild ? below(0xfe) : 110 + below(12);
+
+		u = (u & 0x807fffffu) | exp << 23;
+		if (below(32) == 0)
+			u = (u & 0xffff0000u) | 0x8000u; /* half way */
+		if (below(64) == 0)
+			u &= 0x80000000u;
+		put_element(t, i, u);
+		t->bits[i] = nearest_bf16(value_of_f32(u), u >> 31);
+	} else if (strcmp(t->dtype, "F16") == 0) {
+		uint16_t h = (uint16_t)rng();
+
+		h = (uint16_t)((h & 0x83ffu) | (wild ? below(0x1f) : 4 + below(8)) << 10);
+		put_element(t, i, h);
+		t->bits[i] = nearest_bf16(value_of_f16(h), h >> 15);
+	} else {
+		uint16_t b = (uint16_t)((rng() & 0x807fu) | (wild ? below(0xff) : 110 + below(12)) << 7);
+
+		if (below(64) == 0)
+			b &= 0x8000;
+		put_element(t, i, b);
+		t->bits[i] = b;
+	}
+}
+
+static struct fake_tensor *
+fake_tensor(struct fake *f, const char *dtype, uint32_t rows, uint32_t cols, const char *fmt, ...)
+    __attribute__((format(printf, 5, 6)));
+
+static struct fake_tensor *
+fake_tensor(struct fake *f, const char *dtype, uint32_t rows, uint32_t cols, const char *fmt, ...)
+{
+	struct fake_tensor *t = &f->t[f->n++];
+	size_t n = (size_t)rows * cols;
+	va_list ap;
+
+	assert_true(f->n <= MAX_TENSORS);
+	va_start(ap, fmt);
+	vsnprintf(t->name, sizeof(t->name), fmt, ap);
+	va_end(ap);
+	snprintf(t->dtype, sizeof(t->dtype), "%s", dtype);
+	if (strstr(t->name, "norm") != NULL || strstr(t->name, "inv_freq") != NULL)
+		snprintf(t->shape, sizeof(t->shape), "[%u]", cols);
+	else
+		snprintf(t->shape, sizeof(t->shape), "[%u, %u]", rows, cols);
+	t->rows = rows, t->cols = cols;
+	t->data = malloc(n * elem_bytes(dtype));
+	t->bits = malloc(n * sizeof(*t->bits));
+	assert_true(t->data != NULL && t->bits != NULL);
+	for (size_t i = 0; i < n; i++)
+		random_element(t, i);
+	return t;
+}
+
+static void
+fake_layout(struct fake *f)
+{
+	int64_t at = 0;
+
+	for (uint32_t i = 0; i < f->n; i++) {
+		f->t[i].from = at;
+		at += (int64_t)f->t[i].rows * f->t[i].cols * elem_bytes(f->t[i].dtype);
+		f->t[i].to = at;
+	}
+}
+
+static void
+fake_config(struct fake *f)
+{
+	const struct model_shape *s = &f->s;
+
+	snprintf(f->config, sizeof(f->config),
+	    "{\"architectures\": [\"LlamaForCausalLM\"], \"hidden_size\": %u, \"intermediate_size\": %u,\n"
+	    "\"num_hidden_layers\": %u, \"num_attention_heads\": %u, \"num_key_value_heads\": %u, \"head_dim\": %u,\n"
+	    "\"vocab_size\": %u, \"max_position_embeddings\": %u, \"rms_norm_eps\": 1e-05, \"rope_theta\": 10000.0,\n"
+	    "\"rope_scaling\": null, \"tie_word_embeddings\": %s, \"hidden_act\": \"silu\", \"attention_bias\": false,\n"
+	    "\"mlp_bias\": false, \"eos_token_id\": 3}\n",
+	    s->hidden, s->intermediate, s->n_layers, s->n_heads, s->n_kv_heads, s->head_dim, s->vocab, s->max_context,
+	    s->tied ? "true" : "false");
+}
+
+static const struct model_shape small = {
+	.hidden = 36, .intermediate = 172, .n_layers = 2, .n_heads = 6, .n_kv_heads = 2, .head_dim = 10, .vocab = 67,
+	.max_context = 48};
+static const struct model_shape tiny = {
+	.hidden = 8, .intermediate = 12, .n_layers = 1, .n_heads = 2, .n_kv_heads = 1, .head_dim = 4, .vocab = 34,
+	.max_context = 16};
+
+/* dtype NULL: another one for each tensor. */
+static struct fake *
+fake_new(const struct model_shape *shape, const char *dtype, bool tied, uint64_t seed)
+{
+	static const char *const mixed[] = {"F32", "BF16", "F16"};
+	struct fake *f = calloc(1, sizeof(*f));
+	struct model_shape *s;
+	uint32_t q, kv;
+#define DTYPE (dtype != NULL ? dtype : mixed[below(3)])
+
+	assert_non_null(f);
+	rng_state = seed;
+	f->s = *shape;
+	s = &f->s;
+	s->tied = tied;
+	fake_config(f);
+	snprintf(f->tokenizer, sizeof(f->tokenizer), "{\"made\": \"by test_model\"}");
+	q = s->n_heads * s->head_dim, kv = s->n_kv_heads * s->head_dim;
+	fake_tensor(f, DTYPE, s->vocab, s->hidden, "model.embed_tokens.weight");
+	for (uint32_t l = 0; l < s->n_layers; l++) {
+		fake_tensor(f, DTYPE, 1, s->hidden, "model.layers.%u.input_layernorm.weight", l);
+		fake_tensor(f, DTYPE, q, s->hidden, "model.layers.%u.self_attn.q_proj.weight", l);
+		fake_tensor(f, DTYPE, kv, s->hidden, "model.layers.%u.self_attn.k_proj.weight", l);
+		fake_tensor(f, DTYPE, kv, s->hidden, "model.layers.%u.self_attn.v_proj.weight", l);
+		fake_tensor(f, DTYPE, s->hidden, q, "model.layers.%u.self_attn.o_proj.weight", l);
+		fake_tensor(f, DTYPE, 1, s->hidden, "model.layers.%u.post_attention_layernorm.weight", l);
+		fake_tensor(f, DTYPE, s->intermediate, s->hidden, "model.layers.%u.mlp.gate_proj.weight", l);
+		fake_tensor(f, DTYPE, s->intermediate, s->hidden, "model.layers.%u.mlp.up_proj.weight", l);
+		fake_tensor(f, DTYPE, s->hidden, s->intermediate, "model.layers.%u.mlp.down_proj.weight", l);
+	}
+	fake_tensor(f, DTYPE, 1, s->hidden, "model.norm.weight");
+	if (!tied)
+		fake_tensor(f, DTYPE, s->vocab, s->hidden, "lm_head.weight");
+	fake_layout(f);
+	return f;
+}
+
+static void
+fake_free(struct fake *f)
+{
+	for (uint32_t i = 0; i < MAX_TENSORS; i++) {
+		free(f->t[i].data);
+		free(f->t[i].bits);
+	}
+	free(f->header);
+	free(f);
+}
+
+static struct fake_tensor *
+fake_find(struct fake *f, const char *name)
+{
+	for (uint32_t i = 0; i < f->n; i++)
+		if (strcmp(f->t[i].name, name) == 0)
+			return &f->t[i];
+	fail_msg("the fake model has no '%s'", name);
+	return NULL;
+}
+
+static const char *
+in_scratch(const char *file)
+{
+	static char path[4][256];
+	static unsigned turn;
+	char *p = path[turn++ % 4];
+
+	snprintf(p, sizeof(path[0]), "%s/%s", scratch, file);
+	return p;
+}
+
+static void
+write_file(const char *file, const void *data, size_t len)
+{
+	FILE *f = fopen(in_scratch(file), "w");
+
+	assert_non_null(f);
+	assert_int_equal(fwrite(data, 1, len, f), len);
+	assert_int_equal(fclose(f), 0);
+}
+
+static void
+write_text(const char *file, const char *text)
+{
+	if (text[0] != '\0')
+		write_file(file, text, strlen(text));
+}
+
+/* The header as the tensors say, padded as the format advises. */
+static char *
+fake_header(const struct fake *f)
+{
+	size_t cap = 64 + f->n * 320, at;
+	char *h = malloc(cap);
+
+	assert_non_null(h);
+	at = (size_t)snprintf(h, cap, "{\"__metadata__\": {\"format\": \"pt\"}");
+	for (uint32_t i = 0; i < f->n; i++)
+		at += (size_t)snprintf(h + at, cap - at,
+		    ", \"%s\": {\"dtype\": \"%s\", \"shape\": %s, \"data_offsets\": [%" PRId64 ", %" PRId64 "]}", f->t[i].name,
+		    f->t[i].dtype, f->t[i].shape, f->t[i].from, f->t[i].to);
+	at += (size_t)snprintf(h + at, cap - at, "}");
+	while (at % 8 != 3) /* odd on purpose: no alignment may be counted on */
+		h[at++] = ' ';
+	h[at] = '\0';
+	return h;
+}
+
+/* The bytes of model.safetensors. */
+static uint8_t *
+fake_bytes(const struct fake *f, size_t *len, size_t *header_len)
+{
+	char *header = f->header != NULL ? strdup(f->header) : fake_header(f);
+	uint64_t n = strlen(header), claim = f->header_len != 0 ? f->header_len : n;
+	size_t data = 0, at = 8 + n;
+	uint8_t *bytes;
+
+	for (uint32_t i = 0; i < f->n; i++)
+		if (f->t[i].data != NULL)
+			data += (size_t)f->t[i].rows * f->t[i].cols * elem_bytes(f->t[i].dtype);
+	bytes = calloc(1, 8 + n + data + 64);
+	assert_non_null(bytes);
+	memcpy(bytes, &claim, 8);
+	memcpy(bytes + 8, header, n);
+	for (uint32_t i = 0; i < f->n; i++) {
+		size_t size = (size_t)f->t[i].rows * f->t[i].cols * elem_bytes(f->t[i].dtype);
+
+		memcpy(bytes + at, f->t[i].data, size);
+		at += size;
+	}
+	assert_true(f->cut >= -64 && f->cut <= (int64_t)at);
+	*len = (size_t)((int64_t)at - f->cut);
+	*header_len = 8 + n;
+	free(header);
+	return bytes;
+}
+
+static void
+clean_scratch(void)
+{
+	for (size_t i = 0; i < sizeof(files) / sizeof(*files); i++)
+		unlink(in_scratch(files[i]));
+}
+
+static void
+fake_write(const struct fake *f)
+{
+	size_t len, header_len;
+	uint8_t *bytes = fake_bytes(f, &len, &header_len);
+
+	clean_scratch();
+	write_text("config.json", f->config);
+	write_text("generation_config.json", f->generation);
+	write_text("tokenizer.json", f->tokenizer);
+	write_text("model.safetensors.index.json", f->index);
+	write_file("model.safetensors", bytes, len);
+	free(bytes);
+}
+
+/* ---- loads that work ---- */
+
+static struct model *
+load(const char *dir, struct team *team)
+{
+	struct model *m;
+	struct err err = {""};
+	int rc = model_load(&m, dir, team, 0, 0, false, NULL, NULL, &err);
+
+	if (rc != 0)
+		fail_msg("%s: %s", dir, err.text);
+	return m;
+}
+
+static void
+assert_linear(const struct k_weight *w, const uint16_t *bits, uint32_t n, uint32_t k, const char *name)
+{
+	assert_int_equal(w->n, n);
+	assert_int_equal(w->k, k);
+	for (uint32_t r = 0; r < n; r++)
+		for (uint32_t c = 0; c < k; c++)
+			if (k_unpack(w, r, c) != bits[(size_t)r * k + c])
+				fail_msg("%s [%u, %u]: %04x, the master is %04x", name, r, c, k_unpack(w, r, c),
+				    bits[(size_t)r * k + c]);
+	for (uint32_t i = 1; i < w->n_exc; i++)
+		assert_true(w->exc[i - 1].block < w->exc[i].block ||
+		    (w->exc[i - 1].block == w->exc[i].block && w->exc[i - 1].index < w->exc[i].index));
+}
+
+/* Where a tensor went in a model; false for a norm. */
+static bool
+assert_tensor(const struct model *m, const char *name, const uint16_t *bits, uint32_t rows, uint32_t cols)
+{
+	static const char *const part[] = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+	    "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"};
+	const float *norm = m->final_norm;
+	float *row;
+	unsigned l;
+	int at = 0;
+
+	if (strcmp(name, "model.embed_tokens.weight") == 0) {
+		row = malloc(cols * sizeof(*row));
+		for (uint32_t r = 0; r < rows; r++) {
+			model_embed(m, r, row);
+			for (uint32_t c = 0; c < cols; c++)
+				assert_int_equal(k_bf16_from_float(row[c]), bits[(size_t)r * cols + c]);
+		}
+		free(row);
+		if (m->shape.tied)
+			assert_linear(&m->lm_head, bits, rows, cols, name);
+		return true;
+	}
+	if (strcmp(name, "lm_head.weight") == 0) {
+		assert_linear(&m->lm_head, bits, rows, cols, name);
+		return true;
+	}
+	if (sscanf(name, "model.layers.%u.%n", &l, &at) == 1) {
+		for (unsigned g = 0; g < 7; g++) {
+			if (strncmp(name + at, part[g], strlen(part[g])) == 0) {
+				assert_linear(&m->layer[l].linear[g], bits, rows, cols, name);
+				return true;
+			}
+		}
+		norm = strstr(name, "input_layernorm") != NULL ? m->layer[l].input_norm : m->layer[l].post_norm;
+	}
+	for (uint32_t c = 0; c < cols; c++)
+		assert_true(norm[c] == (float)value_of_bf16(bits[c]));
+	return false;
+}
+
+static void
+assert_same_model(const struct model *a, const struct model *b)
+{
+	assert_int_equal(a->arena_bytes, b->arena_bytes);
+	assert_memory_equal(a->arena, b->arena, a->arena_bytes);
+	assert_int_equal(a->n_exceptions, b->n_exceptions);
+	assert_true(a->digest == b->digest);
+	for (uint32_t l = 0; l < a->shape.n_layers; l++) {
+		for (int g = 0; g <= GROUP_DOWN; g++) {
+			const struct k_weight *x = &a->layer[l].linear[g], *y = &b->layer[l].linear[g];
+
+			assert_int_equal(x->n_exc, y->n_exc);
+			if (x->n_exc > 0)
+				assert_memory_equal(x->exc, y->exc, x->n_exc * sizeof(*x->exc));
+		}
+	}
+	assert_int_equal(a->lm_head.n_exc, b->lm_head.n_exc);
+	if (a->lm_head.n_exc > 0)
+		assert_memory_equal(a->lm_head.exc, b->lm_head.exc, a->lm_head.n_exc * sizeof(*a->lm_head.exc));
+}
+
+static const char *
+proof_dir(void)
+{
+	static char path[4096];
+	const char *src = getenv("srcdir");
+
+	snprintf(path, sizeof(path), "%s/models/proof", src != NULL ? src : ".");
+	return path;
+}
+
+static void
+test_proof(void **state)
+{
+	struct timespec t0, t1;
+	struct safetensors st;
+	struct team *team;
+	struct model *m, *one;
+	struct err err;
+	char path[4200];
+	uint32_t linears = 0;
+
+	(void)state;
+	assert_int_equal(team_new(&team, 0, 50), 0);
+	clock_gettime(CLOCK_MONOTONIC, &t0);
+	m = load(proof_dir(), team);
+	clock_gettime(CLOCK_MONOTONIC, &t1);
+	print_message("# proof: %.0f ms with %u threads, %" PRIu64 " bytes of weights, %" PRIu64 " exceptions\n",
+	    (double)(t1.tv_sec - t0.tv_sec) * 1e3 + (double)(t1.tv_nsec - t0.tv_nsec) / 1e6, team_size(team),
+	    m->weights_bytes, m->n_exceptions);
+	assert_string_equal(m->name, "proof");
+	assert_int_equal(m->shape.hidden, 256);
+	assert_int_equal(m->shape.intermediate, 768);
+	assert_int_equal(m->shape.n_layers, 6);
+	assert_int_equal(m->shape.n_heads, 4);
+	assert_int_equal(m->shape.n_kv_heads, 2);
+	assert_int_equal(m->shape.head_dim, 64);
+	assert_int_equal(m->shape.vocab, 2048);
+	assert_int_equal(m->shape.max_context, 512);
+	assert_true(m->shape.tied && m->embed == NULL);
+	assert_int_equal(m->shape.n_eos, 1);
+	assert_int_equal(m->shape.eos[0], 3);
+	assert_true(m->shape.rms_eps == 1e-5f && m->shape.rope_theta == 10000);
+	assert_true(m->tokenizer_json[0] == '{' && strlen(m->tokenizer_json) == m->tokenizer_json_len);
+	assert_true(m->tokenizer_config_json[0] == '{');
+
+	snprintf(path, sizeof(path), "%s/model.safetensors", proof_dir());
+	assert_int_equal(safetensors_open(&st, path, &err), 0);
+	for (size_t i = 0; i < st.n; i++) {
+		const struct st_tensor *t = &st.tensor[i];
+		uint16_t *bits = malloc(t->to - t->from);
+
+		assert_int_equal(t->dtype, ST_BF16);
+		memcpy(bits, t->data, t->to - t->from);
+		linears += assert_tensor(m, t->name, bits, t->n_dims == 1 ? 1 : (uint32_t)t->dim[0],
+		    (uint32_t)t->dim[t->n_dims - 1]);
+		free(bits);
+	}
+	assert_int_equal(linears, 6 * 7 + 1);
+	safetensors_close(&st);
+
+	one = load(proof_dir(), NULL);
+	assert_same_model(m, one);
+	model_free(&one);
+	model_free(&m);
+	assert_null(m);
+	team_free(&team);
+}
+
+static void
+test_rope(void **state)
+{
+	struct fake *f = fake_new(&small, "BF16", true, 7);
+	struct model *m;
+	uint32_t half = f->s.head_dim / 2;
+
+	(void)state;
+	fake_write(f);
+	m = load(scratch, NULL);
+	for (uint32_t pos = 0; pos < f->s.max_context; pos++) {
+		for (uint32_t i = 0; i < half; i++) {
+			double angle = pos / pow(10000, 2.0 * i / f->s.head_dim);
+
+			assert_true(fabs(m->rope_cos[pos * half + i] - cos(angle)) < 1e-7);
+			assert_true(fabs(m->rope_sin[pos * half + i] - sin(angle)) < 1e-7);
+		}
+	}
+	assert_true(m->rope_cos[0] == 1 && m->rope_sin[0] == 0);
+	model_free(&m);
+	fake_free(f);
+}
+
+static void
+test_dtypes(void **state)
+{
+	static const char *const dtype[] = {"F32", "F16", "BF16", NULL};
+	struct team *team;
+
+	(void)state;
+	assert_int_equal(team_new(&team, 2, 50), 0);
+	for (uint32_t i = 0; i < 8; i++) {
+		struct fake *f = fake_new(&small, dtype[i / 2], i % 2, 100 + i);
+		struct model *one, *two;
+		uint32_t linears = 0;
+
+		fake_write(f);
+		one = load(scratch, NULL);
+		two = load(scratch, team);
+		for (uint32_t t = 0; t < f->n; t++)
+			linears += assert_tensor(one, f->t[t].name, f->t[t].bits, f->t[t].rows, f->t[t].cols);
+		assert_int_equal(linears, 2 * 7 + (f->s.tied ? 1 : 2));
+		assert_true(one->n_exceptions > 0); /* or the lists are not tested */
+		assert_same_model(one, two);
+		model_free(&one);
+		model_free(&two);
+		fake_free(f);
+	}
+	team_free(&team);
+}
+
+struct told {
+	int calls, last;
+};
+
+static void
+on_progress(void *arg, int percent)
+{
+	struct told *t = arg;
+
+	assert_true(percent >= t->last && percent <= 100);
+	t->last = percent;
+	t->calls++;
+}
+
+/* What is not an error: variants of files, and what is read from them. */
+static void
+test_variants(void **state)
+{
+	struct fake *f = fake_new(&small, "BF16", true, 11);
+	struct fake_tensor *head;
+	struct told told = {0, -1};
+	struct model *m;
+	struct err err;
+	uint64_t digest;
+
+	(void)state;
+	fake_write(f);
+	m = load(scratch, NULL);
+	digest = m->digest;
+	assert_true(model_plan_bytes(&m->shape) == m->arena_bytes);
+	assert_null(m->tokenizer_config_json);
+	model_free(&m);
+
+	/* The context can be bounded, and the check gives a shape without planes. */
+	assert_int_equal(model_load(&m, scratch, NULL, 16, 0, true, on_progress, &told, &err), 0);
+	assert_int_equal(m->shape.max_context, 16);
+	assert_true(m->arena == NULL && m->lm_head.hi == NULL && m->rope_cos == NULL);
+	assert_true(told.calls > 2 && told.last == 100);
+	model_free(&m);
+	assert_int_equal(model_load(&m, scratch, NULL, 1u << 30, 0, true, NULL, NULL, &err), 0);
+	assert_int_equal(m->shape.max_context, 48);
+	model_free(&m);
+
+	/* A second copy of the tied matrix, RoPE buffers, end tokens elsewhere. */
+	head = fake_tensor(f, "BF16", f->s.vocab, f->s.hidden, "lm_head.weight");
+	memcpy(head->data, f->t[0].data, (size_t)f->s.vocab * f->s.hidden * 2);
+	fake_tensor(f, "F32", 1, 5, "model.layers.0.self_attn.rotary_emb.inv_freq");
+	fake_layout(f);
+	snprintf(f->generation, sizeof(f->generation), "{\"eos_token_id\": [5, 66, 5]}");
+	fake_write(f);
+	m = load(scratch, NULL);
+	assert_int_equal(m->shape.n_eos, 2);
+	assert_int_equal(m->shape.eos[0], 5);
+	assert_int_equal(m->shape.eos[1], 66);
+	assert_true(m->digest != digest);
+	assert_tensor(m, f->t[0].name, f->t[0].bits, f->s.vocab, f->s.hidden);
+	model_free(&m);
+
+	/* Defaults of what Llama files may leave out; scaling by name none. */
+	snprintf(f->generation, sizeof(f->generation), "{\"eos_token_id\": null}");
+	snprintf(f->config, sizeof(f->config),
+	    "{\"architectures\": [\"LlamaModel\", \"LlamaForCausalLM\"], \"hidden_size\": 36, \"intermediate_size\": 172,\n"
+	    "\"num_hidden_layers\": 2, \"num_attention_heads\": 6, \"num_key_value_heads\": 2, \"head_dim\": 10,\n"
+	    "\"vocab_size\": 67, \"max_position_embeddings\": 48, \"tie_word_embeddings\": true, \"eos_token_id\": null,\n"
+	    "\"rope_parameters\": {\"rope_type\": \"default\", \"rope_theta\": 500000}}");
+	fake_write(f);
+	m = load(scratch, NULL);
+	assert_int_equal(m->shape.n_eos, 0);
+	assert_true(m->shape.rope_theta == 500000 && m->shape.rms_eps == 1e-6f);
+	model_free(&m);
+	fake_free(f);
+}
+
+/* ---- loads that must not work ---- */
+
+static void
+set_config(struct fake *f, const char *key, const char *value)
+{
+	char old[sizeof(f->config)], *at, quoted[64];
+	size_t len;
+	int n;
+
+	memcpy(old, f->config, sizeof(old));
+	snprintf(quoted, sizeof(quoted), "\"%s\": ", key);
+	at = strstr(old, quoted);
+	assert_non_null(at);
+	len = strlen(quoted);
+	len += at[len] == '[' ? strcspn(at + len, "]") + 1 : strcspn(at + len, ",}");
+	*at = '\0';
+	/* A value NULL takes the key away. */
+	if (value == NULL)
+		n = snprintf(f->config, sizeof(f->config), "%s%s", old, at + len + 1);
+	else
+		n = snprintf(f->config, sizeof(f->config), "%s%s%s%s", old, quoted, value, at + len);
+	assert_true(n > 0 && n < (int)sizeof(f->config));
+}
+
+#define UP1 "model.layers.1.mlp.up_proj.weight"
+#define DOWN0 "model.layers.0.mlp.down_proj.weight"
+
+#define BREAK(name) static void break_##name(struct fake *f)
+#define CONFIG(name, key, value) BREAK(name) { set_config(f, key, value); }
+BREAK(no_config) { f->config[0] = '\0'; }
+BREAK(no_tokenizer) { f->tokenizer[0] = '\0'; }
+BREAK(generation) { snprintf(f->generation, sizeof(f->generation), "{\"eos_token_id\": [1, 67]}"); }
+BREAK(config_json) { snprintf(f->config, sizeof(f->config), "{\"a\": 1,\n\n}"); }
+BREAK(config_array) { snprintf(f->config, sizeof(f->config), "[]"); }
+BREAK(config_twice) { snprintf(f->config, sizeof(f->config), "{\"a\": 1, \"a\": 2}"); }
+BREAK(cut) { f->cut = 1; }
+BREAK(cut_short)
+{
+	f->cut = f->t[f->n - 1].to + 50;
+}
+BREAK(longer) { f->cut = -5; }
+BREAK(header_len) { f->header_len = 1ull << 40; }
+BREAK(header_len_wraps) { f->header_len = UINT64_MAX; }
+BREAK(header_past_end) { f->header_len = 99999999; }
+BREAK(header_json) { f->header = strdup("{\"a\": \x01}"); }
+BREAK(header_array) { f->header = strdup("[1]"); }
+BREAK(header_empty) { f->header = strdup("{}"); f->n = 0; }
+BREAK(header_garbage)
+{
+	f->header = fake_header(f);
+	memcpy(strchr(f->header, '\0') - 2, "xx", 2);
+}
+BREAK(twice) { snprintf(f->t[2].name, sizeof(f->t[2].name), "%s", f->t[1].name); }
+BREAK(overlap)
+{
+	struct fake_tensor *t = fake_find(f, UP1);
+	
+	t->from -= 2, t->to -= 2;
+}
+BREAK(hole)
+{
+	f->cut = -6;
+	for (struct fake_tensor *t = fake_find(f, UP1); t < f->t + f->n; t++)
+		t->from += 6, t->to += 6;
+}
+BREAK(past_end) { fake_find(f, UP1)->to += 1ll << 40; }
+BREAK(backwards)
+{
+	struct fake_tensor *t = fake_find(f, UP1);
+	int64_t from = t->from;
+	
+	t->from = t->to, t->to = from;
+}
+BREAK(negative) { fake_find(f, UP1)->from = -2; }
+BREAK(transposed) { snprintf(fake_find(f, UP1)->shape, 80, "[36, 172]"); }
+BREAK(rank1) { snprintf(fake_find(f, UP1)->shape, 80, "[6192]"); }
+BREAK(rank3) { snprintf(fake_find(f, UP1)->shape, 80, "[1, 172, 36]"); }
+BREAK(rank5) { snprintf(fake_find(f, UP1)->shape, 80, "[1, 1, 1, 172, 36]"); }
+BREAK(norm_shape) { snprintf(fake_find(f, "model.norm.weight")->shape, 80, "[2, 18]"); }
+BREAK(bytes) { snprintf(fake_find(f, UP1)->shape, 80, "[172, 37]"); }
+BREAK(shape_wraps) { snprintf(fake_find(f, UP1)->shape, 80, "[4294967296, 4294967296, 172, 36]"); }
+BREAK(shape_negative) { snprintf(fake_find(f, UP1)->shape, 80, "[-172, -36]"); }
+BREAK(shape_real) { snprintf(fake_find(f, UP1)->shape, 80, "[172.0, 36]"); }
+BREAK(shape_null) { snprintf(fake_find(f, UP1)->shape, 80, "null"); }
+BREAK(dtype) { snprintf(fake_find(f, UP1)->dtype, 8, "F8_E4M3"); }
+BREAK(missing) { snprintf(fake_find(f, UP1)->name, 96, "model.layers.7.mlp.up_proj.weight"); }
+BREAK(extra) { fake_tensor(f, "BF16", 1, 60, "model.layers.0.self_attn.q_proj.bias"); fake_layout(f); }
+BREAK(extra_ugly) { fake_tensor(f, "BF16", 1, 60, "a\\u001b[2J\\n\xc2\x9b"); fake_layout(f); }
+BREAK(nan) { put_element(fake_find(f, UP1), 171 * 36 + 35, 0xffc1); }
+BREAK(inf)
+{
+	put_element(fake_find(f, UP1), 40, 0x7f80);
+	put_element(fake_find(f, UP1), 6100, 0x7f80); /* the first is told */
+}
+BREAK(minus_inf) { put_element(fake_find(f, "model.embed_tokens.weight"), 36, 0xff80); }
+BREAK(norm_nan) { put_element(fake_find(f, "model.norm.weight"), 35, 0x7fff); }
+BREAK(half_nan) { put_element(fake_find(f, DOWN0), 172 + 9, 0x7c01); }
+BREAK(half_inf) { put_element(fake_find(f, DOWN0), 172 + 9, 0xfc00); }
+BREAK(float_nan) { put_element(fake_find(f, DOWN0), 35 * 172 + 171, 0x7fffffff); }
+BREAK(float_nan_low) { put_element(fake_find(f, DOWN0), 0, 0xff800001); }
+BREAK(float_inf) { put_element(fake_find(f, DOWN0), 2, 0x7f800000); }
+BREAK(float_big) { put_element(fake_find(f, DOWN0), 3, 0xff7f8000); }
+BREAK(lm_head_nan) { put_element(fake_find(f, "lm_head.weight"), 66 * 36, 0x7fc0); }
+BREAK(embed_nan) { put_element(fake_find(f, "model.embed_tokens.weight"), 66 * 36, 0x7fc0); }
+BREAK(no_lm_head) { f->n--; fake_layout(f); }
+BREAK(tied_differs) { set_config(f, "tie_word_embeddings", "true"); }
+BREAK(memory) { f->extra = 1000000000000000; }
+BREAK(memory_wraps) { f->extra = UINT64_MAX; }
+CONFIG(arch, "architectures", "[\"Qwen2ForCausalLM\"]")
+CONFIG(no_arch, "architectures", NULL)
+CONFIG(arch_number, "architectures", "[7]")
+CONFIG(act, "hidden_act", "\"gelu\"")
+CONFIG(attention_bias, "attention_bias", "true")
+CONFIG(mlp_bias, "mlp_bias", "true")
+CONFIG(rope, "rope_scaling", "{\"rope_type\": \"llama3\"}")
+CONFIG(rope_old, "rope_scaling", "{\"type\": \"linear\"}")
+CONFIG(rope_no_type, "rope_scaling", "{\"factor\": 8}")
+CONFIG(no_hidden, "hidden_size", NULL)
+CONFIG(hidden_text, "hidden_size", "\"36\"")
+CONFIG(hidden_zero, "hidden_size", "0")
+CONFIG(hidden_negative, "hidden_size", "-36")
+CONFIG(hidden_huge, "hidden_size", "65537")
+CONFIG(hidden_wraps, "hidden_size", "4294967332")
+CONFIG(hidden_real, "hidden_size", "36.0")
+CONFIG(hidden_too_big, "hidden_size", "36000000000000000000")
+CONFIG(intermediate, "intermediate_size", "2147483648")
+CONFIG(layers, "num_hidden_layers", "257")
+CONFIG(heads, "num_attention_heads", "0")
+CONFIG(kv_heads, "num_key_value_heads", "4")
+CONFIG(head_dim, "head_dim", "9")
+CONFIG(head_dim_big, "head_dim", "258")
+CONFIG(vocab, "vocab_size", "1048577")
+CONFIG(context, "max_position_embeddings", "100000000")
+CONFIG(eps, "rms_norm_eps", "0")
+CONFIG(eps_text, "rms_norm_eps", "\"1e-5\"")
+CONFIG(theta, "rope_theta", "-1")
+CONFIG(tied_text, "tie_word_embeddings", "\"no\"")
+CONFIG(eos, "eos_token_id", "67")
+CONFIG(eos_negative, "eos_token_id", "[-1]")
+CONFIG(eos_text, "eos_token_id", "\"</s>\"")
+CONFIG(eos_many, "eos_token_id", "[1,2,3,4,5,6,7,8,9]")
+BREAK(layers_more) { set_config(f, "num_hidden_layers", "3"); }
+BREAK(no_head_dim) { set_config(f, "head_dim", NULL); set_config(f, "num_attention_heads", "8"); }
+
+static const struct broken {
+	const char *what;
+	void (*apply)(struct fake *);
+	const char *dtype; /* BF16 if NULL */
+	bool untied;
+	const char *expect; /* '@': the directory; one '*' matches anything */
+} broken[] = {
+#define B(name, expect) {#name, break_##name, NULL, false, expect}
+#define ST "model.safetensors: "
+	B(no_config, "@/config.json: No such file or directory"),
+	B(no_tokenizer, "@/tokenizer.json: No such file or directory"),
+	B(config_json, "config.json:3: string or '}' expected near '}'"),
+	B(config_array, "config.json: not a JSON object"),
+	B(config_twice, "config.json:1: duplicate object key near '\"a\"'"),
+	B(arch, "config.json: architecture 'Qwen2ForCausalLM' is not supported (LlamaForCausalLM is)"),
+	B(no_arch, "config.json: architectures is missing"),
+	B(arch_number, "config.json: architectures is missing"),
+	B(act, "config.json: hidden_act 'gelu' is not supported (silu is)"),
+	B(attention_bias, "config.json: attention_bias is not supported"),
+	B(mlp_bias, "config.json: mlp_bias is not supported"),
+	B(rope, "config.json: rope_scaling of type 'llama3' is not supported"),
+	B(rope_old, "config.json: rope_scaling of type 'linear' is not supported"),
+	B(rope_no_type, "config.json: rope_scaling has no rope_type"),
+	B(no_hidden, "config.json: hidden_size is missing"),
+	B(hidden_text, "config.json: hidden_size is no integer"),
+	B(hidden_zero, "config.json: hidden_size = 0 is not from 1 to 65536"),
+	B(hidden_negative, "config.json: hidden_size = -36 is not from 1 to 65536"),
+	B(hidden_huge, "config.json: hidden_size = 65537 is not from 1 to 65536"),
+	B(hidden_wraps, "config.json: hidden_size = 4294967332 is not from 1 to 65536"),
+	B(hidden_real, "config.json: hidden_size is no integer"),
+	B(hidden_too_big, "config.json:1: too big integer near '36000000000000000000'"),
+	B(intermediate, "config.json: intermediate_size = 2147483648 is not from 1 to 1048576"),
+	B(layers, "config.json: num_hidden_layers = 257 is not from 1 to 256"),
+	B(heads, "config.json: num_attention_heads = 0 is not from 1 to 1024"),
+	B(kv_heads, "config.json: num_attention_heads 6 is no multiple of num_key_value_heads 4"),
+	B(head_dim, "config.json: head_dim 9 is not even or over 256"),
+	B(head_dim_big, "config.json: head_dim = 258 is not from 1 to 256"),
+	B(no_head_dim, "config.json: hidden_size 36 is no multiple of num_attention_heads 8"),
+	B(vocab, "config.json: vocab_size = 1048577 is not from 1 to 1048576"),
+	B(context, "config.json: max_position_embeddings = 100000000 is not from 1 to 16777216"),
+	B(eps, "config.json: rms_norm_eps = 0 is not from 1e-30 to 1"),
+	B(eps_text, "config.json: rms_norm_eps is no number"),
+	B(theta, "config.json: rope_theta = -1 is not from 1 to 1e+15"),
+	B(tied_text, "config.json: tie_word_embeddings is neither true nor false"),
+	B(eos, "config.json: eos_token_id 67 is not below vocab_size 67"),
+	B(eos_negative, "config.json: eos_token_id -1 is not below vocab_size 67"),
+	B(eos_text, "config.json: eos_token_id is no token id or list of them"),
+	B(eos_many, "config.json: eos_token_id has more than 8 tokens"),
+	B(generation, "generation_config.json: eos_token_id 67 is not below vocab_size 67"),
+	B(cut, ST "tensor 'model.norm.weight' ends at byte 102528 of the data, the file has 102527"),
+	B(cut_short, ST "header of * bytes in a file of *"),
+	B(longer, ST "5 bytes after the last tensor"),
+	B(header_len, ST "header of 1099511627776 bytes, at most 100000000 are read"),
+	B(header_len_wraps, ST "header of 18446744073709551615 bytes, at most 100000000 are read"),
+	B(header_past_end, ST "header of 99999999 bytes in a file of *"),
+	B(header_json, ST "header, byte 7: invalid token near '?'"),
+	B(header_array, ST "header: not a JSON object"),
+	B(header_empty, ST "tensor 'model.layers.0.input_layernorm.weight' is missing"),
+	B(header_garbage, ST "header, byte *near 'xx'"),
+	B(twice, ST "header, byte *: duplicate object key"),
+	B(overlap, ST "tensor '" UP1 "' overlaps 'model.layers.1.mlp.gate_proj.weight'"),
+	B(hole, ST "hole of 6 bytes before tensor '" UP1 "'"),
+	B(past_end, ST "tensor '" UP1 "' ends at byte 1099511717848 of the data, the file has 102528"),
+	B(backwards, ST "tensor '" UP1 "' has data_offsets that are no [begin, end]"),
+	B(negative, ST "tensor '" UP1 "' has data_offsets that are no [begin, end]"),
+	B(transposed, ST "tensor '" UP1 "' has shape [36, 172], expected [172, 36]"),
+	B(rank1, ST "tensor '" UP1 "' has shape [6192], expected [172, 36]"),
+	B(rank3, ST "tensor '" UP1 "' has shape [1, 172, 36], expected [172, 36]"),
+	B(rank5, ST "tensor '" UP1 "' has no shape of at most 4 dimensions"),
+	B(norm_shape, ST "tensor 'model.norm.weight' has shape [2, 18], expected [36]"),
+	B(bytes, ST "tensor '" UP1 "' has 12384 bytes, its shape takes 12728 in BF16"),
+	B(shape_wraps, ST "tensor '" UP1 "' has a shape without bounds"),
+	B(shape_negative, ST "tensor '" UP1 "' has a shape that is no list of sizes"),
+	B(shape_real, ST "tensor '" UP1 "' has a shape that is no list of sizes"),
+	B(shape_null, ST "tensor '" UP1 "' has no shape of at most 4 dimensions"),
+	B(dtype, ST "tensor '" UP1 "' has dtype F8_E4M3 (F32, F16 and BF16 are supported)"),
+	B(missing, ST "tensor '" UP1 "' is missing"),
+	B(layers_more, ST "tensor 'model.layers.2.input_layernorm.weight' is missing"),
+	B(extra, ST "tensor 'model.layers.0.self_attn.q_proj.bias' is not part of LlamaForCausalLM"),
+	B(extra_ugly, ST "tensor 'a?[2J?" "?" "?' is not part of LlamaForCausalLM"),
+	B(nan, ST "tensor '" UP1 "' holds NaN at [171, 35]"),
+	B(inf, ST "tensor '" UP1 "' holds Inf at [1, 4]"),
+	B(minus_inf, ST "tensor 'model.embed_tokens.weight' holds -Inf at [1, 0]"),
+	B(norm_nan, ST "tensor 'model.norm.weight' holds NaN at [35]"),
+	{"half_nan", break_half_nan, "F16", false, ST "tensor '" DOWN0 "' holds NaN at [1, 9]"},
+	{"half_inf", break_half_inf, "F16", false, ST "tensor '" DOWN0 "' holds -Inf at [1, 9]"},
+	{"float_nan", break_float_nan, "F32", false, ST "tensor '" DOWN0 "' holds NaN at [35, 171]"},
+	{"float_nan_low", break_float_nan_low, "F32", false, ST "tensor '" DOWN0 "' holds NaN at [0, 0]"},
+	{"float_inf", break_float_inf, "F32", false, ST "tensor '" DOWN0 "' holds Inf at [0, 2]"},
+	{"float_big", break_float_big, "F32", false,
+	    ST "tensor '" DOWN0 "' holds -3.39617753e+38 at [0, 3], too large for BF16"},
+	{"lm_head_nan", break_lm_head_nan, NULL, true, ST "tensor 'lm_head.weight' holds NaN at [66, 0]"},
+	{"embed_nan", break_embed_nan, NULL, true, ST "tensor 'model.embed_tokens.weight' holds NaN at [66, 0]"},
+	{"no_lm_head", break_no_lm_head, NULL, true,
+	    ST "tensor 'lm_head.weight' is missing, and tie_word_embeddings is not true"},
+	{"tied_differs", break_tied_differs, NULL, true,
+	    ST "tensor 'lm_head.weight' differs from 'model.embed_tokens.weight' it is tied to"},
+	B(memory, "model needs * kB of weights and 1.00 PB of KV cache, * of memory is available"),
+	B(memory_wraps, "model needs * kB of weights and 18.4 EB of KV cache, * of memory is available"),
+#undef B
+};
+
+/* A '*' in the pattern matches as little as it can. */
+static bool
+matches(const char *text, const char *pattern)
+{
+	for (; *pattern != '\0'; pattern++, text++) {
+		if (*pattern == '*') {
+			while (!matches(text, pattern + 1))
+				if (*text++ == '\0')
+					return false;
+			return true;
+		}
+		if (*text != *pattern)
+			return false;
+	}
+	return *text == '\0';
+}
+
+static void
+assert_refused(const char *what, const char *dir, struct team *team, uint64_t extra, bool check_only,
+    const char *expect)
+{
+	struct model *m = (struct model *)(uintptr_t)1;
+	struct err err = {""};
+	char full[512];
+	int rc;
+
+	snprintf(full, sizeof(full), "%s%s", expect[0] == '@' ? dir : "", expect + (expect[0] == '@'));
+	rc = model_load(&m, dir, team, 0, extra, check_only, NULL, NULL, &err);
+	if (rc >= 0)
+		fail_msg("%s: was not refused", what);
+	if (!matches(err.text, full))
+		fail_msg("%s:\n  got      %s\n  expected %s", what, err.text, full);
+	assert_null(m);
+}
+
+static void
+test_broken(void **state)
+{
+	struct team *team;
+
+	(void)state;
+	assert_int_equal(team_new(&team, 2, 50), 0);
+	for (size_t i = 0; i < sizeof(broken) / sizeof(*broken); i++) {
+		const struct broken *b = &broken[i];
+		struct fake *f = fake_new(&small, b->dtype != NULL ? b->dtype : "BF16", !b->untied, 1000 + i);
+
+		b->apply(f);
+		fake_write(f);
+		if (f->config[0] == '\0')
+			unlink(in_scratch("config.json"));
+		assert_refused(b->what, scratch, NULL, f->extra, false, b->expect);
+		assert_refused(b->what, scratch, team, f->extra, false, b->expect);
+		assert_refused(b->what, scratch, team, f->extra, true, b->expect);
+		fake_free(f);
+	}
+	team_free(&team);
+}
+
+static void
+test_files(void **state)
+{
+	struct fake *f = fake_new(&small, "BF16", true, 12);
+	struct stat st;
+
+	(void)state;
+	assert_refused("no directory", "/nonexistent/model", NULL, 0, false, "/nonexistent/model: No such file or directory");
+	fake_write(f);
+	assert_refused("no directory", in_scratch("config.json"), NULL, 0, false, "@: Not a directory");
+	unlink(in_scratch("model.safetensors"));
+	assert_refused("no weights", scratch, NULL, 0, false, "@/model.safetensors: No such file or directory");
+	write_text("model.safetensors.index.json", "{}");
+	assert_refused("sharded", scratch, NULL, 0, false,
+	    "@/model.safetensors.index.json: sharded models are not supported yet, and there is no model.safetensors");
+	write_text("model.safetensors", "1234567");
+	assert_refused("7 bytes", scratch, NULL, 0, false,
+	    "model.safetensors: a file of 7 bytes holds no safetensors header");
+	write_file("model.safetensors", "\0\0\0\0\0\0\0\0", 8);
+	assert_refused("empty header", scratch, NULL, 0, false,
+	    "model.safetensors: header, byte 0: '[' or '{' expected near end of file");
+	fake_write(f);
+	unlink(in_scratch("model.safetensors"));
+	assert_int_equal(mkfifo(in_scratch("model.safetensors"), 0600), 0);
+	assert_refused("FIFO", scratch, NULL, 0, false, "@/model.safetensors: not a regular file");
+	fake_write(f = (fake_free(f), fake_new(&small, "BF16", true, 12)));
+	unlink(in_scratch("config.json"));
+	assert_int_equal(mkfifo(in_scratch("config.json"), 0600), 0);
+	assert_refused("FIFO", scratch, NULL, 0, false, "@/config.json: not a regular file");
+	fake_write(f);
+	assert_int_equal(truncate(in_scratch("tokenizer.json"), (64 << 20) + 1), 0);
+	assert_refused("large tokenizer", scratch, NULL, 0, false,
+	    "@/tokenizer.json: 67108865 bytes, at most 67108864 are read");
+	assert_int_equal(stat(in_scratch("config.json"), &st), 0);
+	fake_free(f);
+}
+
+/* ---- mutations ---- */
+
+/* Changes a file's head: mostly digits, else structure, bits, a piece cut out or doubled. */
+static size_t
+mutate(uint8_t *p, size_t len, size_t head)
+{
+	static const char spice[] = "0123456789-.eE{}[]\",:nul\\ \xff\x00";
+
+	for (uint32_t n = 1 + below(3); n > 0 && head > 1; n--) {
+		size_t at = below((uint32_t)head), run = 1 + below(12);
+
+		switch (below(16)) {
+		case 0: p[at] ^= (uint8_t)(1u << below(8)); break;
+		case 1: p[at] = (uint8_t)spice[below(sizeof(spice) - 1)]; break;
+		default: /* another digit: numbers stay numbers */
+			while (at < head && (p[at] < '0' || p[at] > '9'))
+				at++;
+			if (at < head)
+				p[at] = (uint8_t)('0' + below(10));
+			break;
+		case 3:
+			if (at + run < head) {
+				memmove(p + at, p + at + run, len - at - run);
+				len -= run, head -= run;
+			}
+			break;
+		case 4:
+			if (at + 2 * run < head)
+				memcpy(p + at + run, p + at, run);
+			break;
+		case 5: p[below(8) % head] = (uint8_t)rng(); break; /* length, or the start */
+		}
+	}
+	return len;
+}
+
+static void
+test_mutations(void **state)
+{
+	uint32_t rounds = getenv("OCTET_LONG") != NULL && getenv("OCTET_LONG")[0] != '\0' ? 60000 : 4000, loaded = 0;
+	struct fake *f = fake_new(&tiny, NULL, false, 20);
+	size_t len, head, config_len = strlen(f->config);
+	uint8_t *bytes = fake_bytes(f, &len, &head), *copy = malloc(len + 1);
+	char config[sizeof(f->config)];
+	uint64_t seed = 20261124;
+
+	(void)state;
+	print_message("# seed %" PRIu64 ", %u rounds\n", seed, rounds);
+	fake_write(f);
+	rng_state = seed;
+	for (uint32_t i = 0; i < rounds; i++) {
+		struct err err = {""};
+		struct model *m;
+		int rc;
+
+		if (i % 4 == 0) {
+			memcpy(config, f->config, sizeof(config));
+			write_file("config.json", config, mutate((uint8_t *)config, config_len, config_len));
+		} else {
+			memcpy(copy, bytes, len);
+			write_file("model.safetensors", copy, mutate(copy, len, head));
+		}
+		rc = model_load(&m, scratch, NULL, 16, 0, i % 2, NULL, NULL, &err);
+		if (rc == 0)
+			loaded++;
+		else if (rc > 0 || m != NULL || err.text[0] == '\0' || strpbrk(err.text, "\n\x1b") != NULL)
+			fail_msg("round %u: %d '%s'", i, rc, err.text);
+		model_free(&m);
+		if (i % 4 == 0)
+			write_text("config.json", f->config);
+		else if (i % 4 == 3)
+			write_file("model.safetensors", bytes, len);
+	}
+	print_message("# %u of %u mutations loaded all the same\n", loaded, rounds);
+	assert_true(loaded > 0 && loaded < rounds);
+	free(bytes);
+	free(copy);
+	fake_free(f);
+}
+
+static int
+setup(void **state)
+{
+	(void)state;
+	return mkdtemp(scratch) != NULL ? 0 : -1;
+}
+
+static int
+teardown(void **state)
+{
+	(void)state;
+	clean_scratch();
+	return rmdir(scratch);
+}
+
+int
+main(void)
+{
+	const struct CMUnitTest tests[] = {
+		cmocka_unit_test(test_proof),
+		cmocka_unit_test(test_rope),
+		cmocka_unit_test(test_dtypes),
+		cmocka_unit_test(test_variants),
+		cmocka_unit_test(test_broken),
+		cmocka_unit_test(test_files),
+		cmocka_unit_test(test_mutations),
+	};
+
+	return cmocka_run_group_tests_name("model", tests, setup, teardown);
+}
