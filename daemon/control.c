@@ -154,6 +154,17 @@ reply_line(json_t *reply, size_t *len)
 	return line;
 }
 
+/* What was sent already is read, so that close() is no reset to a peer that
+ * has not yet read our last word. */
+static void
+discard_input(int fd)
+{
+	char sink[4096];
+
+	for (int i = 0; i < 64 && recv(fd, sink, sizeof(sink), MSG_DONTWAIT) > 0;)
+		i++;
+}
+
 /* Writes what the socket takes. 0 when all is out, -EAGAIN, or an error. */
 static int
 conn_flush(struct conn *c)
@@ -386,6 +397,7 @@ conn_run(struct conn *c)
 				break;
 			}
 			if (rc != 0 || c->last) {
+				discard_input(c->fd);
 				conn_close(c);
 				return;
 			}
@@ -434,11 +446,9 @@ on_conn(uv_poll_t *h, int status, int events)
 
 /* ---- connections ---- */
 
-/* One line, and what was sent already is read, so that close() is no reset. */
 static void
 turn_away(int fd, int code, const char *why)
 {
-	char sink[4096];
 	size_t len;
 	char *line = NULL;
 	json_t *j = refusal(code, why);
@@ -448,8 +458,7 @@ turn_away(int fd, int code, const char *why)
 	if (line != NULL && send(fd, line, len, MSG_NOSIGNAL | MSG_DONTWAIT) < 0)
 		log_debug("control.refuse", "error=%s", strerror(errno));
 	free(line);
-	while (recv(fd, sink, sizeof(sink), MSG_DONTWAIT) == (ssize_t)sizeof(sink))
-		;
+	discard_input(fd);
 	close(fd);
 }
 

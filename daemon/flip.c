@@ -35,12 +35,14 @@ struct job {
 	struct err err;
 };
 
-/* Applied, but not in the journal's file. */
+/* Applied, but not in the journal's file. What the journal remembers it writes
+ * by itself with its next record; so that this comes, a rollback whose intent
+ * could not be written has that written later. */
 struct pending {
 	struct pending *next;
-	struct journal_record rec;
+	struct journal_record rec; /* APPLIED, or the INTENT of one that is remembered */
 	struct plan *plan;
-	bool needs_intent;
+	bool remembered;
 };
 
 struct flipper {
@@ -212,6 +214,17 @@ find_epoch(struct flipper *f, uint64_t epoch, struct journal_record *out, struct
 	return rc;
 }
 
+/* So that a rollback sees them. */
+static void
+remember_pending(struct flipper *f)
+{
+	for (struct pending *p = f->pending; p != NULL; p = p->next) {
+		if (!p->remembered)
+			journal_remember(f->cfg.journal, &p->rec, p->plan);
+		p->remembered = true;
+	}
+}
+
 static int
 derive_rollback(struct flipper *f, struct job *j, struct err *err)
 {
@@ -219,6 +232,7 @@ derive_rollback(struct flipper *f, struct job *j, struct err *err)
 	uint64_t digest = 0;
 	int rc;
 
+	remember_pending(f);
 	if (j->ask.has_to)
 		j->rec.back_to = j->ask.to;
 	else if ((rc = journal_rollback_target(f->cfg.journal, &j->rec.undoes, &j->rec.back_to, &digest, err)) != 0)
@@ -284,27 +298,37 @@ finish(struct flipper *f, struct job *j, int rc, bool changed)
 
 /* ---- on the thread pool ---- */
 
+static void
+drop_pending(struct flipper *f)
+{
+	struct pending *p = f->pending;
+
+	f->pending = p->next;
+	plan_unref(&p->plan);
+	free(p);
+}
+
 static int
 append_pending(struct flipper *f, struct err *err)
 {
-	while (f->pending != NULL) {
+	for (;;) {
 		struct pending *p = f->pending;
-		struct journal_record rec = p->rec;
+		bool last;
 		int rc;
 
-		rec.unjournaled = false;
-		rec.kind = JOURNAL_INTENT;
-		if (p->needs_intent && (rc = journal_append(f->cfg.journal, &rec, p->plan, err)) != 0)
+		/* What is remembered already rides along with the next record. */
+		while (p != NULL && p->remembered && p->rec.kind == JOURNAL_APPLIED)
+			p = p->next;
+		if (p == NULL)
+			return 0;
+		rc = journal_append(f->cfg.journal, &p->rec, p->plan, err);
+		if (rc != 0)
 			return rc;
-		p->needs_intent = false;
-		rec.kind = JOURNAL_APPLIED;
-		if ((rc = journal_append(f->cfg.journal, &rec, p->plan, err)) != 0)
-			return rc;
-		f->pending = p->next;
-		plan_unref(&p->plan);
-		free(p);
+		do {
+			last = f->pending == p;
+			drop_pending(f);
+		} while (!last);
 	}
-	return 0;
 }
 
 static void
@@ -316,6 +340,8 @@ work_intent(uv_work_t *w)
 	j->rc = append_pending(f, &j->err);
 	if (j->rc == 0)
 		j->rc = journal_append(f->cfg.journal, &j->rec, j->plan, &j->err);
+	while (j->rc == 0 && f->pending != NULL)
+		drop_pending(f);
 }
 
 static void
@@ -381,16 +407,17 @@ static void
 remember(struct flipper *f, const struct job *j, bool needs_intent)
 {
 	struct pending *p = calloc(1, sizeof(*p)), **end = &f->pending;
-	struct journal_record rec = j->rec;
 
-	rec.unjournaled = true;
-	journal_remember(f->cfg.journal, &rec, j->plan);
-	log_error("journal.unwritten", "epoch=%" PRIu64 " why=%s", rec.epoch, LOG_Q(j->err.text));
+	log_error("journal.unwritten", "epoch=%" PRIu64 " why=%s", j->rec.epoch, LOG_Q(j->err.text));
+	if (needs_intent || p == NULL)
+		journal_remember(f->cfg.journal, &j->rec, j->plan);
 	if (p == NULL)
 		return;
-	p->rec = rec;
+	p->rec = j->rec;
+	if (needs_intent)
+		p->rec.kind = JOURNAL_INTENT;
+	p->remembered = needs_intent;
 	p->plan = plan_ref(j->plan);
-	p->needs_intent = needs_intent;
 	while (*end != NULL)
 		end = &(*end)->next;
 	*end = p;
@@ -620,13 +647,8 @@ flipper_free(struct flipper **fp)
 		return;
 	if (f->pending != NULL && append_pending(f, &err) != 0)
 		log_error("journal.lost", "epoch=%" PRIu64 " why=%s", f->epoch, LOG_Q(err.text));
-	while (f->pending != NULL) {
-		struct pending *p = f->pending;
-
-		f->pending = p->next;
-		plan_unref(&p->plan);
-		free(p);
-	}
+	while (f->pending != NULL)
+		drop_pending(f);
 	plan_unref(&f->active);
 	uv_close((uv_handle_t *)&f->retry, on_closed);
 	*fp = NULL;
@@ -672,6 +694,21 @@ uint32_t
 flipper_unjournaled(const struct flipper *f)
 {
 	return f->n_pending;
+}
+
+void
+flipper_correct(const struct flipper *f, struct journal_entry *e)
+{
+	/* The work may be taking the list apart. */
+	if (f->state == FLIP_INTENT || f->state == FLIP_APPLIED || f->state == FLIP_RETRY)
+		return;
+	for (const struct pending *p = f->pending; p != NULL; p = p->next) {
+		if (p->rec.epoch != e->r.epoch)
+			continue;
+		e->r.unjournaled = true;
+		e->r.step = p->rec.step;
+		snprintf(e->outcome, sizeof(e->outcome), "applied");
+	}
 }
 
 uint64_t

@@ -82,5 +82,7 @@ uint64_t flipper_epoch(const struct flipper *);
 const char *flipper_policy(const struct flipper *);
 uint64_t flipper_file_policy(const struct flipper *);
 uint32_t flipper_unjournaled(const struct flipper *); /* records that wait for the journal */
+/* An entry of journal_history() that the journal does not know to be applied. */
+void flipper_correct(const struct flipper *, struct journal_entry *);
 uint64_t flipper_changes(const struct flipper *);     /* counts history changes, for caches */
 #endif

@@ -11,6 +11,7 @@
 
 #define LINE 2048u
 
+static const char *const names[] = {"error", "warn", "info", "debug"};
 static int level_now = LOG_INFO; /* atomic */
 
 void
@@ -23,6 +24,14 @@ enum log_level
 log_get_level(void)
 {
 	return (enum log_level)__atomic_load_n(&level_now, __ATOMIC_RELAXED);
+}
+
+void
+log_set_level_name(const char *name)
+{
+	for (size_t i = 0; i < sizeof(names) / sizeof(*names); i++)
+		if (strcmp(name, names[i]) == 0)
+			log_set_level((enum log_level)i);
 }
 
 static bool
@@ -71,7 +80,6 @@ put_time(char *buf, size_t len)
 void
 log_event(enum log_level level, const char *event, const char *fmt, ...)
 {
-	static const char *const names[] = {"error", "warn", "info", "debug"};
 	char line[LINE];
 	size_t n;
 	va_list ap;

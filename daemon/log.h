@@ -13,6 +13,7 @@ enum log_level { LOG_ERROR, LOG_WARN, LOG_INFO, LOG_DEBUG };
 
 void log_set_level(enum log_level); /* live; LOG_INFO at start */
 enum log_level log_get_level(void);
+void log_set_level_name(const char *); /* "error", "warn", "info", "debug"; others change nothing */
 
 __attribute__((format(printf, 3, 4))) void log_event(enum log_level, const char *event, const char *fmt, ...);
 #define log_error(...) log_event(LOG_ERROR, __VA_ARGS__)

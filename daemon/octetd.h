@@ -15,6 +15,7 @@
 #include "daemon/engine/engine.h"
 #include "daemon/engine/model.h"
 #include "daemon/engine/plan.h"
+#include "daemon/engine/team.h"
 #include "daemon/flip.h"
 #include "daemon/journal.h"
 #include "daemon/server.h"
@@ -38,6 +39,7 @@ struct octetd {
 	struct flipper *flips;
 	struct control *control;
 	struct status *status;
+	void (*notify)(void *);     /* engine thread: wakes the loop; gets struct octetd */
 	int64_t started_us;         /* Unix time */
 	bool draining;
 };

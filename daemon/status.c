@@ -129,9 +129,10 @@ fill_history(struct status *s)
 	n = journal_history(s->d->journal, &list);
 	p->n_history = n < PAGE_HISTORY ? n : PAGE_HISTORY;
 	for (uint32_t i = 0; i < p->n_history; i++) {
-		const struct journal_entry *e = &list[n - 1 - i];
+		struct journal_entry *e = &list[n - 1 - i];
 		struct page_history *h = &p->history[i];
 
+		flipper_correct(s->d->flips, e);
 		*h = (struct page_history){.epoch = e->r.epoch, .step = e->r.step, .time_us = e->r.time_us, .uid = e->r.uid,
 		    .pid = e->r.pid};
 		COPY(h->program, e->r.program);

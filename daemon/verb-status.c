@@ -197,8 +197,10 @@ exec_history(struct octetd *d, struct call *call, const json_t *request, json_t 
 	(void)call;
 	if (most > HISTORY_MAX)
 		most = HISTORY_MAX;
-	for (uint32_t i = n > most ? n - (uint32_t)most : 0; i < n; i++)
+	for (uint32_t i = n > most ? n - (uint32_t)most : 0; i < n; i++) {
+		flipper_correct(d->flips, &list[i]);
 		json_array_append_new(out, entry_json(&list[i]));
+	}
 	free(list);
 	*reply = json_pack("{s:o}", "history", out);
 	return whole(reply, err);

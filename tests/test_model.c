@@ -218,8 +218,8 @@ fake_config(struct fake *f)
 	    "{\"architectures\": [\"LlamaForCausalLM\"], \"hidden_size\": %u, \"intermediate_size\": %u,\n"
 	    "\"num_hidden_layers\": %u, \"num_attention_heads\": %u, \"num_key_value_heads\": %u, \"head_dim\": %u,\n"
 	    "\"vocab_size\": %u, \"max_position_embeddings\": %u, \"rms_norm_eps\": 1e-05, \"rope_theta\": 10000.0,\n"
-	    "\"rope_scaling\": null, \"tie_word_embeddings\": %s, \"hidden_act\": \"silu\", \"attention_bias\": false,\n"
-	    "\"mlp_bias\": false, \"eos_token_id\": 3}\n",
+	    "\"rope_scaling\": null, \"tie_word_embeddings\": %s, \"hidden_act\": \"silu\",\n"
+	    "\"attention_bias\": false, \"mlp_bias\": false, \"eos_token_id\": 3}\n",
 	    s->hidden, s->intermediate, s->n_layers, s->n_heads, s->n_kv_heads, s->head_dim, s->vocab, s->max_context,
 	    s->tied ? "true" : "false");
 }
@@ -328,8 +328,8 @@ fake_header(const struct fake *f)
 	at = (size_t)snprintf(h, cap, "{\"__metadata__\": {\"format\": \"pt\"}");
 	for (uint32_t i = 0; i < f->n; i++)
 		at += (size_t)snprintf(h + at, cap - at,
-		    ", \"%s\": {\"dtype\": \"%s\", \"shape\": %s, \"data_offsets\": [%" PRId64 ", %" PRId64 "]}", f->t[i].name,
-		    f->t[i].dtype, f->t[i].shape, f->t[i].from, f->t[i].to);
+		    ", \"%s\": {\"dtype\": \"%s\", \"shape\": %s, \"data_offsets\": [%" PRId64 ", %" PRId64 "]}",
+		    f->t[i].name, f->t[i].dtype, f->t[i].shape, f->t[i].from, f->t[i].to);
 	at += (size_t)snprintf(h + at, cap - at, "}");
 	while (at % 8 != 3) /* odd on purpose: no alignment may be counted on */
 		h[at++] = ' ';
@@ -421,8 +421,8 @@ assert_linear(const struct k_weight *w, const uint16_t *bits, uint32_t n, uint32
 static bool
 assert_tensor(const struct model *m, const char *name, const uint16_t *bits, uint32_t rows, uint32_t cols)
 {
-	static const char *const part[] = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
-	    "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"};
+	static const char *const part[] = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",
+	    "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"};
 	const float *norm = m->final_norm;
 	float *row;
 	unsigned l;
@@ -659,10 +659,10 @@ test_variants(void **state)
 	/* Defaults of what Llama files may leave out; scaling by name none. */
 	snprintf(f->generation, sizeof(f->generation), "{\"eos_token_id\": null}");
 	snprintf(f->config, sizeof(f->config),
-	    "{\"architectures\": [\"LlamaModel\", \"LlamaForCausalLM\"], \"hidden_size\": 36, \"intermediate_size\": 172,\n"
-	    "\"num_hidden_layers\": 2, \"num_attention_heads\": 6, \"num_key_value_heads\": 2, \"head_dim\": 10,\n"
-	    "\"vocab_size\": 67, \"max_position_embeddings\": 48, \"tie_word_embeddings\": true, \"eos_token_id\": null,\n"
-	    "\"rope_parameters\": {\"rope_type\": \"default\", \"rope_theta\": 500000}}");
+	    "{\"architectures\": [\"LlamaModel\", \"LlamaForCausalLM\"], \"hidden_size\": 36,\n"
+	    "\"intermediate_size\": 172, \"num_hidden_layers\": 2, \"num_attention_heads\": 6, \"num_key_value_heads\": 2,\n"
+	    "\"head_dim\": 10, \"vocab_size\": 67, \"max_position_embeddings\": 48, \"tie_word_embeddings\": true,\n"
+	    "\"eos_token_id\": null, \"rope_parameters\": {\"rope_type\": \"default\", \"rope_theta\": 500000}}");
 	fake_write(f);
 	m = load(scratch, NULL);
 	assert_int_equal(m->shape.n_eos, 0);
@@ -965,8 +965,6 @@ test_broken(void **state)
 
 		b->apply(f);
 		fake_write(f);
-		if (f->config[0] == '\0')
-			unlink(in_scratch("config.json"));
 		assert_refused(b->what, scratch, NULL, f->extra, false, b->expect);
 		assert_refused(b->what, scratch, team, f->extra, false, b->expect);
 		assert_refused(b->what, scratch, team, f->extra, true, b->expect);
@@ -979,10 +977,10 @@ static void
 test_files(void **state)
 {
 	struct fake *f = fake_new(&small, "BF16", true, 12);
-	struct stat st;
 
 	(void)state;
-	assert_refused("no directory", "/nonexistent/model", NULL, 0, false, "/nonexistent/model: No such file or directory");
+	assert_refused("no directory", "/nonexistent/model", NULL, 0, false,
+	    "/nonexistent/model: No such file or directory");
 	fake_write(f);
 	assert_refused("no directory", in_scratch("config.json"), NULL, 0, false, "@: Not a directory");
 	unlink(in_scratch("model.safetensors"));
@@ -1000,7 +998,7 @@ test_files(void **state)
 	unlink(in_scratch("model.safetensors"));
 	assert_int_equal(mkfifo(in_scratch("model.safetensors"), 0600), 0);
 	assert_refused("FIFO", scratch, NULL, 0, false, "@/model.safetensors: not a regular file");
-	fake_write(f = (fake_free(f), fake_new(&small, "BF16", true, 12)));
+	fake_write(f);
 	unlink(in_scratch("config.json"));
 	assert_int_equal(mkfifo(in_scratch("config.json"), 0600), 0);
 	assert_refused("FIFO", scratch, NULL, 0, false, "@/config.json: not a regular file");
@@ -1008,7 +1006,6 @@ test_files(void **state)
 	assert_int_equal(truncate(in_scratch("tokenizer.json"), (64 << 20) + 1), 0);
 	assert_refused("large tokenizer", scratch, NULL, 0, false,
 	    "@/tokenizer.json: 67108865 bytes, at most 67108864 are read");
-	assert_int_equal(stat(in_scratch("config.json"), &st), 0);
 	fake_free(f);
 }
 

@@ -48,7 +48,8 @@ read_fd(int fd, const char *path, char **out, size_t *len, struct err *err)
 	if (!S_ISREG(st.st_mode))
 		return err_set(err, -EINVAL, "%s: not a regular file", path);
 	if (st.st_size > MAX_TEXT_FILE)
-		return err_set(err, -EFBIG, "%s: %lld bytes, at most %u are read", path, (long long)st.st_size, MAX_TEXT_FILE);
+		return err_set(err, -EFBIG, "%s: %lld bytes, at most %u are read", path, (long long)st.st_size,
+		    MAX_TEXT_FILE);
 	text = malloc((size_t)st.st_size + 1);
 	if (text == NULL)
 		return err_set(err, -ENOMEM, "%s: out of memory", path);
@@ -115,8 +116,8 @@ get_u32(const json_t *o, const char *key, uint32_t max, const uint32_t *fallback
 	if (!json_is_integer(v))
 		return err_set(err, -EINVAL, "%s is no integer", key);
 	if (json_integer_value(v) < 1 || json_integer_value(v) > max)
-		return err_set(err, -EINVAL, "%s = %" JSON_INTEGER_FORMAT " is not from 1 to %u", key, json_integer_value(v),
-		    max);
+		return err_set(err, -EINVAL, "%s = %" JSON_INTEGER_FORMAT " is not from 1 to %u", key,
+		    json_integer_value(v), max);
 	*out = (uint32_t)json_integer_value(v);
 	return 0;
 }
@@ -152,13 +153,15 @@ get_eos(const json_t *o, struct model_shape *s, struct err *err)
 		if (!json_is_integer(e))
 			return err_set(err, -EINVAL, "eos_token_id is no token id or list of them");
 		if (id < 0 || id >= s->vocab)
-			return err_set(err, -EINVAL, "eos_token_id %" JSON_INTEGER_FORMAT " is not below vocab_size %u", id, s->vocab);
+			return err_set(err, -EINVAL, "eos_token_id %" JSON_INTEGER_FORMAT " is not below vocab_size %u",
+			    id, s->vocab);
 		while (seen < s->n_eos && s->eos[seen] != id)
 			seen++;
 		if (seen < s->n_eos)
 			continue;
 		if (s->n_eos == sizeof(s->eos) / sizeof(*s->eos))
-			return err_set(err, -EINVAL, "eos_token_id has more than %zu tokens", sizeof(s->eos) / sizeof(*s->eos));
+			return err_set(err, -EINVAL, "eos_token_id has more than %zu tokens",
+			    sizeof(s->eos) / sizeof(*s->eos));
 		s->eos[s->n_eos++] = (uint32_t)id;
 	}
 	return 0;
@@ -244,15 +247,16 @@ parse_sizes(const json_t *o, struct model_shape *s, struct err *err)
 	    (rc = get_u32(o, "max_position_embeddings", MAX_CONTEXT, NULL, &s->max_context, err)) != 0)
 		return rc;
 	if (get(o, "head_dim") == NULL && s->hidden % s->n_heads != 0)
-		return err_set(err, -EINVAL, "hidden_size %u is no multiple of num_attention_heads %u", s->hidden, s->n_heads);
+		return err_set(err, -EINVAL, "hidden_size %u is no multiple of num_attention_heads %u", s->hidden,
+		    s->n_heads);
 	hd = s->hidden / s->n_heads;
 	if ((rc = get_u32(o, "head_dim", MAX_HEAD_DIM, &hd, &s->head_dim, err)) != 0)
 		return rc;
 	if (s->head_dim > MAX_HEAD_DIM || s->head_dim % 2 != 0)
 		return err_set(err, -EINVAL, "head_dim %u is not even or over %u", s->head_dim, MAX_HEAD_DIM);
 	if (s->n_heads % s->n_kv_heads != 0)
-		return err_set(err, -EINVAL, "num_attention_heads %u is no multiple of num_key_value_heads %u", s->n_heads,
-		    s->n_kv_heads);
+		return err_set(err, -EINVAL, "num_attention_heads %u is no multiple of num_key_value_heads %u",
+		    s->n_heads, s->n_kv_heads);
 	return 0;
 }
 
@@ -584,7 +588,8 @@ want_vocabulary(struct work *w, const struct safetensors *st, struct model *m, s
 
 	if (rc != 0) {
 		if (!m->shape.tied && safetensors_find(st, head_name) == NULL)
-			err_set(err, rc, "%s: tensor '%s' is missing, and tie_word_embeddings is not true", st->file, head_name);
+			err_set(err, rc, "%s: tensor '%s' is missing, and tie_word_embeddings is not true", st->file,
+			    head_name);
 		return rc;
 	}
 	if (m->shape.tied && safetensors_find(st, head_name) == NULL)
@@ -930,8 +935,8 @@ open_weights(const char *dir, struct safetensors *st, struct err *err)
 	if (asprintf(&path, "%s/model.safetensors", dir) < 0 || asprintf(&index, "%s.index.json", path) < 0)
 		rc = err_set(err, -ENOMEM, "out of memory");
 	else if ((rc = safetensors_open(st, path, err)) == -ENOENT && access(index, F_OK) == 0)
-		rc = err_set(err, -ENOTSUP, "%s: sharded models are not supported yet, and there is no model.safetensors",
-		    index);
+		rc = err_set(err, -ENOTSUP, "%s: sharded models are not supported yet, and there is no "
+		    "model.safetensors", index);
 	free(path);
 	free(index);
 	return rc;

@@ -94,7 +94,8 @@ parse_dtype(struct st_tensor *t, const json_t *v, struct err *err)
 			return 0;
 		}
 	}
-	snprintf(what, sizeof(what), "has dtype %s (F32, F16 and BF16 are supported)", safetensors_printable(name, shown));
+	snprintf(what, sizeof(what), "has dtype %s (F32, F16 and BF16 are supported)",
+	    safetensors_printable(name, shown));
 	return bad_tensor(t, err, what);
 }
 
@@ -128,8 +129,8 @@ parse_offsets(const struct safetensors *s, struct st_tensor *t, const json_t *v,
 	t->from = (uint64_t)json_integer_value(from);
 	t->to = (uint64_t)json_integer_value(to);
 	if (t->to > data) {
-		snprintf(what, sizeof(what), "ends at byte %llu of the data, the file has %llu", (unsigned long long)t->to,
-		    (unsigned long long)data);
+		snprintf(what, sizeof(what), "ends at byte %llu of the data, the file has %llu",
+		    (unsigned long long)t->to, (unsigned long long)data);
 		return bad_tensor(t, err, what);
 	}
 	for (uint32_t i = 0; i < t->n_dims; i++)
@@ -193,7 +194,8 @@ check_cover(struct safetensors *s, struct err *err)
 		const struct st_tensor *t = &s->tensor[i];
 
 		if (t->from < at) {
-			snprintf(what, sizeof(what), "overlaps '%s'", safetensors_printable(s->tensor[i - 1].name, name));
+			snprintf(what, sizeof(what), "overlaps '%s'",
+			    safetensors_printable(s->tensor[i - 1].name, name));
 			return bad_tensor(t, err, what);
 		}
 		if (t->from > at)
@@ -247,8 +249,8 @@ parse_header(struct safetensors *s, struct err *err)
 		return err_set(err, -EINVAL, "%s: header of %llu bytes, at most %u are read", s->file,
 		    (unsigned long long)len, MAX_HEADER);
 	if (len > s->bytes - 8)
-		return err_set(err, -EINVAL, "%s: header of %llu bytes in a file of %zu", s->file, (unsigned long long)len,
-		    s->bytes);
+		return err_set(err, -EINVAL, "%s: header of %llu bytes in a file of %zu", s->file,
+		    (unsigned long long)len, s->bytes);
 	s->header_bytes = 8 + (size_t)len;
 	root = json_loadb((const char *)s->map + 8, (size_t)len, JSON_REJECT_DUPLICATES, &je);
 	if (root == NULL)

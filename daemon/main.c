@@ -1,0 +1,480 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* octetd: start order, signals, stop order. */
+#include <dirent.h>
+#include <errno.h>
+#include <getopt.h>
+#include <inttypes.h>
+#include <signal.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include "client/tok.h"
+#include "daemon/control.h"
+#include "daemon/log.h"
+#include "daemon/octetd.h"
+#include "daemon/status.h"
+
+#define DRAIN_POLL_MS 10u
+
+/* What only main needs; octetd first, so that the loop's handles find both. */
+struct daemon {
+	struct octetd d;
+	uv_async_t reap;
+	uv_signal_t sigterm, sigint, sighup;
+	uv_timer_t drain;
+	uint64_t drain_until; /* loop time */
+	struct plan *file_plan; /* of the file's active policy */
+	bool reloading, at_once;
+	int64_t shown_us;     /* progress was logged */
+};
+
+static const char *
+human(uint64_t bytes, char buf[32])
+{
+	static const char *const unit[] = {"B", "KiB", "MiB", "GiB", "TiB"};
+	double v = (double)bytes;
+	int u = 0;
+
+	for (; v >= 1024 && u < 4; u++)
+		v /= 1024;
+	snprintf(buf, 32, u == 0 ? "%.0f %s" : "%.1f %s", v, unit[u]);
+	return buf;
+}
+
+/* Tells systemd, if it asked (sd_notify(3)). */
+static void
+notify_manager(const char *state)
+{
+	struct sockaddr_un sa = {.sun_family = AF_UNIX};
+	const char *path = getenv("NOTIFY_SOCKET");
+	size_t n = path != NULL ? strlen(path) : 0;
+	int fd;
+
+	if (n == 0 || n >= sizeof(sa.sun_path) || (*path != '/' && *path != '@'))
+		return;
+	memcpy(sa.sun_path, path, n);
+	if (*path == '@')
+		sa.sun_path[0] = '\0';
+	fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+	if (fd < 0)
+		return;
+	if (sendto(fd, state, strlen(state), MSG_NOSIGNAL, (struct sockaddr *)&sa,
+	    (socklen_t)(offsetof(struct sockaddr_un, sun_path) + n)) < 0)
+		log_warn("notify", "why=%s", LOG_Q(strerror(errno)));
+	close(fd);
+}
+
+/* ---- start: what --check does too ---- */
+
+static void
+on_progress(void *arg, int percent)
+{
+	struct daemon *m = arg;
+	int64_t now = octetd_now_us();
+
+	if (isatty(STDERR_FILENO)) {
+		fprintf(stderr, "\rpacking %s: %d %%%s", m->d.conf->model_path, percent, percent == 100 ? "\n" : "");
+		return;
+	}
+	if (now - m->shown_us < 1000000)
+		return;
+	m->shown_us = now;
+	log_info("model.load", "percent=%d", percent);
+}
+
+/* Bytes of the checkpoint's files: the planes take as much as BF16. */
+static uint64_t
+checkpoint_bytes(const char *dir)
+{
+	uint64_t sum = 0;
+	struct dirent *e;
+	struct stat st;
+	DIR *at = opendir(dir);
+
+	while (at != NULL && (e = readdir(at)) != NULL) {
+		size_t n = strlen(e->d_name);
+
+		if (n > 12 && strcmp(e->d_name + n - 12, ".safetensors") == 0 && fstatat(dirfd(at), e->d_name, &st, 0) == 0)
+			sum += (uint64_t)st.st_size;
+	}
+	if (at != NULL)
+		closedir(at);
+	return sum;
+}
+
+static int
+load_model(struct daemon *m, bool check_only, struct err *err)
+{
+	const struct conf *c = m->d.conf;
+	struct engine_config cfg;
+	char a[32], b[32];
+	int rc;
+
+	if (!check_only)
+		log_info("memory.plan", "checkpoint=%s kv_cache=%s threads=%u cpu=%s model=%s",
+		    LOG_Q(human(checkpoint_bytes(c->model_path), a)), LOG_Q(human(c->kv_cache_bytes, b)),
+		    team_size(m->d.team), m->d.ops->name, LOG_Q(c->model_path));
+	m->shown_us = octetd_now_us();
+	rc = model_load(&m->d.model, c->model_path, m->d.team, (uint32_t)c->max_context, c->kv_cache_bytes, check_only,
+	    check_only ? NULL : on_progress, m, err);
+	if (rc != 0)
+		return rc;
+	octetd_engine_config(&m->d, c, &cfg);
+	if (engine_kv_bytes(&m->d.model->shape, &cfg) == 0)
+		return err_set(err, -EINVAL, "%s: kv_cache_bytes = %" PRIu64 " is less than one page of this model", c->file,
+		    c->kv_cache_bytes);
+	if (!check_only)
+		log_info("model", "name=%s layers=%u vocab=%u context=%u weights=%s kv_cache=%s exceptions=%" PRIu64
+		    " digest=%016" PRIx64, LOG_Q(m->d.model->name), m->d.model->shape.n_layers, m->d.model->shape.vocab,
+		    m->d.model->shape.max_context, LOG_Q(human(m->d.model->weights_bytes, a)),
+		    LOG_Q(human(engine_kv_bytes(&m->d.model->shape, &cfg), b)), m->d.model->n_exceptions, m->d.model->digest);
+	return 0;
+}
+
+static int
+load_tokenizer(struct octetd *d, struct err *err)
+{
+	const struct model *m = d->model;
+	struct tok *tok = NULL;
+	int rc;
+
+	rc = tok_compile(m->tokenizer_json, m->tokenizer_json_len, m->tokenizer_config_json, m->tokenizer_config_json_len,
+	    m->shape.vocab, &d->tok_blob, &d->tok_len, err);
+	if (rc == 0)
+		rc = tok_open(&tok, d->tok_blob, d->tok_len, err);
+	if (rc != 0)
+		err_prefix(err, "%s/tokenizer.json", m->path);
+	tok_free(&tok);
+	return rc;
+}
+
+static int
+load(struct daemon *m, bool check_only, struct err *err)
+{
+	struct octetd *d = &m->d;
+	char why[256] = "";
+	int rc;
+
+	if ((rc = conf_load(&d->conf, d->conf_path, err)) != 0 || (rc = octetd_conf_check(d->conf, err)) != 0)
+		return rc;
+	log_set_level_name(d->conf->log_level);
+	d->backend = "cpu";
+	d->ops = kernels_select(getenv("OCTET_CPU"), why, sizeof(why));
+	if (d->ops == NULL)
+		return err_set(err, -EINVAL, "OCTET_CPU: %s", why);
+	rc = team_new(&d->team, (uint32_t)d->conf->threads, (uint32_t)d->conf->spin_us);
+	if (rc != 0)
+		return err_set(err, rc, "worker threads: %s", strerror(-rc));
+	if ((rc = load_model(m, check_only, err)) != 0 || (rc = load_tokenizer(d, err)) != 0)
+		return rc;
+	return octetd_policies_check(d->conf, d->model->shape.n_layers, &m->file_plan, err);
+}
+
+/* ---- start: the plan ---- */
+
+struct first_plan {
+	struct plan *plan;
+	char policy[64];
+	uint64_t epoch;
+};
+
+/* The newest decision wins: the journal's last applied plan, unless the file's
+ * active policy is another than when that was written. */
+static void
+choose_plan(struct daemon *m, const struct journal_record *last, struct first_plan *f)
+{
+	if (last != NULL && last->file_policy == m->file_plan->digest) {
+		f->plan = journal_plan(m->d.journal, last->plan);
+		memcpy(f->policy, last->policy, sizeof(f->policy));
+		if (f->plan != NULL)
+			return;
+		log_warn("journal.plan", "epoch=%" PRIu64 " plan=%016" PRIx64 " why=\"of another model: the file's policy runs\"",
+		    last->epoch, last->plan);
+	}
+	f->plan = plan_ref(m->file_plan);
+	snprintf(f->policy, sizeof(f->policy), "%.63s", m->d.conf->policy);
+}
+
+static int
+record_start(struct daemon *m, const struct journal_record *last, const struct first_plan *f, struct err *err)
+{
+	struct journal_record r = {.kind = JOURNAL_START, .epoch = f->epoch, .time_us = octetd_now_us(), .uid = getuid(),
+	    .pid = (uint32_t)getpid(), .program = "octetd", .why = "start", .plan = f->plan->digest,
+	    .file_policy = m->file_plan->digest};
+	struct plan *before = last != NULL ? journal_plan(m->d.journal, last->plan) : NULL;
+	char *change = before != NULL ? plan_diff(before, f->plan) : NULL;
+
+	snprintf(r.policy, sizeof(r.policy), "%s", f->policy);
+	if (change != NULL)
+		snprintf(r.change, sizeof(r.change), "%.*s", (int)sizeof(r.change) - 1, change);
+	free(change);
+	plan_unref(&before);
+	return journal_append(m->d.journal, &r, f->plan, err);
+}
+
+static int
+open_journal(struct daemon *m, struct first_plan *f, struct err *err)
+{
+	struct journal_record last;
+	uint32_t closed;
+	uint64_t torn = 0;
+	bool known;
+	int rc = journal_open(&m->d.journal, m->d.conf->state_dir, m->d.model->shape.n_layers, &torn, err);
+
+	if (rc != 0)
+		return rc;
+	if (torn > 0)
+		log_warn("journal.torn", "bytes=%" PRIu64 " state_dir=%s", torn, LOG_Q(m->d.conf->state_dir));
+	*err->text = '\0';
+	closed = journal_close_intents(m->d.journal, err);
+	if (*err->text != '\0')
+		return -EIO;
+	if (closed > 0)
+		log_warn("journal.intents", "not_applied=%u", closed);
+	known = journal_last_applied(m->d.journal, &last);
+	choose_plan(m, known ? &last : NULL, f);
+	f->epoch = journal_last_epoch(m->d.journal) + 1;
+	return record_start(m, known ? &last : NULL, f, err);
+}
+
+/* ---- signals, and what the engine sends back ---- */
+
+/* Engine thread. */
+static void
+wake_loop(void *arg)
+{
+	uv_async_send(&((struct daemon *)arg)->reap);
+}
+
+static void
+on_reap(uv_async_t *h)
+{
+	struct octetd *d = h->data;
+
+	flipper_reaped(d->flips, engine_reap_flips(d->engine));
+	server_reaped(d->server, engine_reap(d->engine));
+}
+
+static void
+on_drain(uv_timer_t *t)
+{
+	struct daemon *m = t->data;
+	bool over = m->at_once || uv_now(&m->d.loop) >= m->drain_until;
+
+	/* The journal is never cut off, whoever is in a hurry. */
+	if (!flipper_idle(m->d.flips) || (!over && !server_idle(m->d.server)))
+		return;
+	uv_stop(&m->d.loop);
+}
+
+static void
+on_stop(uv_signal_t *h, int signum)
+{
+	struct daemon *m = h->data;
+
+	log_info("stop", "signal=%d%s", signum, m->d.draining ? " now=true" : "");
+	m->at_once = m->d.draining;
+	if (!m->d.draining) {
+		m->d.draining = true;
+		notify_manager("STOPPING=1");
+		server_drain(m->d.server);
+		flipper_drain(m->d.flips);
+		uv_update_time(&m->d.loop);
+		m->drain_until = uv_now(&m->d.loop) + m->d.conf->drain_timeout_s * 1000;
+		uv_timer_start(&m->drain, on_drain, DRAIN_POLL_MS, DRAIN_POLL_MS);
+	}
+	on_drain(&m->drain);
+}
+
+static void
+on_reloaded(void *arg, int rc, const struct err *err, const json_t *changes, const struct flip_result *result)
+{
+	struct daemon *m = arg;
+
+	(void)rc, (void)err, (void)changes, (void)result; /* logged already */
+	m->reloading = false;
+}
+
+static void
+on_sighup(uv_signal_t *h, int signum)
+{
+	struct daemon *m = h->data;
+	struct flip_who who = {.uid = getuid(), .pid = (uint32_t)getpid(), .program = "SIGHUP"};
+
+	(void)signum;
+	if (m->reloading)
+		return; /* its turn has not come: it will read the newest file */
+	m->reloading = true;
+	reload_start(&m->d, &who, on_reloaded, m);
+}
+
+/* ---- start: what serves ---- */
+
+static int
+policy_plan(void *arg, const char *name, struct plan **out, struct err *err)
+{
+	const struct octetd *d = arg;
+
+	return octetd_policy_plan(d->conf, name, d->model->shape.n_layers, out, err);
+}
+
+static void
+start_handles(struct daemon *m)
+{
+	uv_async_init(&m->d.loop, &m->reap, on_reap);
+	uv_timer_init(&m->d.loop, &m->drain);
+	uv_signal_init(&m->d.loop, &m->sigterm);
+	uv_signal_init(&m->d.loop, &m->sigint);
+	uv_signal_init(&m->d.loop, &m->sighup);
+	m->reap.data = m->drain.data = m->sigterm.data = m->sigint.data = m->sighup.data = m;
+	uv_signal_start(&m->sigterm, on_stop, SIGTERM);
+	uv_signal_start(&m->sigint, on_stop, SIGINT);
+	uv_signal_start(&m->sighup, on_sighup, SIGHUP);
+}
+
+/* The data socket comes last: where it is, everything is ready. */
+static int
+serve(struct daemon *m, const struct first_plan *f, struct err *err)
+{
+	struct octetd *d = &m->d;
+	struct flip_config flips = {.loop = &d->loop, .journal = d->journal, .n_layers = d->model->shape.n_layers,
+	    .policy_plan = policy_plan, .policy_arg = d};
+	struct engine_config engine;
+	struct server_config server;
+	int rc;
+
+	start_handles(m);
+	d->notify = wake_loop;
+	octetd_engine_config(d, d->conf, &engine);
+	octetd_server_config(d->conf, &server);
+	if ((rc = engine_new(&d->engine, d->model, d->ops, d->team, &engine, f->plan, f->epoch, err)) != 0)
+		return rc;
+	flips.engine = d->engine;
+	if ((rc = flipper_new(&d->flips, &flips, f->plan, f->epoch, f->policy, m->file_plan->digest, err)) != 0 ||
+	    (rc = status_new(&d->status, d, err)) != 0 ||
+	    (rc = control_new(&d->control, d, d->conf->control_socket, (unsigned)d->conf->control_mode, err)) != 0)
+		return rc;
+	return server_new(&d->server, &d->loop, &server, d->model, d->engine, d->tok_blob, d->tok_len, err);
+}
+
+static void
+on_handle(uv_handle_t *h, void *arg)
+{
+	(void)arg;
+	if (!uv_is_closing(h))
+		uv_close(h, NULL);
+}
+
+static void
+close_main_handles(struct daemon *m)
+{
+	uv_handle_t *h[] = {(uv_handle_t *)&m->reap, (uv_handle_t *)&m->drain, (uv_handle_t *)&m->sigterm,
+	    (uv_handle_t *)&m->sigint, (uv_handle_t *)&m->sighup};
+
+	for (size_t i = 0; i < sizeof(h) / sizeof(*h); i++)
+		if (m->d.notify != NULL)
+			on_handle(h[i], NULL);
+}
+
+/* Backwards. The server closes its sessions while the engine still runs: their
+ * requests are cancelled, end at the next step and come back by on_reap(). */
+static void
+free_all(struct daemon *m, struct first_plan *f)
+{
+	struct octetd *d = &m->d;
+
+	control_free(&d->control);
+	server_free(&d->server);
+	engine_free(&d->engine);
+	status_free(&d->status);
+	flipper_free(&d->flips);
+	close_main_handles(m);
+	uv_run(&d->loop, UV_RUN_DEFAULT);
+	if (uv_loop_close(&d->loop) != 0)
+		log_error("stop", "why=\"a handle is still open\"");
+	journal_close(&d->journal);
+	plan_unref(&f->plan);
+	plan_unref(&m->file_plan);
+	free(d->tok_blob);
+	model_free(&d->model);
+	team_free(&d->team);
+	conf_free(&d->conf);
+}
+
+static int
+run(struct daemon *m, bool check_only)
+{
+	struct first_plan f = {0};
+	struct err err = {""};
+	struct octetd *d = &m->d;
+	int rc;
+
+	uv_loop_init(&d->loop);
+	d->started_us = octetd_now_us();
+	rc = load(m, check_only, &err);
+	if (rc == 0 && check_only) {
+		printf("%s: ok\n", d->conf_path);
+		printf("model %s, %u layers, context %u; policy %s of %zu; CPU level %s; %u threads\n", d->model->name,
+		    d->model->shape.n_layers, d->model->shape.max_context, d->conf->policy, d->conf->n_policies, d->ops->name,
+		    team_size(d->team));
+	}
+	if (rc == 0 && !check_only && (rc = open_journal(m, &f, &err)) == 0 && (rc = serve(m, &f, &err)) == 0) {
+		log_info("ready", "version=%s pid=%d socket=%s control_socket=%s epoch=%" PRIu64 " policy=%s plan=%016" PRIx64,
+		    OCTET_VERSION, (int)getpid(), LOG_Q(d->conf->socket), LOG_Q(d->conf->control_socket), f.epoch, LOG_Q(f.policy),
+		    f.plan->digest);
+		notify_manager("READY=1");
+		uv_run(&d->loop, UV_RUN_DEFAULT);
+	}
+	if (rc != 0)
+		fprintf(stderr, "octetd: %s\n", err.text);
+	free_all(m, &f);
+	if (rc == 0 && !check_only)
+		log_info("stopped", "pid=%d", (int)getpid());
+	return rc != 0;
+}
+
+static const char usage[] =
+    "usage: octetd [--config FILE] [--check] [--help] [--help-options] [--version]\n"
+    "  --config FILE   configuration file (default " OCTET_SYSCONFDIR "/octet.ini)\n"
+    "  --check         read and check the file, the model and the policies, then end\n"
+    "  --help-options  every option of the file\n"
+    "  --version       the version\n"
+    "Signals: SIGHUP reads the file again, SIGTERM and SIGINT stop. See octetd(8).\n";
+
+int
+main(int argc, char **argv)
+{
+	static const struct option longs[] = {{"config", required_argument, NULL, 'c'}, {"check", no_argument, NULL, 't'},
+	    {"help", no_argument, NULL, 'h'}, {"help-options", no_argument, NULL, 'o'}, {"version", no_argument, NULL, 'v'},
+	    {NULL, 0, NULL, 0}};
+	static struct daemon m;
+	bool check_only = false;
+	int c, rc;
+
+	m.d.conf_path = OCTET_SYSCONFDIR "/octet.ini";
+	while ((c = getopt_long(argc, argv, "c:h", longs, NULL)) != -1) {
+		switch (c) {
+		case 'c': m.d.conf_path = optarg; break;
+		case 't': check_only = true; break;
+		case 'h': printf("%s", usage); return 0;
+		case 'o': conf_print_options(stdout); return 0;
+		case 'v': printf("octetd %s\n", OCTET_VERSION); return 0;
+		default: fprintf(stderr, "%s", usage); return 2;
+		}
+	}
+	if (optind < argc) {
+		fprintf(stderr, "octetd: unexpected '%s'\n%s", argv[optind], usage);
+		return 2;
+	}
+	signal(SIGPIPE, SIG_IGN);
+	signal(SIGHUP, SIG_IGN); /* until it can be taken */
+	rc = run(&m, check_only);
+	uv_library_shutdown();
+	return rc;
+}
