@@ -50,9 +50,7 @@ err_prefix(struct err *e, const char *fmt, ...)
 	if (n > sizeof(e->text) - 1)
 		n = sizeof(e->text) - 1;
 	e->text[n] = '\0';
-	strncat(e->text, ": ", sizeof(e->text) - 1 - n);
-	n = strlen(e->text);
-	strncat(e->text, old, sizeof(e->text) - 1 - n);
+	snprintf(e->text + n, sizeof(e->text) - n, ": %s", old);
 }
 
 #endif

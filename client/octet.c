@@ -687,7 +687,8 @@ octet_text_free(octet_text **tp)
 static int
 make_room(octet_text *t)
 {
-	memmove(t->buf, t->buf + t->given, t->len - t->given);
+	if (t->given > 0)
+		memmove(t->buf, t->buf + t->given, t->len - t->given);
 	t->len -= t->given;
 	t->given = 0;
 	if (t->cap - t->len < t->max_piece) {

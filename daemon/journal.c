@@ -570,12 +570,14 @@ journal_last_applied(struct journal *j, struct journal_record *out)
 	return found;
 }
 
-/* Was the change of this epoch taken back by a rollback after it? */
+/* Was this change taken back by a rollback after it, or jumped over by one --to
+ * an epoch before it? */
 static bool
 is_undone(const struct journal *j, size_t at)
 {
 	for (size_t i = at + 1; i < j->n; i++)
-		if (is_active(&j->rec[i]) && j->rec[i].undoes == j->rec[at].epoch)
+		if (is_active(&j->rec[i]) && (j->rec[i].undoes == j->rec[at].epoch ||
+		    (j->rec[i].back_to != 0 && j->rec[i].back_to < j->rec[at].epoch)))
 			return true;
 	return false;
 }

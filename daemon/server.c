@@ -313,6 +313,14 @@ submit(struct session *s, const struct wire_desc *d)
 	refuse(slot, d->serial, rc);
 }
 
+/* The app may see DONE and use the slot again before the loop reaped the old
+ * request: its descriptor waits, server_reaped() looks again. */
+static bool
+must_wait(const struct session *s, const struct wire_desc *d)
+{
+	return d->op == WIRE_SUBMIT && d->slot < WIRE_SLOTS && s->slot[d->slot].request != NULL;
+}
+
 /* Returns what the app did wrong, NULL if nothing. */
 static const char *
 take_desc(struct session *s, const struct wire_desc *d)
@@ -324,8 +332,6 @@ take_desc(struct session *s, const struct wire_desc *d)
 	slot = &s->slot[d->slot];
 	switch (d->op) {
 	case WIRE_SUBMIT:
-		if (slot->request != NULL)
-			return "slot is busy";
 		/* Room for the answer, at the very least. */
 		if (sink_room(slot) < SINK_ROOM)
 			return "slot has unread events";
@@ -346,7 +352,7 @@ static bool
 take_submissions(struct session *s)
 {
 	uint32_t tail = __atomic_load_n(&s->shm->sq_tail, __ATOMIC_ACQUIRE);
-	bool any = tail != s->sq_head;
+	uint32_t before = s->sq_head;
 
 	if (tail - s->sq_head > WIRE_SQ) {
 		session_close(s, "impossible index of the submission ring");
@@ -354,14 +360,17 @@ take_submissions(struct session *s)
 	}
 	while (s->state == SESSION_OPEN && s->sq_head != tail) {
 		struct wire_desc d = *(volatile struct wire_desc *)&s->shm->sq[s->sq_head % WIRE_SQ];
-		const char *wrong = take_desc(s, &d);
+		const char *wrong;
 
+		if (must_wait(s, &d))
+			break;
+		wrong = take_desc(s, &d);
 		s->sq_head++;
 		__atomic_store_n(&s->shm->sq_head, s->sq_head, __ATOMIC_RELEASE);
 		if (wrong != NULL)
 			session_close(s, wrong);
 	}
-	return any;
+	return s->sq_head != before;
 }
 
 /* ---- spinning: while there is traffic the rings are polled, not belled ---- */
@@ -528,7 +537,7 @@ on_readable(uv_poll_t *h, int status, int events)
 
 	(void)events;
 	if (status < 0)
-		session_close(s, uv_strerror(status));
+		session_close(s, NULL); /* libuv says EBADF for a socket that hung up */
 	else if (s->state == SESSION_HELLO)
 		take_hello(s);
 	else if (s->state == SESSION_OPEN)
@@ -667,6 +676,8 @@ server_reaped(struct server *v, struct request *r)
 		v->in_flight--;
 		s->tokens += r->n_output;
 		request_free(&r);
+		if (s->state == SESSION_OPEN)
+			take_submissions(s);
 		maybe_free(s);
 	}
 }

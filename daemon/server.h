@@ -31,6 +31,7 @@ bool server_idle(const struct server *); /* no request in flight */
 /* Takes the list of engine_reap(), frees its requests, frees dead sessions. */
 void server_reaped(struct server *, struct request *);
 uint32_t server_clients(const struct server *, struct page_client *, uint32_t cap);
-/* Closes everything; call engine_free() first so that no sink is in use. */
+/* Cancels what is in flight, waits for it and closes everything. The engine still
+ * runs; its notify must reach server_reaped() through the loop. */
 void server_free(struct server **);
 #endif

@@ -88,7 +88,8 @@ config() {
 start() {
 	"$builddir/octetd" --config "$scratch/octet.ini" >>"$scratch/log" 2>&1 &
 	daemon=$!
-	wait_for 60 test -S "$OCTET_SOCKET" && return 0
+	# Not "test -S": kill -9 leaves a stale one behind.
+	wait_for 60 "$builddir/octet" tokenize x && return 0
 	echo "# the daemon did not start:"
 	sed 's/^/# /' "$scratch/log" | tail -5
 	return 1
