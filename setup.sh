@@ -34,7 +34,7 @@ setup_packages() {
 setup_build() {
 	dir=$1 cc=$2
 	shift 2
-	if [ ! -x configure ] || [ configure.ac -nt configure ]; then
+	if [ ! -x configure ] || [ configure.ac -nt configure ] || [ Makefile.am -nt Makefile.in ]; then
 		autoreconf -i >/dev/null 2>&1 || { autoreconf -i; return 1; }
 	fi
 	mkdir -p "$dir"
