@@ -106,7 +106,7 @@ notify(void *arg)
 	pthread_mutex_unlock(&f->lock);
 }
 
-/* Waits for the next notification, at most 20 s. */
+/* Waits for the next notification, at most 120 s: sanitizers are slow. */
 static void
 wait_notified(struct fixture *f)
 {
@@ -114,7 +114,7 @@ wait_notified(struct fixture *f)
 	int rc = 0;
 
 	clock_gettime(CLOCK_REALTIME, &ts);
-	ts.tv_sec += 20;
+	ts.tv_sec += 120;
 	pthread_mutex_lock(&f->lock);
 	while (f->notified == 0 && rc == 0)
 		rc = pthread_cond_timedwait(&f->cond, &f->lock, &ts);
@@ -283,20 +283,14 @@ test_company(void **state)
 static void
 test_levels(void **state)
 {
-	static const char *level[] = {"ref", "avx2", "avx512"};
 	static uint32_t want[3][64], got[3][64];
-	char why[256];
+	const char *best = kernels_select(NULL, NULL, 0)->name;
 
 	(void)state;
-	for (size_t i = 0; i < 3; i++) {
-		if (kernels_select(level[i], why, sizeof(why)) == NULL) {
-			print_message("%s: %s\n", level[i], why);
-			continue;
-		}
-		run_many(level[i], 2, 64, 3, true, fp8, NULL, i == 0 ? want : got);
-		if (i > 0)
-			assert_memory_equal(want, got, sizeof(want));
-	}
+	run_many("ref", 2, 64, 3, true, fp8, NULL, want);
+	run_many(best, 2, 64, 3, true, fp8, NULL, got);
+	assert_memory_equal(want, got, sizeof(want));
+	print_message("ref and %s agree\n", best);
 }
 
 static void

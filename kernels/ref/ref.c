@@ -77,44 +77,52 @@ unpack_block(const struct k_weight *w, uint32_t block, bool bf16, float out[32][
 	}
 }
 
+#define ROWS 16u /* rows that share one unpacking: only for speed */
+
 static void
-linear_ref(const struct k_linear *a)
+linear_rows(const struct k_linear *a, uint32_t panel, uint32_t row, uint32_t rows)
 {
 	const struct k_weight *w = a->w;
-	uint32_t kb_n = w->k_pad / K_BLOCK;
-	float weight[32][32];
+	uint32_t kb_n = w->k_pad / K_BLOCK, first = panel * K_PANEL;
+	uint32_t n = w->n - first < K_PANEL ? w->n - first : K_PANEL;
+	float weight[32][32], total[ROWS][32] = {{0}};
 
-	for (uint32_t panel = a->panel0; panel < a->panel1; panel++) {
-		uint32_t first = panel * K_PANEL, n = w->n - first < K_PANEL ? w->n - first : K_PANEL;
+	for (uint32_t kb = 0; kb < kb_n; kb++) {
+		unpack_block(w, panel * kb_n + kb, a->format == K_BF16, weight);
+		for (uint32_t r = 0; r < rows; r++) {
+			const uint16_t *x = a->x + (row + r) * a->ldx + kb * K_BLOCK;
 
-		for (uint32_t r = 0; r < a->rows; r++) {
-			float total[32] = {0};
-			float *y = a->y + r * a->ldy + first;
-
-			for (uint32_t kb = 0; kb < kb_n; kb++) {
-				const uint16_t *x = a->x + r * a->ldx + kb * K_BLOCK;
-
-				unpack_block(w, panel * kb_n + kb, a->format == K_BF16, weight);
-				for (uint32_t c = 0; c < n; c++) {
-					float even = 0, odd = 0;
-
-					for (uint32_t i = 0; i < K_BLOCK; i += 2) {
-						even = fmaf(weight[c][i], k_bf16_to_float(x[i]), even);
-						odd = fmaf(weight[c][i + 1], k_bf16_to_float(x[i + 1]), odd);
-					}
-					total[c] = total[c] + (even + odd);
-				}
-			}
 			for (uint32_t c = 0; c < n; c++) {
-				float v = total[c];
+				float even = 0, odd = 0;
 
-				if (a->x_scale != NULL)
-					v = v * a->x_scale[r];
-				v = v * w->scale[first + c];
-				y[c] = a->add ? y[c] + v : v;
+				for (uint32_t i = 0; i < K_BLOCK; i += 2) {
+					even = fmaf(weight[c][i], k_bf16_to_float(x[i]), even);
+					odd = fmaf(weight[c][i + 1], k_bf16_to_float(x[i + 1]), odd);
+				}
+				total[r][c] = total[r][c] + (even + odd);
 			}
 		}
 	}
+	for (uint32_t r = 0; r < rows; r++) {
+		float *y = a->y + (row + r) * a->ldy + first;
+
+		for (uint32_t c = 0; c < n; c++) {
+			float v = total[r][c];
+
+			if (a->x_scale != NULL)
+				v = v * a->x_scale[row + r];
+			v = v * w->scale[first + c];
+			y[c] = a->add ? y[c] + v : v;
+		}
+	}
+}
+
+static void
+linear_ref(const struct k_linear *a)
+{
+	for (uint32_t panel = a->panel0; panel < a->panel1; panel++)
+		for (uint32_t r = 0; r < a->rows; r += ROWS)
+			linear_rows(a, panel, r, a->rows - r < ROWS ? a->rows - r : ROWS);
 }
 
 static void
