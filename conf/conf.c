@@ -27,6 +27,7 @@ struct option {
 
 static const char *const backends[] = {"auto", "cpu", "cuda", NULL};
 static const char *const on_flips[] = {"switch", "pin", NULL};
+static const char *const prefix_caches[] = {"off", "user", "all", NULL};
 static const char *const log_levels[] = {"error", "warn", "info", "debug", NULL};
 
 #define AT(field) offsetof(struct conf, field)
@@ -68,6 +69,8 @@ static const struct option options[] = {
 	    "prefill is cut so that a step takes about this long; 0: off"},
 	{"engine", "spin_us", TYPE_NUMBER, AT(spin_us), "50", 0, 1000000, NULL, LIVE, "us",
 	    "time a thread waits awake before it sleeps"},
+	{"engine", "prefix_cache", TYPE_ENUM, AT(prefix_cache), "user", 0, 0, prefix_caches, LIVE, "",
+	    "whether requests share the KV pages of equal beginnings: not, those of one user, or all"},
 	{"precision", "policy", TYPE_STRING, AT(policy), "bf16", 0, 0, NULL, LIVE, "", "the active policy"},
 	{"precision", "on_flip", TYPE_ENUM, AT(on_flip), "switch", 0, 0, on_flips, LIVE, "",
 	    "whether running sequences follow a flip or finish under their plan"},

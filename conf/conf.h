@@ -25,6 +25,7 @@ struct conf_policy {
 };
 
 enum conf_backend { CONF_BACKEND_AUTO, CONF_BACKEND_CPU, CONF_BACKEND_CUDA };
+enum conf_prefix_cache { CONF_PREFIX_OFF, CONF_PREFIX_USER, CONF_PREFIX_ALL };
 enum conf_on_flip { CONF_ON_FLIP_SWITCH, CONF_ON_FLIP_PIN };
 
 struct conf {
@@ -37,7 +38,7 @@ struct conf {
 	char *model_path;
 	/* [engine] */
 	uint64_t kv_cache_bytes;
-	uint32_t backend, threads, max_batch_tokens, max_batch, max_context, step_target_ms, spin_us;
+	uint32_t backend, threads, max_batch_tokens, max_batch, max_context, step_target_ms, spin_us, prefix_cache;
 	/* [precision] */
 	char *policy;
 	uint32_t on_flip;

@@ -28,6 +28,7 @@ octetd_engine_config(const struct octetd *d, const struct conf *c, struct engine
 		.max_queue = (uint32_t)c->max_queue,
 		.step_target_ms = (uint32_t)c->step_target_ms,
 		.pin = c->on_flip == CONF_ON_FLIP_PIN,
+		.prefix_cache = c->prefix_cache != CONF_PREFIX_OFF,
 		.notify = d->notify,
 		.notify_arg = (void *)(uintptr_t)d,
 	};
@@ -43,6 +44,7 @@ octetd_server_config(const struct conf *c, struct server_config *out)
 		.max_requests = (uint32_t)c->max_requests,
 		.handshake_timeout_ms = (uint32_t)c->handshake_timeout_ms,
 		.spin_us = (uint32_t)c->spin_us,
+		.share_prefixes = c->prefix_cache == CONF_PREFIX_ALL,
 	};
 }
 

@@ -294,6 +294,7 @@ submit(struct session *s, const struct wire_desc *d)
 		    .temperature = d->temperature, .top_p = d->top_p, .ignore_eos = (d->flags & WIRE_IGNORE_EOS) != 0,
 		    .logprobs = (d->flags & WIRE_LOGPROBS) != 0};
 		r->sink = (struct sink){sink_room, sink_put, sink_set_parked, sink_flush, slot};
+		r->scope = s->server->cfg.share_prefixes ? 0 : (uint64_t)s->peer.uid + 1;
 		r->owner = slot;
 		/* Before it is posted: it may be done before we are back. */
 		slot->request = r;

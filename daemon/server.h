@@ -20,6 +20,7 @@ struct server_config {
 	const char *path; unsigned mode;       /* fixed after server_new() */
 	uint32_t max_clients, max_requests;    /* sessions in all; requests in flight of one */
 	uint32_t handshake_timeout_ms, spin_us;
+	bool share_prefixes;                   /* between users, too */
 };
 /* Borrows loop, model, engine and the tokenizer blob. */
 int server_new(struct server **, uv_loop_t *, const struct server_config *, const struct model *,

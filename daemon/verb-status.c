@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include "daemon/control.h"
+#include "daemon/engine/kv.h"
 #include "daemon/octetd.h"
 #include "daemon/status.h"
 
@@ -59,6 +60,7 @@ static int
 exec_status(struct octetd *d, struct call *call, const json_t *request, json_t **reply, struct err *err)
 {
 	struct engine_stats st = {0};
+	uint32_t block_pages;
 	json_t *r;
 
 	(void)call, (void)request;
@@ -69,8 +71,13 @@ exec_status(struct octetd *d, struct call *call, const json_t *request, json_t *
 	    json_lossy(flipper_policy(d->flips)), "plan_digest", digest_json(flipper_plan(d->flips)->digest), "groups",
 	    groups_json(d));
 	json_object_set_new(r, "weights_bytes", number(d->model->weights_bytes));
-	json_object_set_new(r, "kv", json_pack("{s:i,s:i,s:i,s:o}", "pages_total", (int)st.kv_pages, "pages_used",
-	    (int)st.kv_pages_used, "page_tokens", (int)st.kv_page_tokens, "bytes", number(st.kv_bytes)));
+	block_pages = kv_block_pages(flipper_plan(d->flips), d->model->shape.n_layers);
+	json_object_set_new(r, "kv", json_pack("{s:i,s:i,s:i,s:i,s:i,s:o,s:o}", "pages_total", (int)st.kv_pages, "pages_used",
+	    (int)st.kv_pages_used, "pages_cached", (int)st.kv_pages_cached, "page_tokens", (int)st.kv_page_tokens,
+	    "block_pages", (int)block_pages, "capacity_tokens",
+	    number((uint64_t)(st.kv_pages / block_pages) * st.kv_page_tokens), "bytes", number(st.kv_bytes)));
+	json_object_set_new(r, "prefix_cache", json_pack("{s:o,s:o,s:o}", "hit_tokens", number(st.prefix_hit_tokens),
+	    "evictions", number(st.prefix_evictions), "preemptions", number(st.preemptions)));
 	json_object_set_new(r, "requests", json_pack("{s:i,s:i,s:o,s:o}", "running", (int)st.running, "queued",
 	    (int)st.queued, "done", number(st.done), "failed", number(st.failed)));
 	json_object_set_new(r, "tokens", json_pack("{s:o,s:o}", "prompt", number(st.prompt_tokens), "output",

@@ -84,19 +84,33 @@ struct k_linear {
 };
 
 /*
- * One query position, heads [head0, head1). K and V of one layer in a page:
- * per KV head K as [hd_pad/2][32 positions][2], then per KV head V as
- * [16 position pairs][hd_pad][2], BF16; hd_pad is head_dim up to 32.
- * Each page forms its own max, sum and output; pages merge in ascending order.
+ * K and V of one layer over one absolute block of 32 positions. A BF16 page has
+ * per KV head K as [hd_pad/2][32 positions][2] and, elsewhere, per KV head V as
+ * [16 position pairs][hd_pad][2]; hd_pad is head_dim up to 32. An FP8 page has
+ * both in the same orders, one E4M3 code a value, with a scale per position and
+ * head. After a flip a block has both, and each position lies in one of them.
+ */
+struct k_kv_block {
+	uint16_t *k, *v;        /* BF16 page: [n_kv_heads][hd_pad * 32] each, or NULL */
+	uint8_t *q;             /* FP8 page: K, then V: [2][n_kv_heads][hd_pad * 32], or NULL */
+	float *scale;           /* [2][n_kv_heads][32] of the FP8 page */
+	uint32_t fp8;           /* bit j: position j lies in the FP8 page */
+};
+
+/*
+ * One query position, heads [head0, head1). Each block forms its own max, sum
+ * and output; blocks merge in ascending order. In an FP8 position the score is
+ * (sum * scale of K) * scale, and p * scale of V is rounded to BF16 for the
+ * output; the sum of p is that of BF16 p in either format.
  */
 struct k_attention {
-	const float *q;               /* [n_heads, head_dim], RoPE applied; rounded to BF16 here */
-	float *out;                   /* [n_heads, head_dim] */
-	const uint16_t *const *pages; /* [pos / 32 + 1] */
+	const float *q;         /* [n_heads, head_dim], RoPE applied; rounded to BF16 here */
+	float *out;             /* [n_heads, head_dim] */
+	const struct k_kv_block *block; /* [pos / 32 + 1]; those before first / 32 are not read */
 	uint32_t n_heads, n_kv_heads, head_dim, hd_pad;
 	uint32_t head0, head1;
-	uint32_t pos;                 /* attends to positions 0..pos; later slots of the page may hold anything */
-	float scale;                  /* 1 / sqrt(head_dim) */
+	uint32_t first, pos;    /* attends to positions first..pos; later slots of a page may hold anything */
+	float scale;            /* 1 / sqrt(head_dim) */
 };
 
 struct k_ops {
@@ -111,9 +125,10 @@ struct k_ops {
 	void (*rope)(float *x, uint32_t n_heads, uint32_t head_dim, const float *cos, const float *sin);
 	/* y = gate / (1 + exp(-gate)) * up */
 	void (*silu_mul)(const float *gate, const float *up, uint32_t n, float *y);
-	/* Stores k, v [n_kv_heads, head_dim] at a slot 0..31 of a page. */
-	void (*kv_write)(uint16_t *page, const float *k, const float *v, uint32_t n_kv_heads, uint32_t head_dim,
-	    uint32_t hd_pad, uint32_t slot);
+	/* Stores k, v [n_kv_heads, head_dim] at a slot 0..31 of a block, in the page that its bit of fp8 names.
+	 * Scales as in act_fp8. */
+	void (*kv_write)(const struct k_kv_block *, const float *k, const float *v, uint32_t n_kv_heads,
+	    uint32_t head_dim, uint32_t hd_pad, uint32_t slot);
 	void (*attention)(const struct k_attention *);
 };
 

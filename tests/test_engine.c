@@ -40,7 +40,7 @@ struct fixture {
 };
 
 static struct model *model;
-static struct plan *bf16, *fp8, *fp8w;
+static struct plan *bf16, *fp8, *fp8w, *kv8, *mixed; /* kv8: kv_cache = fp8; mixed: some of each */
 
 static const char *
 model_dir(void)
@@ -265,10 +265,10 @@ test_company(void **state)
 	static uint32_t want[16][64], got[16][64];
 	struct sampling hot = {.max_tokens = 24, .temperature = 0.9f, .top_p = 0.95f, .top_k = 40, .seed = 7,
 	    .ignore_eos = true};
-	struct plan *plans[] = {bf16, fp8, fp8w};
+	struct plan *plans[] = {bf16, fp8, fp8w, mixed};
 
 	(void)state;
-	for (size_t p = 0; p < 3; p++) {
+	for (size_t p = 0; p < 4; p++) {
 		run_many(NULL, 1, 256, 16, false, plans[p], NULL, want);
 		run_many(NULL, 2, 256, 16, true, plans[p], NULL, got);
 		assert_memory_equal(want, got, sizeof(want));
@@ -287,8 +287,8 @@ test_levels(void **state)
 	const char *best = kernels_select(NULL, NULL, 0)->name;
 
 	(void)state;
-	run_many("ref", 2, 64, 3, true, fp8, NULL, want);
-	run_many(best, 2, 64, 3, true, fp8, NULL, got);
+	run_many("ref", 2, 64, 3, true, mixed, NULL, want);
+	run_many(best, 2, 64, 3, true, mixed, NULL, got);
 	assert_memory_equal(want, got, sizeof(want));
 	print_message("ref and %s agree\n", best);
 }
@@ -318,21 +318,32 @@ test_sampling(void **state)
 	assert_memory_equal(c, greedy, sizeof(c));
 }
 
+static struct plan *
+plan_of(uint64_t digest)
+{
+	struct plan *all[] = {bf16, fp8, fp8w, kv8, mixed};
+
+	for (size_t i = 0; i < sizeof(all) / sizeof(*all); i++)
+		if (all[i]->digest == digest)
+			return all[i];
+	fail_msg("a segment names an unknown plan");
+	return NULL;
+}
+
 /* Runs the recorded tokens of one request again, each position under the plan
  * of its segment, one row at a time, and compares every greedy choice. */
 static void
-replay(struct forward *fw, struct kv_pool *kv, const struct sunk *s, const uint32_t *ids, uint32_t n_prompt,
-    struct plan *const *plans, uint32_t n_plans)
+replay(struct forward *fw, struct kv_pool *kv, const struct sunk *s, const uint32_t *ids, uint32_t n_prompt)
 {
-	uint32_t token[512], n = n_prompt, out[64], n_out = tokens_of(s, out), page[16], pages;
+	uint32_t token[512], n = n_prompt, out[256], n_out = tokens_of(s, out);
+	struct kv_seq seq;
 
 	memcpy(token, ids, n_prompt * sizeof(*token));
 	memcpy(token + n_prompt, out, n_out * sizeof(*token));
 	n += n_out;
-	pages = kv_pages_for(n);
-	assert_int_equal(kv_take(kv, pages, page), 0);
+	assert_int_equal(kv_seq_new(&seq, model->shape.n_layers, n), 0);
 	for (uint32_t pos = 0; pos + 1 < n; pos++) {
-		struct forward_row row = {.token = token[pos], .pos = pos, .pages = page, .wants_logits = pos + 1 >= n_prompt};
+		struct forward_row row = {.token = token[pos], .pos = pos, .kv = &seq, .wants_logits = pos + 1 >= n_prompt};
 		uint64_t digest = 0;
 		const float *logits;
 		uint32_t best = 0;
@@ -340,10 +351,8 @@ replay(struct forward *fw, struct kv_pool *kv, const struct sunk *s, const uint3
 		for (uint32_t i = 0; i < s->n; i++)
 			if (s->ev[i].kind == WIRE_EV_SEGMENT && s->ev[i].position <= pos)
 				digest = s->ev[i].a;
-		for (uint32_t i = 0; i < n_plans; i++)
-			if (plans[i]->digest == digest)
-				row.plan = plans[i];
-		assert_non_null(row.plan);
+		row.plan = plan_of(digest);
+		assert_int_equal(kv_open(kv, &seq, row.plan, pos), 0);
 		logits = forward_run(fw, &row, 1);
 		if (!row.wants_logits)
 			continue;
@@ -352,50 +361,96 @@ replay(struct forward *fw, struct kv_pool *kv, const struct sunk *s, const uint3
 				best = i;
 		assert_int_equal(best, token[pos + 1]);
 	}
-	kv_give(kv, page, pages);
+	kv_close(kv, &seq);
+	kv_seq_free(&seq);
+}
+
+/* The same request once more, under the segments that it told of. */
+static struct request *
+make_replay(struct sunk *to, const struct sunk *from, const uint32_t *ids, uint32_t n, uint32_t max_tokens)
+{
+	struct request *r = make_request(to, ids, n, max_tokens, 0);
+
+	r->replay = calloc(from->n, sizeof(*r->replay));
+	for (uint32_t i = 0; i < from->n; i++)
+		if (from->ev[i].kind == WIRE_EV_SEGMENT)
+			r->replay[r->n_replay++] = (struct segment){from->ev[i].position, plan_ref(plan_of(from->ev[i].a)),
+			    from->ev[i].epoch};
+	return r;
 }
 
 static void
-test_flips(void **state)
+assert_same_run(const struct sunk *a, const struct sunk *b)
 {
-	enum { CLIENTS = 8, TOKENS = 60 };
-	struct plan *plans[] = {bf16, fp8, fp8w};
-	uint32_t flips = getenv("OCTET_LONG") != NULL && *getenv("OCTET_LONG") ? 1000 : 100, applied = 0;
-	struct sunk *s = calloc(CLIENTS, sizeof(*s));
-	uint32_t ids[CLIENTS][128], len[CLIENTS], segments = 0, rounds = 0;
+	assert_int_equal(a->n, b->n);
+	for (uint32_t i = 0; i < a->n; i++) {
+		assert_int_equal(a->ev[i].kind, b->ev[i].kind);
+		assert_int_equal(a->ev[i].token, b->ev[i].token);
+		assert_int_equal(a->ev[i].position, b->ev[i].position);
+		assert_int_equal(a->ev[i].a, b->ev[i].a);
+	}
+}
+
+struct storm {
+	uint32_t flips, clients, tokens;
+	uint64_t kv_bytes;     /* little: preemption */
+	bool prefix_cache;
+};
+
+/*
+ * Flips of linears and KV, switch and pin in turn, some clients on policies of
+ * their own. Afterwards every token is checked position by position against its
+ * segment's plan, and every request is run again by the engine from its segments.
+ */
+static void
+storm(const struct storm *o)
+{
+	struct plan *plans[] = {bf16, fp8, kv8, fp8w, mixed};
+	struct sunk *s = calloc(2 * o->clients, sizeof(*s)), *again = s + o->clients;
+	uint32_t (*ids)[128] = calloc(o->clients, sizeof(*ids)), *len = calloc(o->clients, sizeof(*len));
+	uint32_t applied = 0, segments = 0, rounds = 0;
 	struct fixture f;
 	struct engine_config cfg = config(&f);
 	struct forward *fw;
 	struct kv_pool kv;
 	uint64_t epoch = 1, last_step = 0;
+	struct engine_stats st;
 	struct err err;
 
-	(void)state;
+	cfg.kv_bytes = o->kv_bytes;
+	cfg.prefix_cache = o->prefix_cache;
 	start(&f, NULL, 2, &cfg, bf16);
 	assert_int_equal(kv_new(&kv, &model->shape, 16 << 20, &err), 0);
 	assert_int_equal(forward_new(&fw, model, f.ops, NULL, &kv, 4, &err), 0);
 	kernels_thread_init(); /* this thread runs kernels too */
-	while (applied < flips) {
-		for (uint32_t i = 0; i < CLIENTS; i++) {
-			len[i] = prompt(i + rounds * CLIENTS, ids[i]);
-			assert_int_equal(engine_submit(f.e, make_request(&s[i], ids[i], len[i], TOKENS, i), &err), 0);
+	while (applied < o->flips) {
+		for (uint32_t i = 0; i < o->clients; i++) {
+			struct request *r;
+
+			/* Half of the prompts come again and again. */
+			len[i] = prompt(i % 2 ? i : i + rounds * o->clients, ids[i]);
+			r = make_request(&s[i], ids[i], len[i], o->tokens, i);
+			if (i % 4 == 3)
+				r->plan = plan_ref(plans[i / 4 % 3]);
+			assert_int_equal(engine_submit(f.e, r, &err), 0);
 		}
-		for (uint32_t done = 0; done < CLIENTS;) {
+		for (uint32_t done = 0; done < o->clients;) {
 			struct flip *fl = calloc(1, sizeof(*fl)), *got;
 			struct engine_stats before;
 			struct request *r, *next;
 
 			engine_stats(f.e, &before);
-			fl->plan = plan_ref(plans[epoch % 3]);
+			fl->plan = plan_ref(plans[epoch % 5]);
 			fl->epoch = ++epoch;
+			fl->force = epoch % 7 == 0;
+			cfg.pin = epoch % 3 == 0;
+			engine_configure(f.e, &cfg);
 			engine_flip(f.e, fl);
 			while ((got = engine_reap_flips(f.e)) == NULL)
 				wait_notified(&f);
 			assert_ptr_equal(got, fl);
 			assert_null(got->next);
-			/* At most the step that was running when it was posted, and one that
-			 * had begun before the mailbox was read. */
-			assert_true(got->step > last_step || got->step == last_step);
+			assert_true(got->step >= last_step);
 			assert_true(got->step >= before.step + 1);
 			last_step = got->step;
 			plan_unref(&got->plan);
@@ -404,25 +459,177 @@ test_flips(void **state)
 			for (r = engine_reap(f.e); r != NULL; r = next) {
 				next = r->next;
 				assert_int_equal(r->finish, WIRE_FINISH_LENGTH);
-				assert_int_equal(r->n_output, TOKENS);
+				assert_int_equal(r->n_output, o->tokens);
 				request_free(&r);
 				done++;
 			}
 		}
-		for (uint32_t i = 0; i < CLIENTS; i++) {
+		for (uint32_t i = 0; i < o->clients; i++) {
 			for (uint32_t j = 0; j < s[i].n; j++)
 				segments += s[i].ev[j].kind == WIRE_EV_SEGMENT;
-			replay(fw, &kv, &s[i], ids[i], len[i], plans, 3);
+			replay(fw, &kv, &s[i], ids[i], len[i]);
+			assert_int_equal(engine_submit(f.e, make_replay(&again[i], &s[i], ids[i], len[i], o->tokens), &err), 0);
 		}
+		reap_all(&f, o->clients);
+		for (uint32_t i = 0; i < o->clients; i++)
+			assert_same_run(&s[i], &again[i]);
 		rounds++;
 	}
-	print_message("%u flips, %u requests, %u segments, every token right for its segment\n", applied,
-	    rounds * CLIENTS, segments);
-	assert_true(segments > rounds * CLIENTS); /* flips did land inside requests */
+	do
+		engine_stats(f.e, &st);
+	while (st.kv_pages_used != 0 || st.running != 0); /* ends: the pages come back */
+	print_message("%u flips, %u requests, %u segments, %llu preemptions, %llu tokens from the prefix cache: every token "
+	    "right for its segment, twice\n", applied, rounds * o->clients, segments, (unsigned long long)st.preemptions,
+	    (unsigned long long)st.prefix_hit_tokens);
+	assert_true(segments > rounds * o->clients); /* flips did land inside requests */
+	assert_true((st.prefix_hit_tokens > 0) == o->prefix_cache);
 	forward_free(&fw);
 	kv_free(&kv);
 	stop(&f);
+	free(s), free(ids), free(len);
+}
+
+static bool
+is_long(void)
+{
+	return getenv("OCTET_LONG") != NULL && *getenv("OCTET_LONG");
+}
+
+static void
+test_flips(void **state)
+{
+	struct storm o = {.flips = is_long() ? 1000 : 60, .clients = is_long() ? 16 : 8, .tokens = 60, .kv_bytes = 64 << 20};
+
+	(void)state;
+	storm(&o);
+	o.prefix_cache = true;
+	storm(&o);
+}
+
+static uint64_t
+kv_for(uint32_t tokens)
+{
+	return (uint64_t)kv_blocks_for(tokens) * 2 * model->shape.n_layers * kv_page_bytes(&model->shape);
+}
+
+/* The cache holds two or three of the requests: the rest waits or is preempted. */
+static void
+test_flips_full(void **state)
+{
+	struct storm o = {.flips = is_long() ? 300 : 30, .clients = 8, .tokens = 60, .kv_bytes = kv_for(350)};
+
+	(void)state;
+	storm(&o);
+	o.prefix_cache = true;
+	storm(&o);
+}
+
+static void
+test_preempt(void **state)
+{
+	static uint32_t want[8][64], got[8][64];
+	struct fixture f;
+	struct engine_config cfg = config(&f);
+	struct sunk *s = calloc(8, sizeof(*s));
+	struct engine_stats st;
+	uint32_t ids[128];
+	struct err err;
+
+	(void)state;
+	run_many(NULL, 2, 256, 8, false, mixed, NULL, want);
+	cfg.kv_bytes = kv_for(130);
+	start(&f, NULL, 2, &cfg, mixed);
+	for (uint32_t i = 0; i < 8; i++) /* short prompts: admitted at once, they outgrow the cache */
+		assert_int_equal(engine_submit(f.e, make_request(&s[i], ids, prompt(i, ids), 24, i), &err), 0);
+	reap_all(&f, 8);
+	for (uint32_t i = 0; i < 8; i++) {
+		memset(got[i], 0xff, sizeof(got[i]));
+		tokens_of(&s[i], got[i]);
+	}
+	assert_memory_equal(want, got, sizeof(want));
+	engine_stats(f.e, &st);
+	print_message("%llu preemptions\n", (unsigned long long)st.preemptions);
+	assert_true(st.preemptions > 0);
+	assert_int_equal(st.prompt_tokens, 1 + 38 + 75 + 22 + 59 + 6 + 43 + 80); /* each counted once */
+	stop(&f);
 	free(s);
+}
+
+static uint64_t
+hits(struct engine *e)
+{
+	struct engine_stats st;
+
+	engine_stats(e, &st);
+	return st.prefix_hit_tokens;
+}
+
+/* A prefix is found again by the same scope under the same plan, and by nobody else. */
+static void
+test_prefix(void **state)
+{
+	struct fixture f;
+	struct engine_config cfg = config(&f);
+	struct sunk s[6];
+	struct plan *own[6] = {NULL, NULL, NULL, fp8, fp8, NULL};
+	uint64_t scope[6] = {1, 1, 2, 1, 1, 1}, want[6] = {0, 64, 0, 0, 64, 64};
+	uint32_t ids[128], a[64], b[64];
+	struct err err;
+
+	(void)state;
+	assert_int_equal(prompt(2, ids), 75);
+	cfg.prefix_cache = true;
+	start(&f, NULL, 2, &cfg, bf16);
+	for (uint32_t i = 0; i < 6; i++) {
+		struct request *r = make_request(&s[i], ids, 75, 24, i);
+		uint64_t before = hits(f.e);
+
+		r->scope = scope[i];
+		r->plan = own[i] == NULL ? NULL : plan_ref(own[i]);
+		if (i == 5) /* nothing past the place where the prompt differs */
+			r->prompt[70]++;
+		assert_int_equal(engine_submit(f.e, r, &err), 0);
+		reap_all(&f, 1);
+		assert_int_equal(hits(f.e) - before, want[i]);
+	}
+	tokens_of(&s[0], a);
+	for (uint32_t i = 1; i < 3; i++) {
+		tokens_of(&s[i], b);
+		assert_memory_equal(a, b, 24 * sizeof(*a));
+		assert_same_run(&s[0], &s[i]);
+	}
+	assert_same_run(&s[3], &s[4]);
+	stop(&f);
+}
+
+/* A sliding window: pages that fell out of it are given back, and a request of
+ * any length fits a cache of window, step and block. */
+static void
+test_window(void **state)
+{
+	struct fixture f;
+	struct engine_config cfg = config(&f);
+	static struct sunk s;
+	struct forward *fw;
+	struct kv_pool kv;
+	uint32_t ids[128], n = prompt(2, ids);
+	struct err err;
+
+	(void)state;
+	model->shape.window = 20;
+	cfg.max_batch_tokens = 16;
+	cfg.kv_bytes = kv_for(20 + 16 + 32);
+	start(&f, NULL, 2, &cfg, mixed);
+	assert_int_equal(engine_submit(f.e, make_request(&s, ids, n, 200, 0), &err), 0);
+	reap_all(&f, 1);
+	assert_int_equal(kv_new(&kv, &model->shape, 16 << 20, &err), 0);
+	assert_int_equal(forward_new(&fw, model, f.ops, NULL, &kv, 4, &err), 0);
+	kernels_thread_init();
+	replay(fw, &kv, &s, ids, n);
+	forward_free(&fw);
+	kv_free(&kv);
+	stop(&f);
+	model->shape.window = 0;
 }
 
 /* Mixed plans in one batch: pinned sequences finish under their own plan, with
@@ -529,7 +736,7 @@ test_refusals(void **state)
 	struct err err;
 
 	(void)state;
-	cfg.kv_bytes = 4 * kv_page_bytes(&model->shape);
+	cfg.kv_bytes = 4 * 2 * model->shape.n_layers * kv_page_bytes(&model->shape);
 	cfg.max_queue = 2;
 	start(&f, NULL, 1, &cfg, bf16);
 	r = make_request(&s[0], ids, 512, 1, 0);
@@ -598,7 +805,8 @@ test_sched(void **state)
 static int
 setup(void **state)
 {
-	struct plan_rule all8 = {"*", "fp8", 0}, all8w = {"*", "fp8w", 0};
+	struct plan_rule all8 = {"*", "fp8", 0}, all8w = {"*", "fp8w", 0}, kv = {"kv_cache", "fp8", 0};
+	struct plan_rule some[] = {{"attention.*@1-", "fp8", 0}, {"mlp.up_proj", "fp8w", 0}, {"kv_cache@0,2-", "fp8", 0}};
 	struct team *team;
 	struct err err;
 	int rc;
@@ -613,7 +821,9 @@ setup(void **state)
 	}
 	if (plan_derive(&bf16, NULL, model->shape.n_layers, NULL, 0, &err) != 0 ||
 	    plan_derive(&fp8, bf16, model->shape.n_layers, &all8, 1, &err) != 0 ||
-	    plan_derive(&fp8w, bf16, model->shape.n_layers, &all8w, 1, &err) != 0) {
+	    plan_derive(&fp8w, bf16, model->shape.n_layers, &all8w, 1, &err) != 0 ||
+	    plan_derive(&kv8, bf16, model->shape.n_layers, &kv, 1, &err) != 0 ||
+	    plan_derive(&mixed, bf16, model->shape.n_layers, some, 3, &err) != 0) {
 		print_error("%s\n", err.text);
 		return -1;
 	}
@@ -624,7 +834,7 @@ static int
 teardown(void **state)
 {
 	(void)state;
-	plan_unref(&bf16), plan_unref(&fp8), plan_unref(&fp8w);
+	plan_unref(&bf16), plan_unref(&fp8), plan_unref(&fp8w), plan_unref(&kv8), plan_unref(&mixed);
 	model_free(&model);
 	return 0;
 }
@@ -638,6 +848,10 @@ main(void)
 		cmocka_unit_test(test_levels),
 		cmocka_unit_test(test_sampling),
 		cmocka_unit_test(test_flips),
+		cmocka_unit_test(test_flips_full),
+		cmocka_unit_test(test_preempt),
+		cmocka_unit_test(test_prefix),
+		cmocka_unit_test(test_window),
 		cmocka_unit_test(test_pin),
 		cmocka_unit_test(test_park_and_cancel),
 		cmocka_unit_test(test_refusals),

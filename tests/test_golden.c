@@ -49,7 +49,7 @@ open_model(struct fixture *x, const char *dir)
 
 	if (model_load(&x->m, dir, NULL, 0, 0, false, NULL, NULL, &err) != 0)
 		fail_msg("%s", err.text);
-	assert_int_equal(kv_new(&x->kv, &x->m->shape, 20 * kv_page_bytes(&x->m->shape), &err), 0);
+	assert_int_equal(kv_new(&x->kv, &x->m->shape, 20 * 2 * x->m->shape.n_layers * kv_page_bytes(&x->m->shape), &err), 0);
 	assert_int_equal(forward_new(&x->f, x->m, kernels_select(NULL, why, sizeof(why)), NULL, &x->kv, 4, &err), 0);
 	kernels_thread_init();
 }
@@ -69,18 +69,20 @@ check_case(struct fixture *x, json_t *c, const json_t *probe, const struct plan 
 	const json_t *prompt = json_object_get(c, "prompt"), *tokens = json_object_get(c, "tokens");
 	const json_t *margins = json_object_get(c, "margins"), *want = json_object_get(c, "logits");
 	size_t n_prompt = json_array_size(prompt), n = n_prompt + json_array_size(margins) - 1;
-	uint32_t page[20];
+	struct kv_seq seq;
 
 	assert_true(n < 20 * KV_PAGE_TOKENS);
-	assert_int_equal(kv_take(&x->kv, kv_pages_for((uint32_t)n), page), 0);
+	assert_int_equal(kv_seq_new(&seq, x->m->shape.n_layers, (uint32_t)n), 0);
 	for (size_t pos = 0; pos < n; pos++) {
 		bool in_prompt = pos < n_prompt;
 		uint32_t token = (uint32_t)json_integer_value(in_prompt ? json_array_get(prompt, pos)
 		                                                        : json_array_get(tokens, pos - n_prompt));
-		struct forward_row row = {token, (uint32_t)pos, page, plan, pos + 1 >= n_prompt};
-		const float *logits = forward_run(x->f, &row, 1);
+		struct forward_row row = {token, (uint32_t)pos, &seq, plan, pos + 1 >= n_prompt};
 		size_t step = pos + 1 - n_prompt, best = 0;
+		const float *logits;
 
+		assert_int_equal(kv_open(&x->kv, &seq, plan, (uint32_t)pos), 0);
+		logits = forward_run(x->f, &row, 1);
 		if (pos + 1 < n_prompt)
 			continue;
 		for (size_t i = 0; i < json_array_size(probe); i++) {
@@ -102,7 +104,8 @@ check_case(struct fixture *x, json_t *c, const json_t *probe, const struct plan 
 				    json_number_value(json_array_get(margins, step)));
 		}
 	}
-	kv_give(&x->kv, page, kv_pages_for((uint32_t)n));
+	kv_close(&x->kv, &seq);
+	kv_seq_free(&seq);
 }
 
 static void

@@ -26,11 +26,13 @@ struct seq {
 	uint64_t order;
 	uint32_t *token;      /* [n_max] prompt, then output */
 	uint32_t n_known, n_run, n_max;
-	uint32_t *page, n_pages;
-	struct plan *plan;    /* what its next step runs; a reference */
+	uint32_t n_seen;      /* positions that were ever run: they are counted once */
+	struct kv_seq kv;
+	struct plan *plan;    /* what its next new position runs; a reference, NULL before it is admitted */
 	uint64_t epoch;
-	uint64_t seg_digest, seg_epoch; /* its open segment */
-	bool has_segment;
+	struct segment *seg;  /* [n_seg] */
+	uint32_t n_seg, cap_seg, n_told; /* the app knows the first n_told */
+	uint32_t n_fixed;     /* positions below run under seg[], whatever the plan is now */
 };
 
 struct engine {
@@ -71,6 +73,7 @@ struct engine {
 	struct sample_scratch **scratch; /* [parts] */
 	const float *logits;
 	uint32_t n_logits;
+	uint64_t preemptions;
 	double ms_per_row;
 
 	pthread_mutex_t stats_lock;
@@ -88,6 +91,26 @@ now_ms(void)
 	return (double)ts.tv_sec * 1e3 + (double)ts.tv_nsec / 1e6;
 }
 
+static void
+free_segments(struct segment *seg, uint32_t n)
+{
+	for (uint32_t i = 0; i < n; i++)
+		plan_unref(&seg[i].plan);
+	free(seg);
+}
+
+static void
+seq_free(struct seq *s)
+{
+	if (s == NULL)
+		return;
+	plan_unref(&s->plan);
+	free_segments(s->seg, s->n_seg);
+	kv_seq_free(&s->kv);
+	free(s->token);
+	free(s);
+}
+
 void
 request_free(struct request **rp)
 {
@@ -95,12 +118,9 @@ request_free(struct request **rp)
 
 	if (r == NULL)
 		return;
-	if (r->seq != NULL) {
-		plan_unref(&r->seq->plan);
-		free(r->seq->token);
-		free(r->seq->page);
-		free(r->seq);
-	}
+	seq_free(r->seq);
+	plan_unref(&r->plan);
+	free_segments(r->replay, r->n_replay);
 	free(r->prompt);
 	free(r);
 	*rp = NULL;
@@ -114,8 +134,8 @@ seq_set_state(struct seq *s, enum seq_state to)
 	static const bool may[5][5] = {
 		[SEQ_POSTED] = {[SEQ_QUEUED] = true, [SEQ_FINISHED] = true},
 		[SEQ_QUEUED] = {[SEQ_RUNNING] = true, [SEQ_FINISHED] = true},
-		[SEQ_RUNNING] = {[SEQ_PARKED] = true, [SEQ_FINISHED] = true},
-		[SEQ_PARKED] = {[SEQ_RUNNING] = true, [SEQ_FINISHED] = true},
+		[SEQ_RUNNING] = {[SEQ_PARKED] = true, [SEQ_QUEUED] = true, [SEQ_FINISHED] = true},
+		[SEQ_PARKED] = {[SEQ_RUNNING] = true, [SEQ_QUEUED] = true, [SEQ_FINISHED] = true},
 	};
 
 	if (!may[s->state][to])
@@ -140,8 +160,7 @@ finish(struct engine *e, struct request *r, enum wire_finish how, uint64_t detai
 	if (s->state == SEQ_PARKED)
 		r->sink.set_parked(r->sink.arg, false);
 	seq_set_state(s, SEQ_FINISHED);
-	kv_give(&e->kv, s->page, s->n_pages);
-	s->n_pages = 0;
+	kv_close(&e->kv, &s->kv);
 	r->finish = how;
 	r->error = how == WIRE_FINISH_ERROR ? -(int)(uint32_t)detail : 0;
 	put(r, (struct wire_event){.kind = WIRE_EV_DONE, .token = how, .a = detail});
@@ -170,6 +189,20 @@ drop_running(struct engine *e, uint32_t i)
 
 /* ---- between steps ---- */
 
+static bool
+has_own_plan(const struct seq *s)
+{
+	return s->req->plan != NULL || s->req->replay != NULL;
+}
+
+static void
+seq_set_plan(struct seq *s, struct plan *p, uint64_t epoch)
+{
+	plan_unref(&s->plan);
+	s->plan = plan_ref(p);
+	s->epoch = epoch;
+}
+
 static void
 apply_flip(struct engine *e, struct flip *f)
 {
@@ -179,12 +212,13 @@ apply_flip(struct engine *e, struct flip *f)
 	for (uint32_t i = 0; i < e->n_running; i++) {
 		struct seq *s = e->running[i];
 
-		if (e->cfg.pin && !f->force)
-			continue;
-		plan_unref(&s->plan);
-		s->plan = plan_ref(e->plan);
-		s->epoch = e->epoch;
+		if (!has_own_plan(s) && (!e->cfg.pin || f->force))
+			seq_set_plan(s, e->plan, e->epoch);
 	}
+	/* Preempted sequences are among those that wait. */
+	for (struct request *r = e->waiting; r != NULL; r = r->next)
+		if (r->seq->plan != NULL && !has_own_plan(r->seq) && (!e->cfg.pin || f->force))
+			seq_set_plan(r->seq, e->plan, e->epoch);
 	f->step = e->step + 1;
 }
 
@@ -302,28 +336,118 @@ next_waiting(struct engine *e)
 	return best;
 }
 
-/* Pages for the whole request are reserved here, so that nothing that runs can
- * run out of them. */
+/* Pages that a sequence still lacks for what is known of it and one token more. */
+static uint32_t
+pages_wanted(const struct engine *e, const struct seq *s)
+{
+	uint32_t blocks = kv_blocks_for(s->n_known + 1), window = e->m->shape.window;
+
+	if (window != 0 && blocks > kv_blocks_for(window + e->cfg.max_batch_tokens) + 1)
+		blocks = kv_blocks_for(window + e->cfg.max_batch_tokens) + 1;
+	blocks = blocks > s->kv.n_blocks - s->kv.n_dropped ? blocks - (s->kv.n_blocks - s->kv.n_dropped) : 0;
+	return blocks * kv_block_pages(s->plan, e->m->shape.n_layers);
+}
+
+static uint32_t
+first_segment_end(const struct seq *s)
+{
+	return s->n_seg > 1 ? s->seg[1].from : UINT32_MAX;
+}
+
+static int
+add_segment(struct seq *s, uint32_t from, struct plan *plan, uint64_t epoch)
+{
+	if (s->n_seg == s->cap_seg) {
+		uint32_t cap = s->cap_seg == 0 ? 4 : s->cap_seg * 2;
+		struct segment *seg = realloc(s->seg, cap * sizeof(*seg));
+
+		if (seg == NULL)
+			return -ENOMEM;
+		s->seg = seg;
+		s->cap_seg = cap;
+	}
+	s->seg[s->n_seg++] = (struct segment){from, plan_ref(plan), epoch};
+	return 0;
+}
+
+/* Starts at what the prefix cache has; one token at least is left to run. */
+static void
+match_prefix(struct engine *e, struct seq *s)
+{
+	struct plan *plan = s->n_seg > 0 ? s->seg[0].plan : s->plan;
+	uint32_t n = s->n_known - 1;
+
+	if (!e->cfg.prefix_cache)
+		return;
+	if (n > first_segment_end(s))
+		n = first_segment_end(s);
+	s->n_run = kv_match(&e->kv, &s->kv, s->req->scope, plan->digest, s->token, n);
+	if (s->n_run == 0 || s->n_fixed >= s->n_run)
+		return;
+	if (s->n_seg == 0 && add_segment(s, 0, s->plan, s->epoch) != 0) {
+		kv_close(&e->kv, &s->kv);
+		s->n_run = 0;
+		return;
+	}
+	s->n_fixed = s->n_run;
+}
+
+static void
+publish(struct engine *e, struct seq *s)
+{
+	uint32_t end;
+
+	while (e->cfg.prefix_cache && (end = (s->kv.n_published + 1) * KV_PAGE_TOKENS) <= s->n_run &&
+	    end <= first_segment_end(s)) {
+		kv_publish(&e->kv, &s->kv, s->req->scope, s->seg[0].plan->digest, s->token);
+		if (s->kv.n_published * KV_PAGE_TOKENS != end)
+			return;
+	}
+}
+
+/* A request is admitted when the pages for all that is known of those that run,
+ * and of it, are there. What they generate may still use them up: then the
+ * youngest is preempted. */
 static void
 admit(struct engine *e)
 {
 	struct request **rp, *r;
+	uint64_t promised = 0;
 
+	for (uint32_t i = 0; e->waiting != NULL && i < e->n_running; i++)
+		promised += pages_wanted(e, e->running[i]);
 	while (e->n_running < e->max_seqs && (rp = next_waiting(e)) != NULL) {
 		struct seq *s = (*rp)->seq;
-		uint32_t need = kv_pages_for(s->n_max);
 
-		if (kv_take(&e->kv, need, s->page) != 0)
+		if (s->plan == NULL && s->req->plan != NULL)
+			seq_set_plan(s, s->req->plan, s->req->plan_epoch);
+		else if (s->plan == NULL || (!has_own_plan(s) && !e->cfg.pin))
+			seq_set_plan(s, e->plan, e->epoch);
+		promised += pages_wanted(e, s);
+		if (e->n_running > 0 && promised > kv_available(&e->kv))
 			return;
 		r = *rp;
 		*rp = r->next;
 		__atomic_sub_fetch(&e->n_queued, 1, __ATOMIC_RELAXED);
-		s->n_pages = need;
-		s->plan = plan_ref(e->plan);
-		s->epoch = e->epoch;
+		match_prefix(e, s);
 		seq_set_state(s, SEQ_RUNNING);
 		e->running[e->n_running++] = s;
 	}
+}
+
+/* Takes its pages; it waits again, in front, and is computed again later. */
+static void
+preempt(struct engine *e, struct seq *s)
+{
+	if (s->state == SEQ_PARKED)
+		s->req->sink.set_parked(s->req->sink.arg, false);
+	seq_set_state(s, SEQ_QUEUED);
+	kv_close(&e->kv, &s->kv);
+	s->n_run = 0;
+	s->req->next = e->waiting;
+	e->waiting = s->req;
+	__atomic_add_fetch(&e->n_queued, 1, __ATOMIC_RELAXED);
+	e->preemptions++;
 }
 
 static void
@@ -356,6 +480,96 @@ by_plan(const void *pa, const void *pb)
 	return a->order < b->order ? -1 : a->order > b->order;
 }
 
+static struct segment
+segment_at(const struct seq *s, uint32_t pos)
+{
+	uint32_t i = s->n_seg;
+
+	if (pos >= s->n_fixed)
+		return (struct segment){pos, s->plan, s->epoch};
+	while (s->seg[i - 1].from > pos)
+		i--;
+	return s->seg[i - 1];
+}
+
+/* Who loses its pages: one that cannot run, else the youngest. */
+static uint32_t
+victim(const struct engine *e)
+{
+	uint32_t best = UINT32_MAX;
+
+	for (uint32_t i = 0; i < e->n_running; i++) {
+		const struct seq *s = e->running[i], *b;
+
+		if (s == NULL || s->kv.n_blocks == 0)
+			continue;
+		b = best == UINT32_MAX ? NULL : e->running[best];
+		if (b == NULL || (s->state == SEQ_PARKED) > (b->state == SEQ_PARKED) ||
+		    ((s->state == SEQ_PARKED) == (b->state == SEQ_PARKED) && s->order > b->order))
+			best = i;
+	}
+	return best;
+}
+
+/* Pages for the rows that were picked; fewer rows, or none, where they do not suffice. */
+static void
+reserve(struct engine *e, uint32_t i)
+{
+	for (;;) {
+		struct seq *s = e->running[i];
+		uint32_t got = 0, v;
+
+		while (got < e->pick[i].rows) {
+			uint32_t pos = s->n_run + got;
+
+			if (kv_open(&e->kv, &s->kv, segment_at(s, pos).plan, pos) != 0)
+				break;
+			got++;
+		}
+		if (got > 0 || e->pick[i].rows == 0) {
+			e->pick[i].rows = got;
+			return;
+		}
+		v = victim(e);
+		if (v == i && e->n_running == 1) {
+			/* Alone, and blocks in two formats took what the bound of engine_submit() left out. */
+			finish(e, s->req, WIRE_FINISH_ERROR, ENOSPC);
+		} else {
+			preempt(e, e->running[v]);
+		}
+		e->running[v] = NULL;
+		e->pick[v].rows = 0;
+		if (v == i)
+			return;
+	}
+}
+
+static void
+drop_gone(struct engine *e)
+{
+	uint32_t n = 0;
+
+	for (uint32_t i = 0; i < e->n_running; i++) {
+		if (e->running[i] == NULL)
+			continue;
+		e->running[n] = e->running[i];
+		e->pick[n++] = e->pick[i];
+	}
+	e->n_running = n;
+}
+
+/* Rows that a sequence may have in a step: of a replay no more than one new
+ * segment, so that its sink has room for what the step tells. */
+static uint32_t
+pending(const struct seq *s)
+{
+	uint32_t n = s->n_known - s->n_run;
+
+	if (s->n_told + 1 < s->n_seg && s->seg[s->n_told + 1].from - s->n_run < n)
+		n = s->seg[s->n_told + 1].from - s->n_run;
+	return n;
+}
+
 /* Fills rows; returns their number. */
 static uint32_t
 choose_batch(struct engine *e)
@@ -368,8 +582,8 @@ choose_batch(struct engine *e)
 		struct seq *s = e->running[i];
 
 		park_or_not(s);
-		e->pick[i] = (struct sched_seq){.client = s->req->client, .order = s->order,
-		    .pending = s->n_known - s->n_run, .parked = s->state == SEQ_PARKED};
+		e->pick[i] = (struct sched_seq){.client = s->req->client, .order = s->order, .pending = pending(s),
+		    .parked = s->state == SEQ_PARKED};
 	}
 	if (e->cfg.step_target_ms > 0 && e->ms_per_row > 0) {
 		double rows = e->cfg.step_target_ms / e->ms_per_row;
@@ -377,6 +591,10 @@ choose_batch(struct engine *e)
 		lim.target_rows = rows < 1 ? 1 : rows < lim.max_rows ? (uint32_t)rows : lim.max_rows;
 	}
 	sched_pick(e->pick, e->n_running, &lim, &e->turn);
+	for (uint32_t i = 0; i < e->n_running; i++)
+		if (e->running[i] != NULL)
+			reserve(e, i);
+	drop_gone(e);
 
 	e->n_logits = 0;
 	for (uint32_t i = 0; i < e->n_running; i++) {
@@ -386,8 +604,8 @@ choose_batch(struct engine *e)
 			uint32_t pos = s->n_run + j;
 			bool last = pos + 1 == s->n_known;
 
-			e->row[n++] = (struct forward_row){.token = s->token[pos], .pos = pos, .pages = s->page,
-			    .plan = s->plan, .wants_logits = last};
+			e->row[n++] = (struct forward_row){.token = s->token[pos], .pos = pos, .kv = &s->kv,
+			    .plan = segment_at(s, pos).plan, .wants_logits = last};
 			if (last)
 				e->row_seq[e->n_logits++] = s;
 		}
@@ -427,24 +645,31 @@ is_eos(const struct model_shape *shape, uint32_t token)
 	return false;
 }
 
-static void
-open_segment(struct seq *s)
+/* Notes under which plan the rows ran, and tells the app of new segments. */
+static int
+note_segments(struct seq *s, uint32_t rows)
 {
-	if (s->has_segment && s->seg_digest == s->plan->digest && s->seg_epoch == s->epoch)
-		return;
-	s->has_segment = true;
-	s->seg_digest = s->plan->digest;
-	s->seg_epoch = s->epoch;
-	put(s->req, (struct wire_event){.kind = WIRE_EV_SEGMENT, .position = s->n_run, .a = s->seg_digest,
-	    .epoch = s->seg_epoch});
+	uint32_t end = s->n_run + rows;
+	const struct segment *last = s->n_seg > 0 ? &s->seg[s->n_seg - 1] : NULL;
+
+	if (end > s->n_fixed) {
+		if ((last == NULL || last->plan->digest != s->plan->digest || last->epoch != s->epoch) &&
+		    add_segment(s, s->n_fixed, s->plan, s->epoch) != 0)
+			return -ENOMEM;
+		s->n_fixed = end;
+	}
+	for (; s->n_told < s->n_seg && s->seg[s->n_told].from < end; s->n_told++)
+		put(s->req, (struct wire_event){.kind = WIRE_EV_SEGMENT, .position = s->seg[s->n_told].from,
+		    .a = s->seg[s->n_told].plan->digest, .epoch = s->seg[s->n_told].epoch});
+	return 0;
 }
 
 /* The site of a failed row goes to the app as (group + 1) << 16 | layer. */
 static uint64_t
 nonfinite_detail(struct engine *e, const struct seq *s)
 {
-	struct forward_row row = {.token = s->token[s->n_run - 1], .pos = s->n_run - 1, .pages = s->page,
-	    .plan = s->plan, .wants_logits = true};
+	struct forward_row row = {.token = s->token[s->n_run - 1], .pos = s->n_run - 1, .kv = &s->kv,
+	    .plan = segment_at(s, s->n_run - 1).plan, .wants_logits = true};
 	struct forward_site site;
 	uint64_t at = 0;
 
@@ -502,8 +727,36 @@ note_state(struct engine *e)
 	pthread_mutex_lock(&e->stats_lock);
 	e->stats.running = e->n_running;
 	e->stats.queued = __atomic_load_n(&e->n_queued, __ATOMIC_RELAXED);
-	e->stats.kv_pages_used = e->kv.n_used;
+	e->stats.kv_pages_used = e->kv.n_used - e->kv.n_idle_pages;
+	e->stats.kv_pages_cached = e->kv.n_idle_pages;
+	e->stats.prefix_hit_tokens = e->kv.hit_tokens;
+	e->stats.prefix_evictions = e->kv.evictions;
+	e->stats.preemptions = e->preemptions;
 	pthread_mutex_unlock(&e->stats_lock);
+}
+
+/* What a step did for one sequence. Returns false when it ended. */
+static bool
+after_step(struct engine *e, struct seq *s, uint32_t rows, const struct sampled *sampled, uint32_t *prompt_rows,
+    uint32_t *tokens)
+{
+	uint32_t n_prompt = s->req->n_prompt, window = e->m->shape.window, end = s->n_run + rows;
+
+	if (note_segments(s, rows) != 0) {
+		finish(e, s->req, WIRE_FINISH_ERROR, ENOMEM);
+		return false;
+	}
+	if (s->n_seen < n_prompt && end > s->n_seen)
+		*prompt_rows += (end < n_prompt ? end : n_prompt) - s->n_seen;
+	s->n_seen = end > s->n_seen ? end : s->n_seen;
+	s->n_run = end;
+	publish(e, s);
+	if (window != 0 && end + 1 > window)
+		kv_drop_before(&e->kv, &s->kv, end + 1 - window);
+	if (sampled != NULL)
+		return take_sampled(e, s, sampled, tokens);
+	s->req->sink.flush(s->req->sink.arg);
+	return true;
 }
 
 /* Returns false when there was nothing to run. */
@@ -511,7 +764,7 @@ static bool
 run_step(struct engine *e)
 {
 	double start = now_ms();
-	uint32_t rows, prompt_rows = 0, n = e->n_running, tokens = 0, logits = 0;
+	uint32_t rows, prompt_rows = 0, tokens = 0, logits = 0;
 
 	rows = choose_batch(e);
 	if (rows == 0)
@@ -521,29 +774,15 @@ run_step(struct engine *e)
 	if (e->n_logits > 0)
 		team_run(e->team, sample_part, e);
 
-	/* pick[] and running[] still agree; ended ones are dropped afterwards. */
-	for (uint32_t i = 0; i < n; i++) {
+	for (uint32_t i = 0; i < e->n_running; i++) {
 		struct seq *s = e->running[i];
 		uint32_t r = e->pick[i].rows;
+		bool last = s->n_run + r == s->n_known;
 
-		if (r == 0)
-			continue;
-		open_segment(s);
-		if (s->n_run < s->req->n_prompt)
-			prompt_rows += s->n_run + r < s->req->n_prompt ? r : s->req->n_prompt - s->n_run;
-		s->n_run += r;
-		if (s->n_run == s->n_known) {
-			if (!take_sampled(e, s, &e->sampled[logits++], &tokens))
-				e->running[i] = NULL;
-		} else
-			s->req->sink.flush(s->req->sink.arg);
+		if (r > 0 && !after_step(e, s, r, last ? &e->sampled[logits++] : NULL, &prompt_rows, &tokens))
+			e->running[i] = NULL;
 	}
-	for (uint32_t i = 0; i < e->n_running;) {
-		if (e->running[i] == NULL)
-			drop_running(e, i);
-		else
-			i++;
-	}
+	drop_gone(e);
 	note_step(e, rows, now_ms() - start, prompt_rows, tokens);
 	return true;
 }
@@ -598,9 +837,9 @@ engine_main(void *arg)
 uint64_t
 engine_kv_bytes(const struct model_shape *s, const struct engine_config *cfg)
 {
-	uint64_t page = kv_page_bytes(s);
+	uint64_t page = kv_page_bytes(s), pages = cfg->kv_bytes / page;
 
-	return cfg->kv_bytes / page * page;
+	return pages < (uint64_t)2 * s->n_layers ? 0 : pages * page;
 }
 
 static int
@@ -703,6 +942,32 @@ engine_free(struct engine **ep)
 	*ep = NULL;
 }
 
+/* Of a sequence in BF16; a window bounds it. */
+static uint64_t
+most_pages(const struct engine *e, uint32_t tokens)
+{
+	uint32_t window = e->m->shape.window;
+
+	if (window != 0 && tokens > window + e->cfg.max_batch_tokens + KV_PAGE_TOKENS)
+		tokens = window + e->cfg.max_batch_tokens + KV_PAGE_TOKENS;
+	return (uint64_t)kv_blocks_for(tokens) * 2 * e->m->shape.n_layers;
+}
+
+/* A replay knows all its segments from the start; the last has no end. */
+static int
+take_replay(struct seq *s, const struct request *r)
+{
+	for (uint32_t i = 0; i < r->n_replay; i++)
+		if (add_segment(s, r->replay[i].from, r->replay[i].plan, r->replay[i].epoch) != 0)
+			return -ENOMEM;
+	if (r->n_replay > 0) {
+		s->n_fixed = UINT32_MAX;
+		s->plan = plan_ref(r->replay[0].plan);
+		s->epoch = r->replay[0].epoch;
+	}
+	return 0;
+}
+
 int
 engine_submit(struct engine *e, struct request *r, struct err *err)
 {
@@ -713,9 +978,9 @@ engine_submit(struct engine *e, struct request *r, struct err *err)
 		return err_set(err, -E2BIG, "prompt of %u tokens: the context holds %u with at least one of output",
 		    r->n_prompt, context);
 	n_max = r->sampling.max_tokens < context - r->n_prompt ? r->n_prompt + r->sampling.max_tokens : context;
-	if (kv_pages_for(n_max) > e->kv.n_pages)
+	if (most_pages(e, n_max) > e->kv.n_pages)
 		return err_set(err, -E2BIG, "%u tokens of prompt and output: the KV cache holds %llu", n_max,
-		    (unsigned long long)e->kv.n_pages * KV_PAGE_TOKENS);
+		    (unsigned long long)(e->kv.n_pages / (2 * e->m->shape.n_layers)) * KV_PAGE_TOKENS);
 	if (__atomic_load_n(&e->n_queued, __ATOMIC_RELAXED) >= e->cfg.max_queue)
 		return err_set(err, -EBUSY, "busy: %u requests are queued", e->cfg.max_queue);
 
@@ -723,9 +988,8 @@ engine_submit(struct engine *e, struct request *r, struct err *err)
 	if (s == NULL)
 		return err_set(err, -ENOMEM, "no memory for a request");
 	s->token = malloc((size_t)n_max * sizeof(*s->token));
-	s->page = malloc((size_t)kv_pages_for(n_max) * sizeof(*s->page));
-	if (s->token == NULL || s->page == NULL) {
-		free(s->token), free(s->page), free(s);
+	if (s->token == NULL || kv_seq_new(&s->kv, e->m->shape.n_layers, n_max) != 0 || take_replay(s, r) != 0) {
+		seq_free(s);
 		return err_set(err, -ENOMEM, "no memory for a request of %u tokens", n_max);
 	}
 	memcpy(s->token, r->prompt, (size_t)r->n_prompt * sizeof(*s->token));

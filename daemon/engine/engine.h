@@ -8,6 +8,8 @@
  * sockets: tokens leave through a request's sink, on the engine thread.
  *
  *   request:  posted -> queued -> running <-> parked -> finished -> reaped
+ *                         ^---------'----------'  preempted: its pages went to
+ *                       others; it is computed again under its own segments
  */
 #include <stdbool.h>
 #include <stdint.h>
@@ -38,6 +40,13 @@ struct sampling {
 	bool ignore_eos, logprobs;
 };
 
+/* Positions from `from` on ran, or are to run, under a plan. */
+struct segment {
+	uint32_t from;
+	struct plan *plan;   /* a reference */
+	uint64_t epoch;
+};
+
 /* Made by the front with its own validated copies; lent to the engine from
  * engine_submit() until it comes back from engine_reap(). */
 struct request {
@@ -46,6 +55,11 @@ struct request {
 	uint32_t serial;     /* echoed in events */
 	uint32_t *prompt, n_prompt; /* malloc'd; freed by request_free() */
 	struct sampling sampling;
+	struct plan *plan;   /* its own policy, a reference; NULL: follows the active plan */
+	uint64_t plan_epoch; /* epoch of that policy's plan */
+	struct segment *replay; /* [n_replay] malloc'd: runs under these, the first from 0; NULL: no replay */
+	uint32_t n_replay;
+	uint64_t scope;      /* prefix blocks are shared within it; below 2^63 */
 	struct sink sink;
 	void *owner;         /* the front's */
 	/* Set by the engine before it comes back. */
@@ -73,6 +87,7 @@ struct engine_config {
 	uint64_t kv_bytes;
 	uint32_t max_batch_tokens, max_batch, max_queue, step_target_ms;
 	bool pin;                         /* on_flip = pin */
+	bool prefix_cache;
 	void (*notify)(void *arg);        /* engine thread: something to reap */
 	void *notify_arg;
 };
@@ -80,7 +95,8 @@ struct engine_config {
 struct engine_stats {
 	uint64_t step, done, failed, prompt_tokens, output_tokens;
 	uint32_t running, queued, batch_rows;
-	uint32_t kv_pages, kv_pages_used, kv_page_tokens;
+	uint32_t kv_pages, kv_pages_used, kv_pages_cached, kv_page_tokens;
+	uint64_t prefix_hit_tokens, prefix_evictions, preemptions;
 	uint64_t kv_bytes;
 	double step_ms_p50, step_ms_p90, step_ms_p99, step_ms_max; /* last 1024 steps */
 	uint64_t epoch, plan_digest;      /* what the last step ran */

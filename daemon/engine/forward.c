@@ -29,8 +29,8 @@ struct forward {
 	float *logits;    /* [max_rows, vocab] */
 	float *tmp;       /* [parts, max(hidden, intermediate)] */
 	size_t tmp_ld;
-	const uint16_t **page; /* [parts, max_context / 32] of one row */
-	size_t page_ld;
+	struct k_kv_block *block; /* [parts, max_context / 32] of one row */
+	size_t block_ld;
 	struct inputs in;
 
 	/* The phase that runs. */
@@ -95,7 +95,7 @@ forward_new(struct forward **out, const struct model *m, const struct k_ops *ops
 	f->m = m, f->ops = ops, f->team = team, f->kv = kv, f->max_rows = max_rows;
 	f->tmp_ld = max3(s->hidden, s->intermediate, q);
 	f->in.ld = (f->tmp_ld + K_BLOCK - 1) & ~(size_t)(K_BLOCK - 1);
-	f->page_ld = kv_pages_for(s->max_context);
+	f->block_ld = kv_blocks_for(s->max_context);
 	f->x = buffer((size_t)max_rows * s->hidden, sizeof(float), &ok);
 	f->q = buffer((size_t)max_rows * q, sizeof(float), &ok);
 	f->k = buffer((size_t)max_rows * kvd, sizeof(float), &ok);
@@ -105,7 +105,7 @@ forward_new(struct forward **out, const struct model *m, const struct k_ops *ops
 	f->up = buffer((size_t)max_rows * s->intermediate, sizeof(float), &ok);
 	f->logits = buffer((size_t)max_rows * s->vocab, sizeof(float), &ok);
 	f->tmp = buffer((size_t)parts * f->tmp_ld, sizeof(float), &ok);
-	f->page = buffer((size_t)parts * f->page_ld, sizeof(*f->page), &ok);
+	f->block = buffer((size_t)parts * f->block_ld, sizeof(*f->block), &ok);
 	f->plan = buffer(max_rows, sizeof(*f->plan), &ok);
 	f->in.bf16 = buffer((size_t)max_rows * f->in.ld, sizeof(uint16_t), &ok);
 	f->in.fp8 = buffer((size_t)max_rows * f->in.ld, sizeof(uint16_t), &ok);
@@ -126,7 +126,7 @@ forward_free(struct forward **fp)
 	if (f == NULL)
 		return;
 	free(f->x), free(f->q), free(f->k), free(f->v), free(f->attn), free(f->gate), free(f->up);
-	free(f->logits), free(f->tmp), free(f->page), free(f->plan);
+	free(f->logits), free(f->tmp), free(f->block), free(f->plan);
 	free(f->in.bf16), free(f->in.fp8), free(f->in.scale);
 	free(f);
 	*fp = NULL;
@@ -278,6 +278,12 @@ final_norm_part(void *arg, uint32_t part, uint32_t parts)
 	norm_part(f, part, parts, f->m->final_norm, group, 1);
 }
 
+static struct k_kv_block
+block_of(const struct forward *f, const struct forward_row *row, uint32_t block)
+{
+	return kv_pages(f->kv, row->kv->block + (size_t)block * row->kv->n_layers + f->layer);
+}
+
 static void
 rope_part(void *arg, uint32_t part, uint32_t parts)
 {
@@ -291,12 +297,12 @@ rope_part(void *arg, uint32_t part, uint32_t parts)
 		const float *cos = f->m->rope_cos + (size_t)row->pos * half;
 		const float *sin = f->m->rope_sin + (size_t)row->pos * half;
 		float *k = f->k + (size_t)r * s->n_kv_heads * s->head_dim;
+		struct k_kv_block block = block_of(f, row, row->pos / KV_PAGE_TOKENS);
 
 		f->ops->rope(f->q + (size_t)r * s->n_heads * s->head_dim, s->n_heads, s->head_dim, cos, sin);
 		f->ops->rope(k, s->n_kv_heads, s->head_dim, cos, sin);
-		f->ops->kv_write(kv_layer(f->kv, row->pages[row->pos / KV_PAGE_TOKENS], f->layer), k,
-		    f->v + (size_t)r * s->n_kv_heads * s->head_dim, s->n_kv_heads, s->head_dim, f->kv->hd_pad,
-		    row->pos % KV_PAGE_TOKENS);
+		f->ops->kv_write(&block, k, f->v + (size_t)r * s->n_kv_heads * s->head_dim, s->n_kv_heads, s->head_dim,
+		    f->kv->hd_pad, row->pos % KV_PAGE_TOKENS);
 	}
 }
 
@@ -307,22 +313,24 @@ attention_part(void *arg, uint32_t part, uint32_t parts)
 	struct forward *f = arg;
 	const struct model_shape *s = &f->m->shape;
 	uint32_t group = s->n_heads / s->n_kv_heads, from, to;
-	const uint16_t **page = f->page + part * f->page_ld;
+	struct k_kv_block *block = f->block + part * f->block_ld;
 
 	team_share(f->n_rows * s->n_kv_heads, part, parts, &from, &to);
 	for (uint32_t i = from; i < to;) {
 		uint32_t r = i / s->n_kv_heads, h0 = i % s->n_kv_heads;
 		uint32_t h1 = h0 + (to - i) < s->n_kv_heads ? h0 + (to - i) : s->n_kv_heads;
 		const struct forward_row *row = &f->row[r];
+		uint32_t first = s->window != 0 && row->pos >= s->window ? row->pos - s->window + 1 : 0;
 		size_t at = (size_t)r * s->n_heads * s->head_dim;
 
-		for (uint32_t b = 0; b <= row->pos / KV_PAGE_TOKENS; b++)
-			page[b] = kv_layer(f->kv, row->pages[b], f->layer);
+		for (uint32_t b = first / KV_PAGE_TOKENS; b <= row->pos / KV_PAGE_TOKENS; b++)
+			block[b] = block_of(f, row, b);
 		f->ops->attention(&(struct k_attention){
-		    .q = f->q + at, .out = f->attn + at, .pages = page,
+		    .q = f->q + at, .out = f->attn + at, .block = block,
 		    .n_heads = s->n_heads, .n_kv_heads = s->n_kv_heads,
 		    .head_dim = s->head_dim, .hd_pad = f->kv->hd_pad,
-		    .head0 = h0 * group, .head1 = h1 * group, .pos = row->pos,
+		    .head0 = h0 * group, .head1 = h1 * group,
+		    .first = first, .pos = row->pos,
 		    .scale = 1.0f / sqrtf((float)s->head_dim)});
 		i += h1 - h0;
 	}

@@ -14,7 +14,7 @@
 
 struct forward_row {
 	uint32_t token, pos;
-	const uint32_t *pages;    /* page numbers of the sequence, up to pos */
+	const struct kv_seq *kv;  /* opened up to pos */
 	const struct plan *plan;
 	bool wants_logits;
 };

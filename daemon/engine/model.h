@@ -17,6 +17,7 @@
 struct model_shape {
 	uint32_t hidden, intermediate, n_layers, n_heads, n_kv_heads, head_dim;
 	uint32_t vocab, max_context;
+	uint32_t window;    /* positions that attention looks back over, its own included; 0: all */
 	float rms_eps;
 	double rope_theta;
 	bool tied;          /* lm_head is the embedding */

@@ -53,7 +53,7 @@ plan_format_name(enum plan_format f)
 bool
 plan_group_has(enum plan_group g, enum plan_format f)
 {
-	return g == GROUP_KV_CACHE ? f == FORMAT_BF16 : f < N_FORMATS;
+	return g == GROUP_KV_CACHE ? f == FORMAT_BF16 || f == FORMAT_FP8 : f < N_FORMATS;
 }
 
 /* What somebody typed, made fit for one line of a message. */

@@ -133,8 +133,8 @@ act_bf16_ref(const float *x, uint32_t n, uint32_t n_pad, uint16_t *out)
 	memset(out + n, 0, (n_pad - n) * sizeof(*out));
 }
 
-static void
-act_fp8_ref(const float *x, uint32_t n, uint32_t n_pad, uint16_t *out, float *scale)
+static float
+absmax_scale(const float *x, uint32_t n)
 {
 	float max = 0, s;
 
@@ -145,7 +145,14 @@ act_fp8_ref(const float *x, uint32_t n, uint32_t n_pad, uint16_t *out, float *sc
 			max = fabsf(x[i]);
 	}
 	s = max / 448.0f;
-	*scale = s = s == 0 ? 1.0f : s;
+	return s == 0 ? 1.0f : s;
+}
+
+static void
+act_fp8_ref(const float *x, uint32_t n, uint32_t n_pad, uint16_t *out, float *scale)
+{
+	float s = *scale = absmax_scale(x, n);
+
 	for (uint32_t i = 0; i < n; i++)
 		out[i] = k_bf16_from_float(k_e4m3_to_float(k_e4m3_from_float(x[i] / s)));
 	memset(out + n, 0, (n_pad - n) * sizeof(*out));
@@ -185,63 +192,121 @@ silu_mul_ref(const float *gate, const float *up, uint32_t n, float *y)
 		y[i] = gate[i] / (1.0f + exp_ref(-gate[i])) * up[i];
 }
 
-static void
-kv_write_ref(uint16_t *page, const float *k, const float *v, uint32_t n_kv_heads, uint32_t head_dim, uint32_t hd_pad,
-    uint32_t slot)
+/* Where element d of a position lies in a head's K, in its V. */
+static size_t
+k_at(uint32_t d, uint32_t slot)
 {
-	uint16_t *vs = page + (size_t)n_kv_heads * hd_pad * K_BLOCK;
+	return (d / 2 * K_BLOCK + slot) * 2 + d % 2;
+}
 
-	for (uint32_t h = 0; h < n_kv_heads; h++) {
-		uint16_t *kh = page + (size_t)h * hd_pad * K_BLOCK, *vh = vs + (size_t)h * hd_pad * K_BLOCK;
+static size_t
+v_at(uint32_t d, uint32_t slot, uint32_t hd_pad)
+{
+	return ((size_t)slot / 2 * hd_pad + d) * 2 + slot % 2;
+}
+
+static void
+kv_write_fp8(const struct k_kv_block *b, const float *k, const float *v, uint32_t n_kv_heads, uint32_t head_dim,
+    uint32_t hd_pad, uint32_t slot)
+{
+	size_t head = (size_t)hd_pad * K_BLOCK;
+	float *ks = b->scale, *vs = b->scale + n_kv_heads * K_BLOCK;
+
+	for (uint32_t h = 0; h < n_kv_heads; h++, k += head_dim, v += head_dim) {
+		uint8_t *kh = b->q + h * head, *vh = b->q + (n_kv_heads + h) * head;
+		float sk = ks[h * K_BLOCK + slot] = absmax_scale(k, head_dim);
+		float sv = vs[h * K_BLOCK + slot] = absmax_scale(v, head_dim);
 
 		for (uint32_t d = 0; d < hd_pad; d++) {
-			bool in = d < head_dim;
-
-			kh[(d / 2 * K_BLOCK + slot) * 2 + d % 2] = in ? k_bf16_from_float(k[h * head_dim + d]) : 0;
-			vh[(slot / 2 * hd_pad + d) * 2 + slot % 2] = in ? k_bf16_from_float(v[h * head_dim + d]) : 0;
+			kh[k_at(d, slot)] = d < head_dim ? k_e4m3_from_float(k[d] / sk) : 0;
+			vh[v_at(d, slot, hd_pad)] = d < head_dim ? k_e4m3_from_float(v[d] / sv) : 0;
 		}
 	}
 }
 
-/* Scores, probabilities and output of one head over one page of n valid slots. */
 static void
-attend_page(const struct k_attention *a, const float *q, const uint16_t *k, const uint16_t *v, uint32_t n, float *max,
-    float *sum, float *out)
+kv_write_ref(const struct k_kv_block *b, const float *k, const float *v, uint32_t n_kv_heads, uint32_t head_dim,
+    uint32_t hd_pad, uint32_t slot)
 {
-	float score[32], p[32], lane[16];
+	size_t head = (size_t)hd_pad * K_BLOCK;
+
+	if (b->fp8 >> slot & 1) {
+		kv_write_fp8(b, k, v, n_kv_heads, head_dim, hd_pad, slot);
+		return;
+	}
+	for (uint32_t h = 0; h < n_kv_heads; h++, k += head_dim, v += head_dim) {
+		for (uint32_t d = 0; d < hd_pad; d++) {
+			b->k[h * head + k_at(d, slot)] = d < head_dim ? k_bf16_from_float(k[d]) : 0;
+			b->v[h * head + v_at(d, slot, hd_pad)] = d < head_dim ? k_bf16_from_float(v[d]) : 0;
+		}
+	}
+}
+
+/* One KV head of a block, wherever its positions lie. */
+struct head_page {
+	const struct k_kv_block *b;
+	size_t head, half;      /* of this head in a page; from K to V in an FP8 page */
+	const float *ks, *vs;   /* [32] */
+	uint32_t hd_pad;
+};
+
+static float
+k_value(const struct head_page *p, uint32_t d, uint32_t j)
+{
+	size_t at = p->head + k_at(d, j);
+
+	return p->b->fp8 >> j & 1 ? k_e4m3_to_float(p->b->q[at]) : k_bf16_to_float(p->b->k[at]);
+}
+
+static float
+v_value(const struct head_page *p, uint32_t d, uint32_t j)
+{
+	size_t at = p->head + v_at(d, j, p->hd_pad);
+
+	return p->b->fp8 >> j & 1 ? k_e4m3_to_float(p->b->q[p->half + at]) : k_bf16_to_float(p->b->v[at]);
+}
+
+/* Scores, probabilities and output of one head over slots [lo, hi) of a block. */
+static void
+attend_page(const struct k_attention *a, const float *q, const struct head_page *page, uint32_t lo, uint32_t hi,
+    float *max, float *sum, float *out)
+{
+	float score[32], p[32] = {0}, lane[16];
 
 	*max = -INFINITY;
-	for (uint32_t j = 0; j < n; j++) {
+	for (uint32_t j = lo; j < hi; j++) {
 		float total = 0;
 
 		for (uint32_t d0 = 0; d0 < a->head_dim; d0 += K_BLOCK) {
 			float even = 0, odd = 0;
 
 			for (uint32_t d = d0; d < d0 + K_BLOCK && d < a->head_dim; d += 2) {
-				const uint16_t *pair = k + (d / 2 * K_BLOCK + j) * 2;
-
-				even = fmaf(k_bf16_to_float(pair[0]), q[d], even);
-				odd = fmaf(k_bf16_to_float(pair[1]), q[d + 1], odd);
+				even = fmaf(k_value(page, d, j), q[d], even);
+				odd = fmaf(k_value(page, d + 1, j), q[d + 1], odd);
 			}
 			total = total + (even + odd);
 		}
+		if (page->b->fp8 >> j & 1)
+			total = total * page->ks[j];
 		score[j] = total * a->scale;
 		*max = score[j] > *max || score[j] != score[j] ? score[j] : *max;
 	}
-	for (uint32_t j = 0; j < 32; j++)
-		p[j] = j < n ? k_bf16_to_float(k_bf16_from_float(exp_ref(score[j] - *max))) : 0;
+	for (uint32_t j = lo; j < hi; j++)
+		p[j] = k_bf16_to_float(k_bf16_from_float(exp_ref(score[j] - *max)));
 	for (uint32_t i = 0; i < 16; i++)
 		lane[i] = p[i] + p[i + 16];
 	*sum = fold16(lane);
+	for (uint32_t j = lo; j < hi; j++)
+		if (page->b->fp8 >> j & 1)
+			p[j] = k_bf16_to_float(k_bf16_from_float(p[j] * page->vs[j]));
 	for (uint32_t d = 0; d < a->head_dim; d++) {
 		float even = 0, odd = 0;
 
-		for (uint32_t j = 0; j < n; j += 2) {
-			const uint16_t *pair = v + (j / 2 * a->hd_pad + d) * 2;
-
-			even = fmaf(k_bf16_to_float(pair[0]), p[j], even);
-			if (j + 1 < n)
-				odd = fmaf(k_bf16_to_float(pair[1]), p[j + 1], odd);
+		for (uint32_t j = lo; j < hi; j++) {
+			if (j % 2 == 0)
+				even = fmaf(v_value(page, d, j), p[j], even);
+			else
+				odd = fmaf(v_value(page, d, j), p[j], odd);
 		}
 		out[d] = even + odd;
 	}
@@ -250,18 +315,23 @@ attend_page(const struct k_attention *a, const float *q, const uint16_t *k, cons
 static void
 attend_head(const struct k_attention *a, uint32_t h)
 {
-	uint32_t kvh = h / (a->n_heads / a->n_kv_heads);
-	size_t head = (size_t)kvh * a->hd_pad * K_BLOCK, values = (size_t)a->n_kv_heads * a->hd_pad * K_BLOCK;
+	uint32_t kvh = h / (a->n_heads / a->n_kv_heads), first = a->first / K_BLOCK;
+	size_t head = (size_t)kvh * a->hd_pad * K_BLOCK, half = (size_t)a->n_kv_heads * a->hd_pad * K_BLOCK;
 	float *out = a->out + (size_t)h * a->head_dim, q[256], block[256], m = 0, l = 0;
 
 	for (uint32_t d = 0; d < a->head_dim; d++)
 		q[d] = k_bf16_to_float(k_bf16_from_float(a->q[(size_t)h * a->head_dim + d]));
-	for (uint32_t b = 0; b <= a->pos / K_BLOCK; b++) {
-		uint32_t n = a->pos - b * K_BLOCK + 1 < K_BLOCK ? a->pos - b * K_BLOCK + 1 : K_BLOCK;
+	for (uint32_t b = first; b <= a->pos / K_BLOCK; b++) {
+		const float *scale = a->block[b].scale;
+		struct head_page page = {&a->block[b], head, half, NULL, NULL, a->hd_pad};
+		uint32_t lo = b == first ? a->first % K_BLOCK : 0;
+		uint32_t hi = a->pos - b * K_BLOCK + 1 < K_BLOCK ? a->pos - b * K_BLOCK + 1 : K_BLOCK;
 		float bm, bl, to, fa, fb;
 
-		attend_page(a, q, a->pages[b] + head, a->pages[b] + values + head, n, &bm, &bl, block);
-		if (b == 0) {
+		if (scale != NULL)
+			page.ks = scale + kvh * K_BLOCK, page.vs = scale + (a->n_kv_heads + kvh) * K_BLOCK;
+		attend_page(a, q, &page, lo, hi, &bm, &bl, block);
+		if (b == first) {
 			m = bm, l = bl;
 			memcpy(out, block, a->head_dim * sizeof(*out));
 			continue;

@@ -338,9 +338,65 @@ silu_mul_avx512(const float *gate, const float *up, uint32_t n, float *y)
 
 /* ---- attention ---- */
 
+/* One KV head of a block as BF16, and the scales of its positions (NULL: all BF16). */
+struct head_page {
+	const uint16_t *k, *v;
+	const float *ks, *vs;   /* [32], 1 in BF16 positions */
+};
+
+/* 32 E4M3 codes as BF16. */
+INLINE __m512i
+e4m3_to_bf16(const uint8_t *q)
+{
+	__m512i code = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(const void *)q));
+
+	/* magnitude | sign & 0x8000 */
+	return _mm512_ternarylogic_epi32(magnitude(code), _mm512_slli_epi16(code, 8), _mm512_set1_epi16((short)0x8000),
+	    0xf8);
+}
+
+/* The FP8 positions of a head's K and V as BF16 beside those that are BF16 already. */
+INLINE void
+mix_page(const struct k_attention *a, const struct k_kv_block *b, uint32_t kvh, uint16_t *k, uint16_t *v)
+{
+	uint32_t size = a->hd_pad * K_BLOCK;
+	size_t head = (size_t)kvh * size, half = (size_t)a->n_kv_heads * size;
+	bool mixed = b->k != NULL && b->fp8 != 0xffffffffu;
+
+	for (uint32_t i = 0; i < size; i += 32) {
+		__m512i kq = e4m3_to_bf16(b->q + head + i), vq = e4m3_to_bf16(b->q + half + head + i);
+
+		if (mixed) {
+			/* 16 positions of one pair of dimensions; 16 dimensions of one pair of positions. */
+			__mmask16 at = (__mmask16)(b->fp8 >> (i / 32 % 2 * 16));
+			uint32_t pair = b->fp8 >> (i / (2 * a->hd_pad) * 2) & 3;
+			__mmask32 of = (pair & 1) * 0x55555555u | (pair >> 1) * 0xaaaaaaaau;
+
+			kq = _mm512_mask_mov_epi32(_mm512_loadu_si512(b->k + head + i), at, kq);
+			vq = _mm512_mask_mov_epi16(_mm512_loadu_si512(b->v + head + i), of, vq);
+		}
+		_mm512_store_si512(k + i, kq);
+		_mm512_store_si512(v + i, vq);
+	}
+}
+
+INLINE void
+mix_scales(const struct k_attention *a, const struct k_kv_block *b, uint32_t kvh, float *ks, float *vs)
+{
+	const __m512 one = _mm512_set1_ps(1.0f);
+
+	for (uint32_t t = 0; t < 2; t++) {
+		__mmask16 m = (__mmask16)(b->fp8 >> (t * 16));
+
+		_mm512_store_ps(ks + t * 16, _mm512_mask_loadu_ps(one, m, b->scale + kvh * K_BLOCK + t * 16));
+		_mm512_store_ps(vs + t * 16,
+		    _mm512_mask_loadu_ps(one, m, b->scale + (a->n_kv_heads + kvh) * K_BLOCK + t * 16));
+	}
+}
+
 /* Scores of the 32 positions of a page, in two registers. */
 INLINE void
-page_scores(const struct k_attention *a, const float *q, const uint16_t *k, __m512 score[2])
+page_scores(const struct k_attention *a, const float *q, const struct head_page *page, __m512 score[2])
 {
 	const __m512i high = _mm512_set1_epi32((int)0xffff0000);
 
@@ -351,7 +407,7 @@ page_scores(const struct k_attention *a, const float *q, const uint16_t *k, __m5
 			__m512 even = _mm512_setzero_ps(), odd = even;
 
 			for (uint32_t d = d0; d < d0 + K_BLOCK && d < a->head_dim; d += 2) {
-				__m512i w = _mm512_loadu_si512(k + d * K_BLOCK + t * 32);
+				__m512i w = _mm512_loadu_si512(page->k + d * K_BLOCK + t * 32);
 
 				even = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(w, 16)), _mm512_set1_ps(q[d]), even);
 				odd = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(w, high)), _mm512_set1_ps(q[d + 1]),
@@ -359,23 +415,26 @@ page_scores(const struct k_attention *a, const float *q, const uint16_t *k, __m5
 			}
 			total = _mm512_add_ps(total, _mm512_add_ps(even, odd));
 		}
+		if (page->ks != NULL)
+			total = _mm512_mul_ps(total, _mm512_load_ps(page->ks + t * 16));
 		score[t] = _mm512_mul_ps(total, _mm512_set1_ps(a->scale));
 	}
 }
 
+/* Slots [lo, hi) of a block. */
 INLINE void
-attend_page(const struct k_attention *a, const float *q, const uint16_t *k, const uint16_t *v, uint32_t n, float *max,
-    float *sum, float *out)
+attend_page(const struct k_attention *a, const float *q, const struct head_page *page, uint32_t lo, uint32_t hi,
+    float *max, float *sum, float *out)
 {
 	const __m512i high = _mm512_set1_epi32((int)0xffff0000);
 	const __m512 low = _mm512_set1_ps(-INFINITY);
-	__mmask16 valid[2] = {n >= 16 ? 0xffff : (__mmask16)((1u << n) - 1),
-	    n >= 32 ? 0xffff : n <= 16 ? 0 : (__mmask16)((1u << (n - 16)) - 1)};
+	uint32_t slots = (hi == 32 ? 0xffffffffu : (1u << hi) - 1) & ~((1u << lo) - 1);
+	__mmask16 valid[2] = {(__mmask16)slots, (__mmask16)(slots >> 16)};
 	__m512 score[2], prob[2];
 	_Alignas(64) float p[32];
 	__mmask16 nan;
 
-	page_scores(a, q, k, score);
+	page_scores(a, q, page, score);
 	nan = (__mmask16)(_mm512_mask_cmp_ps_mask(valid[0], score[0], score[0], _CMP_UNORD_Q) |
 	    _mm512_mask_cmp_ps_mask(valid[1], score[1], score[1], _CMP_UNORD_Q));
 	*max = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_mask_mov_ps(low, valid[0], score[0]),
@@ -386,18 +445,23 @@ attend_page(const struct k_attention *a, const float *q, const uint16_t *k, cons
 		__m512 e = exp_avx512(_mm512_sub_ps(score[t], _mm512_set1_ps(*max)));
 
 		prob[t] = _mm512_castsi512_ps(_mm512_maskz_slli_epi32(valid[t], round_bf16(e), 16));
-		_mm512_store_ps(p + t * 16, prob[t]);
 	}
 	*sum = fold16(_mm512_add_ps(prob[0], prob[1]));
+	for (uint32_t t = 0; t < 2; t++) {
+		if (page->vs != NULL)
+			prob[t] = _mm512_castsi512_ps(_mm512_maskz_slli_epi32(valid[t],
+			    round_bf16(_mm512_mul_ps(prob[t], _mm512_load_ps(page->vs + t * 16))), 16));
+		_mm512_store_ps(p + t * 16, prob[t]);
+	}
 	for (uint32_t d = 0; d < a->head_dim; d += 16) {
 		__m512 even = _mm512_setzero_ps(), odd = even;
 
-		for (uint32_t j = 0; j < n; j += 2) {
-			__m512i w = _mm512_loadu_si512(v + (j / 2 * a->hd_pad + d) * 2);
+		for (uint32_t j = lo & ~1u; j < hi; j += 2) {
+			__m512i w = _mm512_loadu_si512(page->v + (j / 2 * a->hd_pad + d) * 2);
 
 			even = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(w, 16)), _mm512_set1_ps(p[j]), even);
 			/* The odd slot of the last pair may hold anything. */
-			if (j + 1 < n)
+			if (j + 1 < hi)
 				odd = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(w, high)), _mm512_set1_ps(p[j + 1]),
 				    odd);
 		}
@@ -414,20 +478,30 @@ exp_one(float x)
 AVX512 static void
 attend_head(const struct k_attention *a, uint32_t h)
 {
-	uint32_t kvh = h / (a->n_heads / a->n_kv_heads), hd = a->head_dim;
-	size_t head = (size_t)kvh * a->hd_pad * K_BLOCK, values = (size_t)a->n_kv_heads * a->hd_pad * K_BLOCK;
-	_Alignas(64) float q[256], block[256], out[256];
+	uint32_t kvh = h / (a->n_heads / a->n_kv_heads), hd = a->head_dim, first = a->first / K_BLOCK;
+	size_t head = (size_t)kvh * a->hd_pad * K_BLOCK;
+	_Alignas(64) float q[256], block[256], out[256], ks[32], vs[32];
+	_Alignas(64) uint16_t k[256 * K_BLOCK], v[256 * K_BLOCK];
 	float m = 0, l = 0;
 
 	for (uint32_t d = 0; d < hd; d += 16)
 		_mm512_store_ps(q + d, _mm512_castsi512_ps(_mm512_slli_epi32(
 		    round_bf16(_mm512_maskz_loadu_ps(tail(d, hd), a->q + (size_t)h * hd + d)), 16)));
-	for (uint32_t b = 0; b <= a->pos / K_BLOCK; b++) {
-		uint32_t n = a->pos - b * K_BLOCK + 1 < K_BLOCK ? a->pos - b * K_BLOCK + 1 : K_BLOCK;
+	for (uint32_t b = first; b <= a->pos / K_BLOCK; b++) {
+		const struct k_kv_block *kv = &a->block[b];
+		struct head_page page = {k, v, ks, vs};
+		uint32_t lo = b == first ? a->first % K_BLOCK : 0;
+		uint32_t hi = a->pos - b * K_BLOCK + 1 < K_BLOCK ? a->pos - b * K_BLOCK + 1 : K_BLOCK;
 		float bm, bl, to, fa, fb;
 
-		attend_page(a, q, a->pages[b] + head, a->pages[b] + values + head, n, &bm, &bl, b == 0 ? out : block);
-		if (b == 0) {
+		if (kv->fp8 == 0) {
+			page = (struct head_page){kv->k + head, kv->v + head, NULL, NULL};
+		} else {
+			mix_page(a, kv, kvh, k, v);
+			mix_scales(a, kv, kvh, ks, vs);
+		}
+		attend_page(a, q, &page, lo, hi, &bm, &bl, b == first ? out : block);
+		if (b == first) {
 			m = bm, l = bl;
 			continue;
 		}
