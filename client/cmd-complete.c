@@ -11,6 +11,7 @@
 #include "client/cmd.h"
 
 #define MAX_STOPS 16
+#define MAX_BIAS 1024
 
 struct complete {
 	struct octet_sampling sampling;
@@ -26,7 +27,12 @@ struct complete {
 
 	char *text;            /* what was shown */
 	size_t text_len, text_cap;
-	json_t *tokens, *segments, *logprobs;
+	json_t *tokens, *segments, *logprobs, *prompt_logprobs;
+	json_t *alternatives;  /* list that OCTET_ALTERNATIVE events go to, borrowed; NULL: none */
+	struct octet_bias bias[MAX_BIAS];
+	const char *replay_file;
+	struct octet_segment *replay;
+	json_t *replayed;      /* the summary that is run again */
 	uint64_t n_output;
 	double start, first;
 	const char *finish;
@@ -42,6 +48,29 @@ on_interrupt(int sig)
 	interrupted = 1;
 }
 
+/* ID=VALUE */
+static int
+parse_bias(struct complete *c, char *arg)
+{
+	struct octet_bias *b = &c->bias[c->sampling.n_bias];
+	char *equals = strchr(arg, '=');
+	uint64_t id;
+	int rc;
+
+	if (c->sampling.n_bias == MAX_BIAS)
+		return cmd_usage(&cmd_complete, "more than %d --logit-bias", MAX_BIAS);
+	if (equals == NULL)
+		return cmd_usage(&cmd_complete, "--logit-bias '%s' is not ID=VALUE", arg);
+	*equals = '\0';
+	if ((rc = cmd_u64(&cmd_complete, "--logit-bias", arg, 0, UINT32_MAX, &id)) != 0 ||
+	    (rc = cmd_float(&cmd_complete, "--logit-bias", equals + 1, -100, 100, &b->value)) != 0)
+		return rc;
+	b->id = (uint32_t)id;
+	c->sampling.bias = c->bias;
+	c->sampling.n_bias++;
+	return 0;
+}
+
 static int
 parse(struct complete *c, int argc, char **argv)
 {
@@ -49,6 +78,10 @@ parse(struct complete *c, int argc, char **argv)
 		{"max-tokens", required_argument, NULL, 'm'}, {"temperature", required_argument, NULL, 't'},
 		{"top-p", required_argument, NULL, 'p'}, {"top-k", required_argument, NULL, 'k'},
 		{"seed", required_argument, NULL, 's'}, {"stop", required_argument, NULL, 'x'},
+		{"min-p", required_argument, NULL, 'n'}, {"repetition-penalty", required_argument, NULL, 'R'},
+		{"presence-penalty", required_argument, NULL, 'P'}, {"frequency-penalty", required_argument, NULL, 'F'},
+		{"logit-bias", required_argument, NULL, 'b'}, {"prompt-logprobs", no_argument, NULL, 'L'},
+		{"policy", required_argument, NULL, 'o'}, {"replay", required_argument, NULL, 'y'},
 		{"ignore-eos", no_argument, NULL, 'e'}, {"logprobs", required_argument, NULL, 'l'},
 		{"raw", no_argument, NULL, 'r'}, {"json", no_argument, NULL, 'j'}, {NULL, 0, NULL, 0}};
 	uint64_t n = 0;
@@ -76,11 +109,26 @@ parse(struct complete *c, int argc, char **argv)
 			c->stop[c->n_stops++] = optarg;
 			break;
 		case 'e': c->sampling.ignore_eos = 1; break;
-		case 'l':
-			/* Of the chosen token; the alternatives come with a later version. */
-			rc = cmd_u64(&cmd_complete, "--logprobs", optarg, 0, 1, &n);
-			c->sampling.logprobs = n != 0;
+		case 'n': rc = cmd_float(&cmd_complete, "--min-p", optarg, 0, 1, &c->sampling.min_p); break;
+		case 'R':
+			rc = cmd_float(&cmd_complete, "--repetition-penalty", optarg, 0.01, 100, &c->sampling.repetition_penalty);
 			break;
+		case 'P':
+			rc = cmd_float(&cmd_complete, "--presence-penalty", optarg, -100, 100, &c->sampling.presence_penalty);
+			break;
+		case 'F':
+			rc = cmd_float(&cmd_complete, "--frequency-penalty", optarg, -100, 100, &c->sampling.frequency_penalty);
+			break;
+		case 'b': rc = parse_bias(c, optarg); break;
+		case 'o': c->sampling.policy = optarg; break;
+		case 'y': c->replay_file = optarg; break;
+		case 'l':
+			/* The chosen token's, and N - 1 alternatives' beside it. */
+			rc = cmd_u64(&cmd_complete, "--logprobs", optarg, 0, 20, &n);
+			c->sampling.logprobs = n != 0;
+			c->sampling.top_logprobs = n > 1 ? (int)n : 0;
+			break;
+		case 'L': c->sampling.prompt_logprobs = 1; break;
 		case 'r': c->raw = true; break;
 		case 'j': c->json = true; break;
 		default: return 2;

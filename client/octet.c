@@ -342,28 +342,98 @@ queue_full(const octet *o)
 	return o->sq_tail - __atomic_load_n(&o->shm->sq_head, __ATOMIC_ACQUIRE) >= WIRE_SQ;
 }
 
+static void
+put_word(octet *o, uint32_t w)
+{
+	o->prompt[o->prompt_tail++ & (o->prompt_ring - 1)] = w;
+}
+
+static void
+put_u64(octet *o, uint64_t v)
+{
+	put_word(o, (uint32_t)v);
+	put_word(o, (uint32_t)(v >> 32));
+}
+
+/* Prompt, biases, segments and policy, in the order of struct wire_desc. */
+static void
+put_payload(octet *o, const uint32_t *ids, size_t n, const struct octet_sampling *s, size_t policy_bytes)
+{
+	for (size_t i = 0; i < n; i++)
+		put_word(o, ids[i]);
+	for (size_t i = 0; i < s->n_bias; i++) {
+		uint32_t bits;
+
+		memcpy(&bits, &s->bias[i].value, sizeof(bits));
+		put_word(o, s->bias[i].id);
+		put_word(o, bits);
+	}
+	for (size_t i = 0; i < s->n_replay; i++) {
+		put_word(o, s->replay[i].first);
+		put_u64(o, s->replay[i].plan);
+		put_u64(o, s->replay[i].epoch);
+	}
+	for (size_t i = 0; i < policy_bytes; i += 4) {
+		uint32_t word = 0;
+
+		memcpy(&word, s->policy + i, policy_bytes - i < 4 ? policy_bytes - i : 4);
+		put_word(o, word);
+	}
+}
+
+/* What the daemon would refuse with a bare -EINVAL. */
+static int
+check_submit(octet *o, const uint32_t *ids, size_t n, const struct octet_sampling *s)
+{
+	bool score = s->max_tokens == 0;
+
+	if (n == 0)
+		return fail(o, -EINVAL, "the prompt is empty");
+	if (score && !s->prompt_logprobs)
+		return fail(o, -EINVAL, "max_tokens is 0");
+	if (n > o->info.max_context - !score)
+		return fail(o, -E2BIG, "prompt of %zu tokens: the context holds %u%s", n, o->info.max_context,
+		    score ? "" : " with at least one of output");
+	for (size_t i = 0; i < n; i++)
+		if (ids[i] >= o->info.vocab)
+			return fail(o, -EINVAL, "token id %u: the model has %u", ids[i], o->info.vocab);
+	if (s->n_bias > WIRE_MAX_BIAS)
+		return fail(o, -EINVAL, "%zu logit biases, %u are allowed", s->n_bias, WIRE_MAX_BIAS);
+	if (s->n_replay > WIRE_MAX_SEGMENTS)
+		return fail(o, -EINVAL, "%zu segments, %u are allowed", s->n_replay, WIRE_MAX_SEGMENTS);
+	if (s->top_logprobs < 0 || s->top_logprobs > (int)WIRE_MAX_TOP)
+		return fail(o, -EINVAL, "top_logprobs is %d, %u are allowed", s->top_logprobs, WIRE_MAX_TOP);
+	if (s->policy != NULL && (*s->policy == '\0' || strlen(s->policy) > WIRE_MAX_POLICY))
+		return fail(o, -EINVAL, "the name of a policy has 1 to %u bytes", WIRE_MAX_POLICY);
+	if (s->policy != NULL && s->n_replay > 0)
+		return fail(o, -EINVAL, "a replay cannot have a policy too");
+	for (size_t i = 0; i < sizeof(s->reserved) / sizeof(*s->reserved); i++)
+		if (s->reserved[i] != 0)
+			return fail(o, -EINVAL, "reserved fields of struct octet_sampling are not zero");
+	return 0;
+}
+
 int
 octet_submit(octet *o, const uint32_t *ids, size_t n, const struct octet_sampling *s)
 {
+	size_t policy_bytes = s->policy != NULL ? strlen(s->policy) : 0;
 	struct wire_desc d = {.op = WIRE_SUBMIT};
 	uint32_t slot = 0;
+	int rc;
 
 	if (o->dead)
 		return fail(o, -EPIPE, "octetd is gone");
-	if (n == 0 || s->max_tokens == 0)
-		return fail(o, -EINVAL, n == 0 ? "the prompt is empty" : "max_tokens is 0");
-	if (n >= o->info.max_context)
-		return fail(o, -E2BIG, "prompt of %zu tokens: the context holds %u with at least one of output", n,
-		    o->info.max_context);
-	if (o->n_used >= o->info.max_requests || queue_full(o) || !prompt_room(o, n))
+	if ((rc = check_submit(o, ids, n, s)) != 0)
+		return rc;
+	if (o->n_used >= o->info.max_requests || queue_full(o) ||
+	    !prompt_room(o, n + 2 * s->n_bias + 5 * s->n_replay + (policy_bytes + 3) / 4))
 		return fail(o, -EBUSY, "busy: %u requests are in flight on this connection", o->n_used);
 	while (o->slot[slot].used)
 		slot++;
-	for (size_t i = 0; i < n; i++)
-		o->prompt[(o->prompt_tail + i) & (o->prompt_ring - 1)] = ids[i];
 	d.slot = slot;
 	d.serial = ++o->serial;
-	d.flags = (s->ignore_eos ? WIRE_IGNORE_EOS : 0u) | (s->logprobs ? WIRE_LOGPROBS : 0u);
+	d.flags = (s->ignore_eos ? WIRE_IGNORE_EOS : 0u) | (s->logprobs || s->top_logprobs > 0 ? WIRE_LOGPROBS : 0u) |
+	    (s->prompt_logprobs ? WIRE_PROMPT_LOGPROBS : 0u);
 	d.prompt_at = o->prompt_tail;
 	d.prompt_tokens = (uint32_t)n;
 	d.max_tokens = s->max_tokens;
@@ -371,7 +441,15 @@ octet_submit(octet *o, const uint32_t *ids, size_t n, const struct octet_samplin
 	d.seed = s->seed;
 	d.temperature = s->temperature;
 	d.top_p = s->top_p == 0 ? 1 : s->top_p;
-	o->prompt_tail += (uint32_t)n;
+	d.min_p = s->min_p;
+	d.repetition_penalty = s->repetition_penalty == 0 ? 1 : s->repetition_penalty;
+	d.presence_penalty = s->presence_penalty;
+	d.frequency_penalty = s->frequency_penalty;
+	d.top_logprobs = (uint32_t)s->top_logprobs;
+	d.n_bias = (uint32_t)s->n_bias;
+	d.n_segments = (uint32_t)s->n_replay;
+	d.policy_bytes = (uint32_t)policy_bytes;
+	put_payload(o, ids, n, s, policy_bytes);
 	o->slot[slot] = (struct slot){.used = true, .serial = d.serial, .head = o->slot[slot].head};
 	o->n_used++;
 	publish(o, &d);
@@ -427,6 +505,15 @@ explain(const octet *o, uint64_t detail, struct octet_event *ev)
 	case ESHUTDOWN:
 		snprintf(ev->message, sizeof(ev->message), "octetd is shutting down");
 		break;
+	case EACCES:
+		snprintf(ev->message, sizeof(ev->message), "this client may not choose a policy");
+		break;
+	case ENOENT:
+		snprintf(ev->message, sizeof(ev->message), "octetd knows no such policy or plan");
+		break;
+	case ENOSPC:
+		snprintf(ev->message, sizeof(ev->message), "the KV cache is full");
+		break;
 	case EINVAL:
 		snprintf(ev->message, sizeof(ev->message), "a token id or a sampling value is out of range");
 		break;
@@ -450,6 +537,12 @@ translate(octet *o, struct slot *s, const struct wire_event *w, struct octet_eve
 		return true;
 	case WIRE_EV_TOKEN:
 		ev->kind = OCTET_TOKEN;
+		ev->token = w->token < o->info.vocab ? w->token : 0;
+		ev->logprob = w->logprob;
+		return true;
+	case WIRE_EV_PROMPT:
+	case WIRE_EV_TOP:
+		ev->kind = w->kind == WIRE_EV_TOP ? OCTET_ALTERNATIVE : OCTET_PROMPT;
 		ev->token = w->token < o->info.vocab ? w->token : 0;
 		ev->logprob = w->logprob;
 		return true;

@@ -24,25 +24,49 @@ struct octet_info {
 	uint64_t client_id;    /* as `octetctl clients` lists it */
 };
 
-/* All zero is greedy with max_tokens 0: set max_tokens. */
+struct octet_bias {
+	uint32_t id;
+	float value;        /* -100..100, added to the token's logit */
+};
+
+/* A replayed request runs positions from first on under a plan that once ran. */
+struct octet_segment {
+	uint32_t first;     /* 0 in the first segment, ascending */
+	uint64_t plan, epoch; /* as an OCTET_SEGMENT event gave them */
+};
+
+/* All zero is greedy with max_tokens 0: set max_tokens. The order of use:
+ * repetition, presence and frequency penalty, bias; then greedy, or temperature,
+ * min_p, top_k, top_p. What is pointed to is copied. */
 struct octet_sampling {
-	uint32_t max_tokens;
+	uint32_t max_tokens; /* 0: score the prompt only (with prompt_logprobs) */
 	float temperature;  /* 0: greedy */
 	float top_p;        /* 0 or 1: off */
 	uint32_t top_k;     /* 0: off */
 	uint64_t seed;
 	int ignore_eos;
-	int logprobs;       /* 1: events carry the log-probability of their token */
+	int logprobs;       /* 1: OCTET_TOKEN carries the log-probability of its token */
+	float min_p;        /* 0: off; tokens less likely than min_p times the likeliest are out */
+	float repetition_penalty; /* 0 or 1: off; tokens of prompt and output */
+	float presence_penalty, frequency_penalty; /* 0: off; tokens of the output */
+	int top_logprobs;   /* 1..20: so many OCTET_ALTERNATIVE follow each token; implies logprobs */
+	int prompt_logprobs; /* 1: an OCTET_PROMPT for each prompt token but the first */
+	const struct octet_bias *bias;
+	size_t n_bias;      /* up to 1024 */
+	const char *policy; /* run under this policy of octetd's configuration, where that is allowed; NULL: not */
+	const struct octet_segment *replay;
+	size_t n_replay;    /* up to 4096; 0: no replay */
+	uint64_t reserved[4]; /* zero */
 };
 
-enum octet_event_kind { OCTET_SEGMENT = 1, OCTET_TOKEN, OCTET_DONE };
+enum octet_event_kind { OCTET_SEGMENT = 1, OCTET_TOKEN, OCTET_DONE, OCTET_PROMPT, OCTET_ALTERNATIVE };
 enum octet_finish { OCTET_STOP = 1, OCTET_LENGTH, OCTET_CANCELLED, OCTET_FAILED };
 
 struct octet_event {
 	enum octet_event_kind kind;
-	uint32_t token;      /* OCTET_TOKEN */
-	uint32_t position;   /* OCTET_TOKEN; OCTET_SEGMENT: first position of the segment */
-	float logprob;       /* OCTET_TOKEN, natural log, if asked for */
+	uint32_t token;      /* OCTET_TOKEN, OCTET_PROMPT, OCTET_ALTERNATIVE */
+	uint32_t position;   /* of the token; OCTET_SEGMENT: first position of the segment */
+	float logprob;       /* of the token, natural log, if asked for */
 	uint64_t plan;       /* OCTET_SEGMENT: plan digest */
 	uint64_t epoch;      /* OCTET_SEGMENT */
 	enum octet_finish finish; /* OCTET_DONE */
@@ -63,7 +87,7 @@ const struct octet_info *octet_info(const octet *o);
 
 /* Queues ids[n]; the ids are copied before it returns. Returns a request number
  * >= 0 that is valid until its OCTET_DONE was read, or -EBUSY (max_requests in
- * flight or the submission ring is full: read, then try again), -EINVAL,
+ * flight or the submission ring is full: read, then try again), -E2BIG, -EINVAL,
  * -EPIPE (the daemon is gone). */
 int octet_submit(octet *o, const uint32_t *ids, size_t n, const struct octet_sampling *s);
 

@@ -15,11 +15,15 @@
 #include <stdint.h>
 
 #define WIRE_MAGIC 0x3154434fu /* "OCT1" */
-#define WIRE_VERSION 1u
+#define WIRE_VERSION 2u
 #define WIRE_SQ 256u    /* submission descriptors, power of two */
 #define WIRE_SLOTS 64u  /* requests a session may have in flight */
 #define WIRE_EVENTS 256u /* events in a slot's ring, power of two */
 #define WIRE_BELL '!'
+#define WIRE_MAX_TOP 20u       /* alternatives with their log-probabilities per token */
+#define WIRE_MAX_BIAS 1024u
+#define WIRE_MAX_SEGMENTS 4096u
+#define WIRE_MAX_POLICY 63u    /* bytes of a policy's name */
 
 enum wire_type { WIRE_HELLO = 1, WIRE_WELCOME, WIRE_REFUSED };
 
@@ -46,9 +50,18 @@ struct wire_refused {
 /* Operations of a submission descriptor. */
 enum wire_op { WIRE_SUBMIT = 1, WIRE_CANCEL };
 
-enum wire_flag { WIRE_IGNORE_EOS = 1, WIRE_LOGPROBS = 2 };
+enum wire_flag {
+	WIRE_IGNORE_EOS = 1,
+	WIRE_LOGPROBS = 2,
+	WIRE_PROMPT_LOGPROBS = 4, /* max_tokens may then be 0: score only */
+	WIRE_FLAGS = 7,
+};
 
-/* 64 bytes. Floats are copied, then range-checked. */
+/*
+ * 128 bytes. Floats are copied, then range-checked. The words of the prompt
+ * ring from prompt_at on: prompt_tokens ids; n_bias x {id, bits of a float};
+ * n_segments x struct wire_segment; policy_bytes bytes, up to a whole word.
+ */
 struct wire_desc {
 	uint32_t op, slot;
 	uint32_t serial;        /* chosen by the app, echoed in its events */
@@ -59,13 +72,26 @@ struct wire_desc {
 	uint64_t seed;
 	float temperature;      /* 0: greedy */
 	float top_p;            /* 1: off */
-	uint32_t reserved[4];   /* zero */
+	float min_p;            /* 0: off */
+	float repetition_penalty; /* 1: off */
+	float presence_penalty, frequency_penalty; /* 0: off */
+	uint32_t top_logprobs;  /* alternatives per token, up to WIRE_MAX_TOP */
+	uint32_t n_bias, n_segments, policy_bytes;
+	uint32_t reserved[12];  /* zero */
+};
+
+/* Replay: positions from first on run under the plan of this digest. */
+struct wire_segment {
+	uint32_t first;
+	uint32_t plan[2], epoch[2]; /* low word, high word */
 };
 
 enum wire_event_kind {
 	WIRE_EV_SEGMENT = 1, /* plan digest, epoch, first position */
 	WIRE_EV_TOKEN,
 	WIRE_EV_DONE,
+	WIRE_EV_PROMPT,      /* a prompt token and its log-probability, from position 1 on */
+	WIRE_EV_TOP,         /* an alternative to the TOKEN or PROMPT event before it */
 };
 
 enum wire_finish {
@@ -78,11 +104,11 @@ enum wire_finish {
 /* 32 bytes. */
 struct wire_event {
 	uint32_t kind, serial;
-	uint32_t token;     /* TOKEN: id; DONE: enum wire_finish */
-	uint32_t position;  /* TOKEN: of the token; SEGMENT: first position */
+	uint32_t token;     /* TOKEN, PROMPT, TOP: id; DONE: enum wire_finish */
+	uint32_t position;  /* TOKEN, PROMPT, TOP: of the token; SEGMENT: first position */
 	uint64_t a;         /* SEGMENT: plan digest; DONE: site << 32 | -errno */
 	union {
-		float logprob;  /* TOKEN, if asked for: natural log of the model's own probability */
+		float logprob;  /* natural log of the model's own probability, where asked for */
 		uint64_t epoch; /* SEGMENT */
 	};
 };

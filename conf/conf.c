@@ -77,6 +77,8 @@ static const struct option options[] = {
 	{"access", "operators", TYPE_STRING, AT(operators), "", 0, 0, NULL, LIVE, "",
 	    "who may change: user:NAME, group:NAME, uid:N, gid:N, *; root and octetd's own user always may"},
 	{"access", "viewers", TYPE_STRING, AT(viewers), "*", 0, 0, NULL, LIVE, "", "who may look"},
+	{"access", "request_policies", TYPE_STRING, AT(policies_of_requests), "", 0, 0, NULL, LIVE, "",
+	    "who may run a request under a policy of its own choice"},
 };
 #define N_OPTIONS (sizeof(options) / sizeof(*options))
 

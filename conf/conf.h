@@ -43,7 +43,7 @@ struct conf {
 	char *policy;
 	uint32_t on_flip;
 	/* [access] */
-	char *operators, *viewers;
+	char *operators, *viewers, *policies_of_requests;
 	/* [policy NAME], the built-in ones first unless the file redefines them */
 	struct conf_policy *policies;
 	size_t n_policies;

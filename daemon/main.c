@@ -352,7 +352,7 @@ serve(struct daemon *m, const struct first_plan *f, struct err *err)
 	start_handles(m);
 	d->notify = wake_loop;
 	octetd_engine_config(d, d->conf, &engine);
-	octetd_server_config(d->conf, &server);
+	octetd_server_config(d, d->conf, &server);
 	if ((rc = engine_new(&d->engine, d->model, d->ops, d->team, &engine, f->plan, f->epoch, err)) != 0)
 		return rc;
 	flips.engine = d->engine;

@@ -34,8 +34,38 @@ octetd_engine_config(const struct octetd *d, const struct conf *c, struct engine
 	};
 }
 
+static int
+request_policy(void *arg, const struct peer *peer, const char *name, struct plan **plan, uint64_t *epoch)
+{
+	const struct octetd *d = arg;
+
+	*plan = NULL;
+	if (name == NULL)
+		return 0;
+	if (!peer_allowed(peer, d->conf->policies_of_requests))
+		return -EACCES;
+	*epoch = flipper_epoch(d->flips);
+	if (conf_policy(d->conf, name) == NULL)
+		return -ENOENT;
+	return octetd_policy_plan(d->conf, name, d->model->shape.n_layers, plan, NULL);
+}
+
+/* One that ran, or one of the policies that only requests use. */
+static struct plan *
+known_plan(void *arg, uint64_t digest)
+{
+	const struct octetd *d = arg;
+	struct plan *p = journal_plan(d->journal, digest);
+
+	for (size_t i = 0; p == NULL && i < d->conf->n_policies; i++)
+		if (octetd_policy_plan(d->conf, d->conf->policies[i].name, d->model->shape.n_layers, &p, NULL) == 0 &&
+		    p->digest != digest)
+			plan_unref(&p);
+	return p;
+}
+
 void
-octetd_server_config(const struct conf *c, struct server_config *out)
+octetd_server_config(struct octetd *d, const struct conf *c, struct server_config *out)
 {
 	*out = (struct server_config){
 		.path = c->socket,
@@ -45,19 +75,23 @@ octetd_server_config(const struct conf *c, struct server_config *out)
 		.handshake_timeout_ms = (uint32_t)c->handshake_timeout_ms,
 		.spin_us = (uint32_t)c->spin_us,
 		.share_prefixes = c->prefix_cache == CONF_PREFIX_ALL,
+		.policy = request_policy,
+		.plan = known_plan,
+		.arg = d,
 	};
 }
 
 int
 octetd_conf_check(const struct conf *c, struct err *err)
 {
-	int rc = peer_list_check(c->operators, err);
+	const char *const list[][2] = {{"operators", c->operators}, {"viewers", c->viewers},
+	    {"request_policies", c->policies_of_requests}};
+	int rc = 0;
 
-	if (rc != 0)
-		err_prefix(err, "%s: operators", c->file);
-	else if ((rc = peer_list_check(c->viewers, err)) != 0)
-		err_prefix(err, "%s: viewers", c->file);
-	else if (c->backend == CONF_BACKEND_CUDA)
+	for (size_t i = 0; i < sizeof(list) / sizeof(*list) && rc == 0; i++)
+		if ((rc = peer_list_check(list[i][1], err)) != 0)
+			err_prefix(err, "%s: %s", c->file, list[i][0]);
+	if (rc == 0 && c->backend == CONF_BACKEND_CUDA)
 		rc = err_set(err, -ENOTSUP, "%s: backend = cuda: this build has no CUDA backend", c->file);
 	return rc;
 }

@@ -46,7 +46,7 @@ struct octetd {
 
 /* What conf.h says, in the words of engine and server. */
 void octetd_engine_config(const struct octetd *, const struct conf *, struct engine_config *);
-void octetd_server_config(const struct conf *, struct server_config *);
+void octetd_server_config(struct octetd *, const struct conf *, struct server_config *);
 /* Checks what conf_load() cannot: user and group names, the backend. */
 int octetd_conf_check(const struct conf *, struct err *);
 /* Every policy of a file resolved for a model; then the plan of the active one. */

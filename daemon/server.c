@@ -15,7 +15,8 @@
 #include "daemon/log.h"
 
 #define BELLS_PER_WAKE 32
-#define PROMPT_RING_MIN 16384u
+/* Words: the prompts of some requests, and all else that a request may carry. */
+#define PROMPT_RING_MIN 65536u
 
 /*
  * hello -> open -> closed. A closed session lives on, its memory mapped and its
@@ -240,36 +241,133 @@ refuse(struct slot *slot, uint32_t serial, int rc)
 	sink_flush(slot);
 }
 
-static int
-copy_prompt(struct session *s, const struct wire_desc *d, struct request *r)
+/* Words of the prompt ring, each read once. */
+struct reader {
+	const struct session *s;
+	uint32_t at;
+};
+
+static uint32_t
+next_word(struct reader *r)
 {
-	uint32_t mask = s->server->prompt_ring - 1, vocab = s->server->model->shape.vocab;
+	return __atomic_load_n(&r->s->prompt[r->at++ & (r->s->server->prompt_ring - 1)], __ATOMIC_RELAXED);
+}
+
+static int
+read_prompt(struct reader *in, const struct wire_desc *d, struct request *r)
+{
+	uint32_t vocab = in->s->server->model->shape.vocab;
 
 	r->prompt = malloc((size_t)d->prompt_tokens * sizeof(*r->prompt));
 	if (r->prompt == NULL)
 		return -ENOMEM;
 	r->n_prompt = d->prompt_tokens;
-	for (uint32_t i = 0; i < d->prompt_tokens; i++) {
-		r->prompt[i] = __atomic_load_n(&s->prompt[(d->prompt_at + i) & mask], __ATOMIC_RELAXED);
-		if (r->prompt[i] >= vocab)
+	for (uint32_t i = 0; i < d->prompt_tokens; i++)
+		if ((r->prompt[i] = next_word(in)) >= vocab)
 			return -EINVAL;
+	return 0;
+}
+
+static int
+read_bias(struct reader *in, const struct wire_desc *d, struct request *r)
+{
+	struct sampling *sp = &r->sampling;
+
+	if (d->n_bias == 0)
+		return 0;
+	sp->bias = malloc(d->n_bias * sizeof(*sp->bias));
+	if (sp->bias == NULL)
+		return -ENOMEM;
+	for (; sp->n_bias < d->n_bias; sp->n_bias++) {
+		uint32_t id = next_word(in), bits = next_word(in);
+		float value;
+
+		memcpy(&value, &bits, sizeof(value));
+		if (id >= in->s->server->model->shape.vocab || !isfinite(value) || fabsf(value) > 100)
+			return -EINVAL;
+		sp->bias[sp->n_bias] = (struct logit_bias){id, value};
+	}
+	return 0;
+}
+
+static uint64_t
+next_u64(struct reader *in)
+{
+	uint64_t low = next_word(in);
+
+	return low | (uint64_t)next_word(in) << 32;
+}
+
+static int
+read_segments(struct reader *in, const struct wire_desc *d, struct request *r)
+{
+	const struct server_config *cfg = &in->s->server->cfg;
+
+	if (d->n_segments == 0)
+		return 0;
+	r->replay = calloc(d->n_segments, sizeof(*r->replay));
+	if (r->replay == NULL)
+		return -ENOMEM;
+	for (; r->n_replay < d->n_segments; r->n_replay++) {
+		struct segment *g = &r->replay[r->n_replay];
+		uint64_t digest;
+
+		g->from = next_word(in);
+		digest = next_u64(in);
+		g->epoch = next_u64(in);
+		if (r->n_replay == 0 ? g->from != 0 : g->from <= g[-1].from)
+			return -EINVAL;
+		g->plan = cfg->plan(cfg->arg, digest);
+		if (g->plan == NULL)
+			return -ENOENT;
 	}
 	return 0;
 }
 
 static int
+read_policy(struct reader *in, const struct wire_desc *d, struct request *r)
+{
+	const struct server_config *cfg = &in->s->server->cfg;
+	char name[WIRE_MAX_POLICY + 5] = "";
+
+	for (uint32_t i = 0; i < d->policy_bytes; i += 4) {
+		uint32_t word = next_word(in);
+
+		memcpy(name + i, &word, 4);
+	}
+	name[d->policy_bytes] = '\0';
+	if (r->replay != NULL)
+		return d->policy_bytes == 0 ? 0 : -EINVAL;
+	return cfg->policy(cfg->arg, &in->s->peer, d->policy_bytes == 0 ? NULL : name, &r->plan, &r->plan_epoch);
+}
+
+static bool
+within(float v, float min, float max)
+{
+	return isfinite(v) && v >= min && v <= max;
+}
+
+static int
 check_desc(const struct session *s, const struct wire_desc *d)
 {
+	bool score = d->max_tokens == 0;
+	uint32_t context = s->server->model->shape.max_context;
+
 	if (s->server->draining)
 		return -ESHUTDOWN;
 	if (s->in_flight >= s->server->cfg.max_requests)
 		return -EBUSY;
-	if (d->prompt_tokens == 0 || d->max_tokens == 0 || (d->flags & ~(uint32_t)(WIRE_IGNORE_EOS | WIRE_LOGPROBS)) != 0)
+	if (d->prompt_tokens == 0 || (d->flags & ~(uint32_t)WIRE_FLAGS) != 0 ||
+	    (score && (d->flags & WIRE_PROMPT_LOGPROBS) == 0))
 		return -EINVAL;
-	if (d->prompt_tokens >= s->server->model->shape.max_context)
+	if (d->prompt_tokens > context - !score)
 		return -E2BIG;
-	if (!isfinite(d->temperature) || d->temperature < 0 || d->temperature > 100 || !isfinite(d->top_p) ||
-	    d->top_p <= 0 || d->top_p > 1)
+	if (!within(d->temperature, 0, 100) || !within(d->top_p, 0, 1) || d->top_p == 0 || !within(d->min_p, 0, 1) ||
+	    !within(d->repetition_penalty, 0.01f, 100) || !within(d->presence_penalty, -100, 100) ||
+	    !within(d->frequency_penalty, -100, 100))
+		return -EINVAL;
+	if (d->top_logprobs > WIRE_MAX_TOP || d->n_bias > WIRE_MAX_BIAS || d->n_segments > WIRE_MAX_SEGMENTS ||
+	    d->policy_bytes > WIRE_MAX_POLICY)
 		return -EINVAL;
 	for (size_t i = 0; i < sizeof(d->reserved) / sizeof(*d->reserved); i++)
 		if (d->reserved[i] != 0)
@@ -277,24 +375,42 @@ check_desc(const struct session *s, const struct wire_desc *d)
 	return 0;
 }
 
+static int
+read_request(struct session *s, const struct wire_desc *d, struct request *r)
+{
+	struct reader in = {s, d->prompt_at};
+	int rc = check_desc(s, d);
+
+	r->sampling = (struct sampling){.max_tokens = d->max_tokens, .top_k = d->top_k, .seed = d->seed,
+	    .temperature = d->temperature, .top_p = d->top_p, .min_p = d->min_p,
+	    .repetition_penalty = d->repetition_penalty, .presence_penalty = d->presence_penalty,
+	    .frequency_penalty = d->frequency_penalty, .top_logprobs = d->top_logprobs,
+	    .ignore_eos = (d->flags & WIRE_IGNORE_EOS) != 0, .logprobs = (d->flags & WIRE_LOGPROBS) != 0,
+	    .prompt_logprobs = (d->flags & WIRE_PROMPT_LOGPROBS) != 0};
+	if (rc == 0)
+		rc = read_prompt(&in, d, r);
+	if (rc == 0)
+		rc = read_bias(&in, d, r);
+	if (rc == 0)
+		rc = read_segments(&in, d, r);
+	if (rc == 0)
+		rc = read_policy(&in, d, r);
+	return rc;
+}
+
 static void
 submit(struct session *s, const struct wire_desc *d)
 {
 	struct slot *slot = &s->slot[d->slot];
 	struct request *r = calloc(1, sizeof(*r));
-	int rc = r == NULL ? -ENOMEM : check_desc(s, d);
+	int rc = r == NULL ? -ENOMEM : read_request(s, d, r);
 
-	if (rc == 0)
-		rc = copy_prompt(s, d, r);
 	if (rc == 0) {
 		r->id = ++s->server->next_request;
 		r->client = s->id;
 		r->serial = d->serial;
-		r->sampling = (struct sampling){.max_tokens = d->max_tokens, .top_k = d->top_k, .seed = d->seed,
-		    .temperature = d->temperature, .top_p = d->top_p, .ignore_eos = (d->flags & WIRE_IGNORE_EOS) != 0,
-		    .logprobs = (d->flags & WIRE_LOGPROBS) != 0};
-		r->sink = (struct sink){sink_room, sink_put, sink_set_parked, sink_flush, slot};
 		r->scope = s->server->cfg.share_prefixes ? 0 : (uint64_t)s->peer.uid + 1;
+		r->sink = (struct sink){sink_room, sink_put, sink_set_parked, sink_flush, slot};
 		r->owner = slot;
 		/* Before it is posted: it may be done before we are back. */
 		slot->request = r;

@@ -14,6 +14,7 @@
 #include "client/err.h"
 #include "client/page.h"
 #include "daemon/engine/engine.h"
+#include "daemon/listen.h"
 
 struct server;
 struct server_config {
@@ -21,6 +22,13 @@ struct server_config {
 	uint32_t max_clients, max_requests;    /* sessions in all; requests in flight of one */
 	uint32_t handshake_timeout_ms, spin_us;
 	bool share_prefixes;                   /* between users, too */
+	/* The plan of a request that does not follow the active one: of the policy
+	 * it names, else (name NULL) of the one for its client. 0 and *plan NULL:
+	 * it follows. -EACCES, -ENOENT. */
+	int (*policy)(void *arg, const struct peer *, const char *name, struct plan **plan, uint64_t *epoch);
+	/* A plan that once ran, for a replay; NULL if it is not known. A reference. */
+	struct plan *(*plan)(void *arg, uint64_t digest);
+	void *arg;                             /* fixed after server_new(), like the two above */
 };
 /* Borrows loop, model, engine and the tokenizer blob. */
 int server_new(struct server **, uv_loop_t *, const struct server_config *, const struct model *,

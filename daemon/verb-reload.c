@@ -122,7 +122,7 @@ apply(struct reload *r)
 	d->conf = r->next;
 	r->next = NULL;
 	octetd_engine_config(d, d->conf, &engine);
-	octetd_server_config(d->conf, &server);
+	octetd_server_config(d, d->conf, &server);
 	engine_configure(d->engine, &engine);
 	server_configure(d->server, &server);
 	team_set_spin(d->team, engine.spin_us);

@@ -26,7 +26,7 @@ struct seq {
 	uint64_t order;
 	uint32_t *token;      /* [n_max] prompt, then output */
 	uint32_t n_known, n_run, n_max;
-	uint32_t n_seen;      /* positions that were ever run: they are counted once */
+	uint32_t n_seen;      /* positions that were ever run: they are counted, and scored, once */
 	struct kv_seq kv;
 	struct plan *plan;    /* what its next new position runs; a reference, NULL before it is admitted */
 	uint64_t epoch;
@@ -68,11 +68,11 @@ struct engine {
 	struct request *waiting;    /* by ->next, oldest first */
 	struct sched_seq *pick;     /* [max_seqs] */
 	struct forward_row *row;    /* [max_batch_tokens] */
-	struct seq **row_seq;       /* [max_batch_tokens] who wants logits */
-	struct sampled { uint32_t token; float logprob; bool bad; } *sampled; /* [max_batch_tokens] */
+	struct want { struct seq *seq; uint32_t pos; } *want; /* [max_batch_tokens] logits of a position */
+	struct result { struct sampled s; bool bad; } *result; /* [max_batch_tokens] of each */
 	struct sample_scratch **scratch; /* [parts] */
-	const float *logits;
-	uint32_t n_logits;
+	float *logits;
+	uint32_t n_want;
 	uint64_t preemptions;
 	double ms_per_row;
 
@@ -121,6 +121,7 @@ request_free(struct request **rp)
 	seq_free(r->seq);
 	plan_unref(&r->plan);
 	free_segments(r->replay, r->n_replay);
+	free(r->sampling.bias);
 	free(r->prompt);
 	free(r);
 	*rp = NULL;
@@ -377,7 +378,7 @@ match_prefix(struct engine *e, struct seq *s)
 	struct plan *plan = s->n_seg > 0 ? s->seg[0].plan : s->plan;
 	uint32_t n = s->n_known - 1;
 
-	if (!e->cfg.prefix_cache)
+	if (!e->cfg.prefix_cache || s->req->sampling.prompt_logprobs)
 		return;
 	if (n > first_segment_end(s))
 		n = first_segment_end(s);
@@ -450,17 +451,31 @@ preempt(struct engine *e, struct seq *s)
 	e->preemptions++;
 }
 
+/* Events that a step may put, but for those of scored prompt tokens: one of
+ * these takes token_events(). */
+static uint32_t
+token_events(const struct seq *s)
+{
+	return 1 + s->req->sampling.top_logprobs;
+}
+
+static uint32_t
+least_room(const struct seq *s)
+{
+	return SINK_ROOM + token_events(s) + (s->req->sampling.prompt_logprobs ? token_events(s) : 0);
+}
+
 static void
 park_or_not(struct seq *s)
 {
 	struct sink *k = &s->req->sink;
-	bool room = k->room(k->arg) >= SINK_ROOM;
+	bool room = k->room(k->arg) >= least_room(s);
 
 	if (!room && s->state == SEQ_RUNNING) {
 		seq_set_state(s, SEQ_PARKED);
 		k->set_parked(k->arg, true);
 		/* The reader may have made room before it could see the flag. */
-		room = k->room(k->arg) >= SINK_ROOM;
+		room = k->room(k->arg) >= least_room(s);
 	}
 	if (room && s->state == SEQ_PARKED) {
 		seq_set_state(s, SEQ_RUNNING);
@@ -558,8 +573,8 @@ drop_gone(struct engine *e)
 	e->n_running = n;
 }
 
-/* Rows that a sequence may have in a step: of a replay no more than one new
- * segment, so that its sink has room for what the step tells. */
+/* Rows that a sequence may have in a step: its sink must have room for what the
+ * step tells; of a replay that is one new segment at most. */
 static uint32_t
 pending(const struct seq *s)
 {
@@ -567,7 +582,24 @@ pending(const struct seq *s)
 
 	if (s->n_told + 1 < s->n_seg && s->seg[s->n_told + 1].from - s->n_run < n)
 		n = s->seg[s->n_told + 1].from - s->n_run;
+	if (s->req->sampling.prompt_logprobs && s->state == SEQ_RUNNING) {
+		uint32_t room = s->req->sink.room(s->req->sink.arg);
+		uint32_t most = room > least_room(s) ? (room - least_room(s)) / token_events(s) + 1 : 1;
+
+		n = n < most ? n : most;
+	}
 	return n;
+}
+
+/* Are the logits of a position wanted: to sample what follows, or to score it. */
+static bool
+wants_logits(const struct seq *s, uint32_t pos)
+{
+	const struct request *r = s->req;
+
+	if (pos + 1 == s->n_known)
+		return r->sampling.max_tokens > 0;
+	return r->sampling.prompt_logprobs && pos + 1 < r->n_prompt && pos >= s->n_seen;
 }
 
 /* Fills rows; returns their number. */
@@ -596,18 +628,18 @@ choose_batch(struct engine *e)
 			reserve(e, i);
 	drop_gone(e);
 
-	e->n_logits = 0;
+	e->n_want = 0;
 	for (uint32_t i = 0; i < e->n_running; i++) {
 		struct seq *s = e->running[i];
 
 		for (uint32_t j = 0; j < e->pick[i].rows; j++) {
 			uint32_t pos = s->n_run + j;
-			bool last = pos + 1 == s->n_known;
+			bool wants = wants_logits(s, pos);
 
 			e->row[n++] = (struct forward_row){.token = s->token[pos], .pos = pos, .kv = &s->kv,
-			    .plan = segment_at(s, pos).plan, .wants_logits = last};
-			if (last)
-				e->row_seq[e->n_logits++] = s;
+			    .plan = segment_at(s, pos).plan, .wants_logits = wants};
+			if (wants)
+				e->want[e->n_want++] = (struct want){s, pos};
 		}
 	}
 	return n;
@@ -619,20 +651,25 @@ sample_part(void *arg, uint32_t part, uint32_t parts)
 	struct engine *e = arg;
 	uint32_t vocab = e->m->shape.vocab, from, to;
 
-	team_share(e->n_logits, part, parts, &from, &to);
+	team_share(e->n_want, part, parts, &from, &to);
 	for (uint32_t i = from; i < to; i++) {
-		const float *logits = e->logits + (size_t)i * vocab;
-		const struct seq *s = e->row_seq[i];
-		struct sampled *out = &e->sampled[i];
+		float *logits = e->logits + (size_t)i * vocab;
+		const struct seq *s = e->want[i].seq;
+		struct result *out = &e->result[i];
+		uint32_t next = e->want[i].pos + 1;
 		float sum = 0;
 
 		/* One pass: x * 0 is 0 for finite x, NaN for the rest. */
 		for (uint32_t j = 0; j < vocab; j++)
 			sum += logits[j] * 0.0f;
 		out->bad = !(sum == 0.0f);
-		if (!out->bad)
-			out->token = sample_token(logits, vocab, &s->req->sampling, s->n_known, e->scratch[part],
-			    s->req->sampling.logprobs ? &out->logprob : NULL);
+		if (out->bad)
+			continue;
+		if (next < s->n_known)
+			sample_score(logits, vocab, s->token[next], s->req->sampling.top_logprobs, &out->s);
+		else
+			sample_token(logits, vocab, &s->req->sampling, s->token, s->req->n_prompt, s->n_known,
+			    e->scratch[part], &out->s);
 	}
 }
 
@@ -666,10 +703,10 @@ note_segments(struct seq *s, uint32_t rows)
 
 /* The site of a failed row goes to the app as (group + 1) << 16 | layer. */
 static uint64_t
-nonfinite_detail(struct engine *e, const struct seq *s)
+nonfinite_detail(struct engine *e, const struct seq *s, uint32_t pos)
 {
-	struct forward_row row = {.token = s->token[s->n_run - 1], .pos = s->n_run - 1, .kv = &s->kv,
-	    .plan = segment_at(s, s->n_run - 1).plan, .wants_logits = true};
+	struct forward_row row = {.token = s->token[pos], .pos = pos, .kv = &s->kv, .plan = segment_at(s, pos).plan,
+	    .wants_logits = true};
 	struct forward_site site;
 	uint64_t at = 0;
 
@@ -678,31 +715,42 @@ nonfinite_detail(struct engine *e, const struct seq *s)
 	return at << 32 | EDOM;
 }
 
-/* Takes what was sampled for a sequence. Returns false when it ended: then its
- * request may be gone already. */
+static void
+put_token(struct request *r, enum wire_event_kind kind, uint32_t position, const struct sampled *s)
+{
+	put(r, (struct wire_event){.kind = kind, .token = s->token, .position = position, .logprob = s->logprob});
+	for (uint32_t i = 0; i < s->n_top; i++)
+		put(r, (struct wire_event){.kind = WIRE_EV_TOP, .token = s->top[i].id, .position = position,
+		    .logprob = s->top[i].value});
+}
+
+/* Takes what came out at a position: a score, or the next token. Returns false
+ * when the request ended: then it may be gone already. */
 static bool
-take_sampled(struct engine *e, struct seq *s, const struct sampled *r, uint32_t *tokens)
+take_result(struct engine *e, struct seq *s, uint32_t pos, const struct result *r, uint32_t *tokens)
 {
 	struct request *req = s->req;
 
 	if (r->bad) {
-		finish(e, req, WIRE_FINISH_ERROR, nonfinite_detail(e, s));
+		finish(e, req, WIRE_FINISH_ERROR, nonfinite_detail(e, s, pos));
 		return false;
 	}
-	if (!req->sampling.ignore_eos && is_eos(&e->m->shape, r->token)) {
+	if (pos + 1 < s->n_known) {
+		put_token(req, WIRE_EV_PROMPT, pos + 1, &r->s);
+		return true;
+	}
+	if (!req->sampling.ignore_eos && is_eos(&e->m->shape, r->s.token)) {
 		finish(e, req, WIRE_FINISH_STOP, 0);
 		return false;
 	}
-	put(req, (struct wire_event){.kind = WIRE_EV_TOKEN, .token = r->token, .position = s->n_known,
-	    .logprob = r->logprob});
+	put_token(req, WIRE_EV_TOKEN, s->n_known, &r->s);
 	req->n_output++;
 	(*tokens)++;
-	s->token[s->n_known++] = r->token;
+	s->token[s->n_known++] = r->s.token;
 	if (s->n_known == s->n_max) {
 		finish(e, req, WIRE_FINISH_LENGTH, 0);
 		return false;
 	}
-	req->sink.flush(req->sink.arg);
 	return true;
 }
 
@@ -735,15 +783,17 @@ note_state(struct engine *e)
 	pthread_mutex_unlock(&e->stats_lock);
 }
 
-/* What a step did for one sequence. Returns false when it ended. */
+/* What a step did for one sequence; *want moves over its results. Returns false when it ended. */
 static bool
-after_step(struct engine *e, struct seq *s, uint32_t rows, const struct sampled *sampled, uint32_t *prompt_rows,
-    uint32_t *tokens)
+after_step(struct engine *e, struct seq *s, uint32_t rows, uint32_t *want, uint32_t *prompt_rows, uint32_t *tokens)
 {
-	uint32_t n_prompt = s->req->n_prompt, window = e->m->shape.window, end = s->n_run + rows;
+	uint32_t n_prompt = s->req->n_prompt, window = e->m->shape.window, end = s->n_run + rows, first = *want;
+	struct request *r = s->req;
 
+	while (*want < e->n_want && e->want[*want].seq == s)
+		(*want)++;
 	if (note_segments(s, rows) != 0) {
-		finish(e, s->req, WIRE_FINISH_ERROR, ENOMEM);
+		finish(e, r, WIRE_FINISH_ERROR, ENOMEM);
 		return false;
 	}
 	if (s->n_seen < n_prompt && end > s->n_seen)
@@ -751,11 +801,16 @@ after_step(struct engine *e, struct seq *s, uint32_t rows, const struct sampled 
 	s->n_seen = end > s->n_seen ? end : s->n_seen;
 	s->n_run = end;
 	publish(e, s);
+	for (uint32_t i = first; i < *want; i++)
+		if (!take_result(e, s, e->want[i].pos, &e->result[i], tokens))
+			return false;
+	if (r->sampling.max_tokens == 0 && s->n_run == n_prompt) {
+		finish(e, r, WIRE_FINISH_LENGTH, 0);
+		return false;
+	}
 	if (window != 0 && end + 1 > window)
 		kv_drop_before(&e->kv, &s->kv, end + 1 - window);
-	if (sampled != NULL)
-		return take_sampled(e, s, sampled, tokens);
-	s->req->sink.flush(s->req->sink.arg);
+	r->sink.flush(r->sink.arg);
 	return true;
 }
 
@@ -764,22 +819,20 @@ static bool
 run_step(struct engine *e)
 {
 	double start = now_ms();
-	uint32_t rows, prompt_rows = 0, tokens = 0, logits = 0;
+	uint32_t rows, prompt_rows = 0, tokens = 0, want = 0;
 
 	rows = choose_batch(e);
 	if (rows == 0)
 		return false;
 	e->step++;
 	e->logits = forward_run(e->forward, e->row, rows);
-	if (e->n_logits > 0)
+	if (e->n_want > 0)
 		team_run(e->team, sample_part, e);
 
 	for (uint32_t i = 0; i < e->n_running; i++) {
-		struct seq *s = e->running[i];
-		uint32_t r = e->pick[i].rows;
-		bool last = s->n_run + r == s->n_known;
+		uint32_t n = e->pick[i].rows;
 
-		if (r > 0 && !after_step(e, s, r, last ? &e->sampled[logits++] : NULL, &prompt_rows, &tokens))
+		if (n > 0 && !after_step(e, e->running[i], n, &want, &prompt_rows, &tokens))
 			e->running[i] = NULL;
 	}
 	drop_gone(e);
@@ -856,10 +909,10 @@ allocate(struct engine *e, struct err *err)
 	e->running = calloc(e->max_seqs, sizeof(*e->running));
 	e->pick = calloc(e->max_seqs, sizeof(*e->pick));
 	e->row = calloc(rows, sizeof(*e->row));
-	e->row_seq = calloc(rows, sizeof(*e->row_seq));
-	e->sampled = calloc(rows, sizeof(*e->sampled));
+	e->want = calloc(rows, sizeof(*e->want));
+	e->result = calloc(rows, sizeof(*e->result));
 	e->scratch = calloc(parts, sizeof(*e->scratch));
-	if (e->running == NULL || e->pick == NULL || e->row == NULL || e->row_seq == NULL || e->sampled == NULL ||
+	if (e->running == NULL || e->pick == NULL || e->row == NULL || e->want == NULL || e->result == NULL ||
 	    e->scratch == NULL)
 		return err_set(err, -ENOMEM, "no memory for a batch of %u rows", rows);
 	for (uint32_t i = 0; i < parts; i++)
@@ -937,7 +990,7 @@ engine_free(struct engine **ep)
 	pthread_mutex_destroy(&e->lock);
 	pthread_cond_destroy(&e->wake);
 	pthread_mutex_destroy(&e->stats_lock);
-	free(e->running), free(e->pick), free(e->row), free(e->row_seq), free(e->sampled), free(e->scratch);
+	free(e->running), free(e->pick), free(e->row), free(e->want), free(e->result), free(e->scratch);
 	free(e);
 	*ep = NULL;
 }
@@ -974,7 +1027,7 @@ engine_submit(struct engine *e, struct request *r, struct err *err)
 	uint32_t context = e->m->shape.max_context, n_max;
 	struct seq *s;
 
-	if (r->n_prompt == 0 || r->n_prompt >= context)
+	if (r->n_prompt == 0 || r->n_prompt > context - (r->sampling.max_tokens > 0))
 		return err_set(err, -E2BIG, "prompt of %u tokens: the context holds %u with at least one of output",
 		    r->n_prompt, context);
 	n_max = r->sampling.max_tokens < context - r->n_prompt ? r->n_prompt + r->sampling.max_tokens : context;

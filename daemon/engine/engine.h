@@ -31,13 +31,25 @@ struct sink {
 	void (*flush)(void *arg);
 	void *arg;
 };
-#define SINK_ROOM 4u
+#define SINK_ROOM 4u /* and one event for each alternative of a token */
 
+struct logit_bias {
+	uint32_t id;
+	float value;
+};
+
+/* In the order of their use: repetition_penalty, presence and frequency, bias;
+ * then greedy, or temperature, min_p, top_k, top_p. */
 struct sampling {
-	uint32_t max_tokens, top_k;
+	uint32_t max_tokens; /* 0 with prompt_logprobs: score only */
+	uint32_t top_k;
 	uint64_t seed;
-	float temperature, top_p;
-	bool ignore_eos, logprobs;
+	float temperature, top_p, min_p;
+	float repetition_penalty, presence_penalty, frequency_penalty; /* 1 or 0, 0, 0: off */
+	struct logit_bias *bias; /* [n_bias] malloc'd; freed by request_free() */
+	uint32_t n_bias;
+	uint32_t top_logprobs;   /* alternatives, up to WIRE_MAX_TOP */
+	bool ignore_eos, logprobs, prompt_logprobs;
 };
 
 /* Positions from `from` on ran, or are to run, under a plan. */

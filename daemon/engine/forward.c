@@ -406,7 +406,7 @@ keep_wanted(struct forward *f, uint32_t n)
 	return kept;
 }
 
-const float *
+float *
 forward_run(struct forward *f, const struct forward_row *row, uint32_t n)
 {
 	uint32_t wanted;

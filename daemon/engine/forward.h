@@ -33,7 +33,7 @@ void forward_free(struct forward **);
 /* Runs rows [0, n), n <= max_rows. Writes K and V of every row. Returns logits
  * [n_wanted, vocab] FP32 of the rows that want them, in row order; valid until
  * the next call. */
-const float *forward_run(struct forward *, const struct forward_row *, uint32_t n);
+float *forward_run(struct forward *, const struct forward_row *, uint32_t n);
 
 /* Runs one row again and tells where it first went non-finite; false if it did not. */
 bool forward_find_nonfinite(struct forward *, const struct forward_row *, struct forward_site *);

@@ -4,6 +4,7 @@
 #include <errno.h>
 #include <math.h>
 #include <stdlib.h>
+#include <string.h>
 
 struct candidate {
 	double p;
@@ -12,6 +13,8 @@ struct candidate {
 
 struct sample_scratch {
 	uint32_t vocab;
+	uint32_t *count;         /* [vocab] all zero between calls */
+	float *plain;            /* [vocab] logits before they are changed */
 	struct candidate cand[];
 };
 
@@ -22,12 +25,21 @@ sample_scratch_new(struct sample_scratch **out, uint32_t vocab)
 	if (*out == NULL)
 		return -ENOMEM;
 	(*out)->vocab = vocab;
-	return 0;
+	(*out)->count = calloc(vocab, sizeof(*(*out)->count));
+	(*out)->plain = malloc(vocab * sizeof(*(*out)->plain));
+	if ((*out)->count != NULL && (*out)->plain != NULL)
+		return 0;
+	sample_scratch_free(out);
+	return -ENOMEM;
 }
 
 void
 sample_scratch_free(struct sample_scratch **s)
 {
+	if (*s == NULL)
+		return;
+	free((*s)->count);
+	free((*s)->plain);
 	free(*s);
 	*s = NULL;
 }
@@ -96,13 +108,18 @@ static uint32_t
 draw(const float *logits, uint32_t vocab, const struct sampling *s, uint32_t position, float max,
     struct candidate *cand)
 {
-	uint32_t n = vocab;
+	uint32_t n = 0;
 	double sum = 0, kept = 0, u;
 
-	for (uint32_t i = 0; i < vocab; i++)
-		cand[i] = (struct candidate){exp(((double)logits[i] - max) / s->temperature), i};
+	/* The most likely token has p = 1 here. */
+	for (uint32_t i = 0; i < vocab; i++) {
+		double p = exp(((double)logits[i] - max) / s->temperature);
+
+		if (p >= s->min_p)
+			cand[n++] = (struct candidate){p, i};
+	}
 	if (s->top_k != 0 || s->top_p < 1.0f)
-		qsort(cand, vocab, sizeof(*cand), by_probability);
+		qsort(cand, n, sizeof(*cand), by_probability);
 	if (s->top_k != 0 && s->top_k < n)
 		n = s->top_k;
 	for (uint32_t i = 0; i < n; i++)
@@ -126,15 +143,85 @@ draw(const float *logits, uint32_t vocab, const struct sampling *s, uint32_t pos
 	return cand[n - 1].id;
 }
 
-uint32_t
-sample_token(const float *logits, uint32_t vocab, const struct sampling *s, uint32_t position,
-    struct sample_scratch *scratch, float *logprob)
+/* Each token is treated once, however often it occurs. */
+static void
+penalise(float *logits, const struct sampling *s, const uint32_t *token, uint32_t n_prompt, uint32_t n_known,
+    uint32_t *count)
 {
-	uint32_t best = argmax(logits, vocab), token = best;
+	const uint32_t seen = (uint32_t)1 << 31;
+	float repetition = s->repetition_penalty == 0 ? 1 : s->repetition_penalty;
 
-	if (s->temperature > 0)
-		token = draw(logits, vocab, s, position, logits[best], scratch->cand);
-	if (logprob != NULL)
-		*logprob = (float)((double)logits[token] - log_sum_exp(logits, vocab, logits[best]));
-	return token;
+	for (uint32_t i = n_prompt; i < n_known; i++)
+		count[token[i]]++;
+	for (uint32_t i = 0; i < n_known; i++) {
+		float *l = &logits[token[i]];
+		uint32_t n = count[token[i]];
+
+		if (n & seen)
+			continue;
+		count[token[i]] = n | seen;
+		*l = *l > 0 ? *l / repetition : *l * repetition;
+		if (n > 0)
+			*l -= s->presence_penalty + s->frequency_penalty * (float)n;
+	}
+	for (uint32_t i = 0; i < n_known; i++)
+		count[token[i]] = 0;
+}
+
+/* Highest first; equal ones by id. */
+static void
+find_top(const float *logits, uint32_t vocab, uint32_t n, double lse, struct sampled *out)
+{
+	struct logit_bias *top = out->top;
+	uint32_t k = 0;
+
+	n = n < vocab ? n : vocab;
+	for (uint32_t i = 0; i < vocab && n > 0; i++) {
+		uint32_t at;
+
+		if (k == n && !(logits[i] > top[k - 1].value))
+			continue;
+		at = k < n ? k++ : k - 1;
+		for (; at > 0 && logits[i] > top[at - 1].value; at--)
+			top[at] = top[at - 1];
+		top[at] = (struct logit_bias){i, logits[i]};
+	}
+	for (uint32_t i = 0; i < k; i++)
+		top[i].value = (float)(top[i].value - lse);
+	out->n_top = k;
+}
+
+void
+sample_score(const float *logits, uint32_t vocab, uint32_t token, uint32_t n_top, struct sampled *out)
+{
+	double lse = log_sum_exp(logits, vocab, logits[argmax(logits, vocab)]);
+
+	out->token = token;
+	out->logprob = (float)((double)logits[token] - lse);
+	find_top(logits, vocab, n_top, lse, out);
+}
+
+void
+sample_token(float *logits, uint32_t vocab, const struct sampling *s, const uint32_t *token, uint32_t n_prompt,
+    uint32_t n_known, struct sample_scratch *scratch, struct sampled *out)
+{
+	bool logprobs = s->logprobs || s->top_logprobs > 0;
+	double lse = logprobs ? log_sum_exp(logits, vocab, logits[argmax(logits, vocab)]) : 0;
+	bool penalties = (s->repetition_penalty != 0 && s->repetition_penalty != 1) || s->presence_penalty != 0 ||
+	    s->frequency_penalty != 0;
+	uint32_t best;
+
+	out->n_top = 0;
+	if (s->top_logprobs > 0)
+		find_top(logits, vocab, s->top_logprobs, lse, out);
+	if (logprobs)
+		memcpy(scratch->plain, logits, vocab * sizeof(*logits));
+	if (penalties)
+		penalise(logits, s, token, n_prompt, n_known, scratch->count);
+	for (uint32_t i = 0; i < s->n_bias; i++)
+		logits[s->bias[i].id] += s->bias[i].value;
+	best = argmax(logits, vocab);
+	out->token = s->temperature > 0 ? draw(logits, vocab, s, n_known, logits[best], scratch->cand) : best;
+	if (logprobs)
+		out->logprob = (float)((double)scratch->plain[out->token] - lse);
 }
