@@ -10,18 +10,10 @@
 #include <stddef.h>
 #include <stdint.h>
 #include "client/err.h"
+#include "daemon/engine/config.h"
 #include "daemon/engine/plan.h"
 #include "daemon/engine/team.h"
 #include "kernels/kernels.h"
-
-struct model_shape {
-	uint32_t hidden, intermediate, n_layers, n_heads, n_kv_heads, head_dim;
-	uint32_t vocab, max_context;
-	float rms_eps;
-	double rope_theta;
-	bool tied;          /* lm_head is the embedding */
-	uint32_t eos[8], n_eos;
-};
 
 struct model_layer {
 	float *input_norm, *post_norm;       /* [hidden] */
