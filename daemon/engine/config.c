@@ -4,6 +4,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <jansson.h>
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -108,6 +109,7 @@ get_u32(const json_t *o, const char *key, uint32_t max, const uint32_t *fallback
 	return 0;
 }
 
+/* fallback NAN: it must be there. */
 static int
 get_double(const json_t *o, const char *key, double min, double max, double fallback, double *out, struct err *err)
 {
@@ -116,6 +118,8 @@ get_double(const json_t *o, const char *key, double min, double max, double fall
 	*out = v == NULL ? fallback : json_number_value(v);
 	if (v != NULL && !json_is_number(v))
 		return err_set(err, -EINVAL, "%s is no number", key);
+	if (isnan(*out))
+		return err_set(err, -EINVAL, "%s is missing", key);
 	if (!(*out >= min && *out <= max))
 		return err_set(err, -EINVAL, "%s = %g is not from %g to %g", key, *out, min, max);
 	return 0;
@@ -153,20 +157,68 @@ get_eos(const json_t *o, struct model_shape *s, struct err *err)
 	return 0;
 }
 
+/* Missing is false. */
 static int
-refuse_bias(const json_t *o, const char *key, struct err *err)
+get_bool(const json_t *o, const char *key, bool *out, struct err *err)
 {
 	const json_t *v = get(o, key);
 
-	return v == NULL || json_is_false(v) ? 0 : err_set(err, -EINVAL, "%s is not supported", key);
+	*out = json_is_true(v);
+	return v == NULL || json_is_boolean(v) ? 0 : err_set(err, -EINVAL, "%s is neither true nor false", key);
+}
+
+static int
+refuse_true(const json_t *o, const char *key, struct err *err)
+{
+	bool on;
+	int rc = get_bool(o, key, &on, err);
+
+	return rc != 0 || !on ? rc : err_set(err, -ENOTSUP, "%s is not supported", key);
+}
+
+/* A string that must be what octet does, where it is there at all. */
+static int
+want_text(const json_t *v, const char *key, const char *only, struct err *err)
+{
+	char shown[ST_PRINTABLE];
+
+	if (v != NULL && !json_is_string(v))
+		return err_set(err, -EINVAL, "%s is no string", key);
+	if (v == NULL || strcmp(json_string_value(v), only) == 0)
+		return 0;
+	return err_set(err, -ENOTSUP, "%s '%s' is not supported (%s is)", key,
+	    safetensors_printable(json_string_value(v), shown), only);
+}
+
+/* ---- RoPE ---- */
+
+/* Keys as in Hugging Face's modeling_rope_utils.py. */
+static int
+parse_scaling(const json_t *v, struct model_shape *s, struct err *err)
+{
+	int rc = get_double(v, "factor", 1, 1e6, NAN, &s->rope_factor, err);
+
+	if (rc != 0 || s->rope_type == ROPE_LINEAR)
+		return rc;
+	if ((rc = get_double(v, "low_freq_factor", 1e-6, 1e6, NAN, &s->rope_low, err)) != 0 ||
+	    (rc = get_double(v, "high_freq_factor", 1e-6, 1e6, NAN, &s->rope_high, err)) != 0 ||
+	    (rc = get_u32(v, "original_max_position_embeddings", MAX_CONTEXT, NULL, &s->rope_original, err)) != 0)
+		return rc;
+	if (s->rope_low >= s->rope_high)
+		return err_set(err, -EINVAL, "low_freq_factor %g is not below high_freq_factor %g", s->rope_low,
+		    s->rope_high);
+	return 0;
 }
 
 /* rope_scaling, or rope_parameters as newer files write it, with rope_theta in it. */
 static int
-check_rope_type(const json_t *o, const char *key, struct err *err)
+parse_rope(const json_t *o, const char *key, struct model_shape *s, struct err *err)
 {
+	static const char *const name[] = {"default", "linear", "llama3"};
 	const json_t *v = get(o, key), *type = get(v, "rope_type");
+	enum rope_type before = s->rope_type;
 	char shown[ST_PRINTABLE];
+	int rc;
 
 	if (v == NULL)
 		return 0;
@@ -174,53 +226,153 @@ check_rope_type(const json_t *o, const char *key, struct err *err)
 		type = get(v, "type");
 	if (!json_is_string(type))
 		return err_set(err, -EINVAL, "%s has no rope_type", key);
-	if (strcmp(json_string_value(type), "default") == 0)
+	for (s->rope_type = ROPE_DEFAULT; s->rope_type <= ROPE_LLAMA3; s->rope_type++)
+		if (strcmp(json_string_value(type), name[s->rope_type]) == 0)
+			break;
+	if (s->rope_type > ROPE_LLAMA3)
+		return err_set(err, -ENOTSUP, "%s of type '%s' is not supported (default, linear and llama3 are)", key,
+		    safetensors_printable(json_string_value(type), shown));
+	if (s->rope_type == ROPE_DEFAULT) {
+		s->rope_type = before;
 		return 0;
-	return err_set(err, -ENOTSUP, "%s of type '%s' is not supported", key,
-	    safetensors_printable(json_string_value(type), shown));
+	}
+	if (before != ROPE_DEFAULT)
+		return err_set(err, -EINVAL, "rope_scaling and %s both scale", key);
+	if ((rc = parse_scaling(v, s, err)) != 0)
+		err_prefix(err, "%s", key);
+	return rc;
 }
 
 static int
-check_architecture(const json_t *o, struct err *err)
+parse_ropes(const json_t *o, struct model_shape *s, struct err *err)
+{
+	const json_t *parameters = get(o, "rope_parameters");
+	const json_t *with_theta = get(parameters, "rope_theta") != NULL ? parameters : o;
+	double part;
+	int rc;
+
+	if ((rc = parse_rope(o, "rope_scaling", s, err)) != 0 || (rc = parse_rope(o, "rope_parameters", s, err)) != 0 ||
+	    (rc = get_double(with_theta, "rope_theta", 1, 1e15, 10000, &s->rope_theta, err)) != 0)
+		return rc;
+	for (int i = 0; i < 2; i++) {
+		rc = get_double(i == 0 ? o : parameters, "partial_rotary_factor", 0, 1, 1, &part, err);
+		if (rc == 0 && part != 1)
+			rc = err_set(err, -ENOTSUP, "partial_rotary_factor %g is not supported (1 is)", part);
+		if (rc != 0)
+			return rc;
+	}
+	return 0;
+}
+
+/* theta^(-2i/head_dim) (Su et al., RoFormer), in double. linear: Chen et al.,
+ * Position Interpolation. llama3: wavelengths above original / low are
+ * stretched by factor, those below original / high are kept, between the two
+ * it changes linearly in original / wavelength (Llama 3.1, models/llama3/model.py). */
+double
+config_rope_freq(const struct model_shape *s, uint32_t i)
+{
+	double freq = pow(s->rope_theta, -2.0 * i / s->head_dim), turns, keep;
+
+	if (s->rope_type == ROPE_DEFAULT)
+		return freq;
+	if (s->rope_type == ROPE_LINEAR)
+		return freq / s->rope_factor;
+	turns = s->rope_original * freq / (2 * M_PI); /* over the original context */
+	keep = (turns - s->rope_low) / (s->rope_high - s->rope_low);
+	keep = keep < 0 ? 0 : keep > 1 ? 1 : keep;
+	return (1 - keep) * freq / s->rope_factor + keep * freq;
+}
+
+/* ---- architectures ---- */
+
+/* What the name alone decides, as Hugging Face's modeling files of these names have it. */
+static const struct arch {
+	const char *name;
+	bool qkv_bias;       /* always, whatever attention_bias says */
+	bool attention_bias; /* the key counts: q, k, v and o */
+	bool mlp_bias;       /* the key counts */
+	bool qk_norm;
+	bool window;         /* sliding_window counts for all layers, 4096 where it is missing */
+	bool plain;          /* num_key_value_heads may be left out */
+	const char *lacks;   /* known, but not run */
+} archs[] = {
+	{.name = "LlamaForCausalLM", .attention_bias = true, .mlp_bias = true, .plain = true},
+	{.name = "MistralForCausalLM", .window = true},
+	{.name = "Qwen2ForCausalLM", .qkv_bias = true},
+	{.name = "Qwen3ForCausalLM", .attention_bias = true, .qk_norm = true},
+	{.name = "SmolLM3ForCausalLM", .lacks = "it has layers without RoPE"},
+};
+#define N_ARCHS (sizeof(archs) / sizeof(*archs))
+
+static int
+find_arch(const json_t *o, const struct arch **out, struct err *err)
 {
 	const json_t *all = get(o, "architectures"), *v;
-	char shown[ST_PRINTABLE];
-	size_t i;
+	char shown[ST_PRINTABLE], known[256];
+	size_t at = 0, i;
 
 	if (!json_is_string(json_array_get(all, 0)))
 		return err_set(err, -EINVAL, "architectures is missing");
 	json_array_foreach(all, i, v) {
-		if (json_is_string(v) && strcmp(json_string_value(v), "LlamaForCausalLM") == 0)
-			return 0;
+		for (*out = archs; *out < archs + N_ARCHS; (*out)++) {
+			if (!json_is_string(v) || strcmp(json_string_value(v), (*out)->name) != 0)
+				continue;
+			if ((*out)->lacks == NULL)
+				return 0;
+			return err_set(err, -ENOTSUP, "architecture '%s' is not supported: %s", (*out)->name, (*out)->lacks);
+		}
 	}
-	return err_set(err, -ENOTSUP, "architecture '%s' is not supported (LlamaForCausalLM is)",
-	    safetensors_printable(json_string_value(json_array_get(all, 0)), shown));
+	for (i = 0; i < N_ARCHS; i++)
+		if (archs[i].lacks == NULL)
+			at += (size_t)snprintf(known + at, sizeof(known) - at, "%s%s", i > 0 ? ", " : "", archs[i].name);
+	return err_set(err, -ENOTSUP, "architecture '%s' is not supported (%s are)",
+	    safetensors_printable(json_string_value(json_array_get(all, 0)), shown), known);
 }
 
 static int
-check_family(const json_t *o, struct err *err)
+parse_biases(const json_t *o, const struct arch *a, struct model_shape *s, struct err *err)
 {
-	const json_t *act = get(o, "hidden_act");
-	char shown[ST_PRINTABLE];
-	int rc = check_architecture(o, err);
+	bool attention = false;
+	int rc = 0;
 
+	if (a->attention_bias)
+		rc = get_bool(o, "attention_bias", &attention, err);
+	else if (!a->qkv_bias)
+		rc = refuse_true(o, "attention_bias", err);
 	if (rc != 0)
 		return rc;
-	if (act != NULL && !json_is_string(act))
-		return err_set(err, -EINVAL, "hidden_act is no string");
-	if (act != NULL && strcmp(json_string_value(act), "silu") != 0)
-		return err_set(err, -ENOTSUP, "hidden_act '%s' is not supported (silu is)",
-		    safetensors_printable(json_string_value(act), shown));
-	if ((rc = refuse_bias(o, "attention_bias", err)) != 0 || (rc = refuse_bias(o, "mlp_bias", err)) != 0 ||
-	    (rc = check_rope_type(o, "rope_scaling", err)) != 0)
+	s->qkv_bias = a->qkv_bias || attention;
+	s->o_bias = attention;
+	return a->mlp_bias ? get_bool(o, "mlp_bias", &s->mlp_bias, err) : refuse_true(o, "mlp_bias", err);
+}
+
+/* Needs max_context: a window that covers it is none. */
+static int
+parse_window(const json_t *o, const struct arch *a, struct model_shape *s, struct err *err)
+{
+	static const uint32_t missing = 4096;
+	const json_t *types = get(o, "layer_types"), *v;
+	size_t i;
+	int rc;
+
+	json_array_foreach(types, i, v)
+		if ((rc = want_text(v, "layer_types", "full_attention", err)) != 0)
+			return rc;
+	if ((rc = refuse_true(o, "use_sliding_window", err)) != 0 || !a->window)
 		return rc;
-	return check_rope_type(o, "rope_parameters", err);
+	v = json_object_get(o, "sliding_window");
+	if (!json_is_null(v) && (rc = get_u32(o, "sliding_window", MAX_CONTEXT, &missing, &s->window, err)) != 0)
+		return rc;
+	if (s->window >= s->max_context)
+		s->window = 0;
+	return 0;
 }
 
 /* Every product of two of the bounds fits 64 bits with room for all layers. */
 static int
-parse_sizes(const json_t *o, struct model_shape *s, struct err *err)
+parse_sizes(const json_t *o, const struct arch *a, struct model_shape *s, struct err *err)
 {
+	const uint32_t *kv_heads = a->plain ? &s->n_heads : NULL;
 	uint32_t hd;
 	int rc;
 
@@ -228,10 +380,12 @@ parse_sizes(const json_t *o, struct model_shape *s, struct err *err)
 	    (rc = get_u32(o, "intermediate_size", MAX_INTERMEDIATE, NULL, &s->intermediate, err)) != 0 ||
 	    (rc = get_u32(o, "num_hidden_layers", MAX_LAYERS, NULL, &s->n_layers, err)) != 0 ||
 	    (rc = get_u32(o, "num_attention_heads", MAX_HEADS, NULL, &s->n_heads, err)) != 0 ||
-	    (rc = get_u32(o, "num_key_value_heads", MAX_HEADS, &s->n_heads, &s->n_kv_heads, err)) != 0 ||
+	    (rc = get_u32(o, "num_key_value_heads", MAX_HEADS, kv_heads, &s->n_kv_heads, err)) != 0 ||
 	    (rc = get_u32(o, "vocab_size", MAX_VOCAB, NULL, &s->vocab, err)) != 0 ||
 	    (rc = get_u32(o, "max_position_embeddings", MAX_CONTEXT, NULL, &s->max_context, err)) != 0)
 		return rc;
+	if (get(o, "head_dim") == NULL && a->qk_norm)
+		return err_set(err, -EINVAL, "head_dim is missing");
 	if (get(o, "head_dim") == NULL && s->hidden % s->n_heads != 0)
 		return err_set(err, -EINVAL, "hidden_size %u is no multiple of num_attention_heads %u", s->hidden,
 		    s->n_heads);
@@ -249,19 +403,23 @@ parse_sizes(const json_t *o, struct model_shape *s, struct err *err)
 static int
 parse_config(const json_t *o, struct model_shape *s, struct err *err)
 {
-	const json_t *tied = get(o, "tie_word_embeddings"), *rope = get(o, "rope_parameters");
+	const struct arch *a;
 	double eps;
 	int rc;
 
-	if ((rc = check_family(o, err)) != 0 || (rc = parse_sizes(o, s, err)) != 0 ||
+	if ((rc = find_arch(o, &a, err)) != 0)
+		return rc;
+	s->arch = a->name;
+	s->qk_norm = a->qk_norm;
+	if (get(o, "quantization_config") != NULL)
+		return err_set(err, -ENOTSUP, "quantization_config is not supported (F32, F16 and BF16 weights are)");
+	if ((rc = want_text(get(o, "hidden_act"), "hidden_act", "silu", err)) != 0 ||
+	    (rc = refuse_true(o, "use_mrope", err)) != 0 || (rc = parse_biases(o, a, s, err)) != 0 ||
+	    (rc = parse_sizes(o, a, s, err)) != 0 || (rc = parse_window(o, a, s, err)) != 0 ||
 	    (rc = get_double(o, "rms_norm_eps", 1e-30, 1, 1e-6, &eps, err)) != 0 ||
-	    (rc = get_double(get(rope, "rope_theta") != NULL ? rope : o, "rope_theta", 1, 1e15, 10000, &s->rope_theta,
-	         err)) != 0)
+	    (rc = parse_ropes(o, s, err)) != 0 || (rc = get_bool(o, "tie_word_embeddings", &s->tied, err)) != 0)
 		return rc;
 	s->rms_eps = (float)eps;
-	if (tied != NULL && !json_is_boolean(tied))
-		return err_set(err, -EINVAL, "tie_word_embeddings is neither true nor false");
-	s->tied = json_is_true(tied);
 	return get_eos(o, s, err);
 }
 

@@ -41,6 +41,12 @@ linear_dims(const struct model_shape *s, enum plan_group g, uint32_t *n, uint32_
 	}
 }
 
+static bool
+has_bias(const struct model_shape *s, enum plan_group g)
+{
+	return g <= GROUP_V ? s->qkv_bias : g == GROUP_O ? s->o_bias : s->mlp_bias;
+}
+
 static uint64_t
 align64(uint64_t n)
 {
@@ -63,7 +69,11 @@ model_plan_bytes(const struct model_shape *s)
 	for (enum plan_group g = GROUP_Q; g <= GROUP_DOWN; g++) {
 		linear_dims(s, g, &n, &k);
 		layer += k_weight_plan(&w, n, k);
+		if (has_bias(s, g))
+			layer += align64(n * sizeof(float));
 	}
+	if (s->qk_norm)
+		layer += 2 * align64(s->head_dim * sizeof(float));
 	all = layer * s->n_layers + norm + k_weight_plan(&w, s->vocab, s->hidden);
 	if (!s->tied)
 		all += align64((uint64_t)s->vocab * s->hidden * sizeof(uint16_t));
@@ -169,7 +179,7 @@ check_memory(const struct model *m, uint64_t extra, struct err *err)
 struct want {
 	const struct st_tensor *t;
 	struct k_weight *linear;      /* packed into this one, or */
-	float **norm;                 /* kept here as FP32, or */
+	float **vector;               /* a norm or bias, kept here as FP32, or */
 	uint16_t **embed;             /* kept here as BF16, or */
 	const struct st_tensor *twin; /* must hold the same bytes as this */
 	uint32_t rows, cols;
@@ -220,12 +230,12 @@ find_tensor(const struct safetensors *st, const char *name, uint32_t n_dims, uin
 	return NULL;
 }
 
-/* Adds a tensor [rows, cols]; a norm is a [cols]. */
+/* Adds a tensor [rows, cols]; a norm or bias is a [cols]. */
 static struct want *
-add_want(struct work *w, const struct safetensors *st, const char *name, bool norm, uint32_t rows, uint32_t cols,
+add_want(struct work *w, const struct safetensors *st, const char *name, bool vector, uint32_t rows, uint32_t cols,
     struct err *err)
 {
-	struct st_tensor *t = norm ? find_tensor(st, name, 1, cols, 0, err) : find_tensor(st, name, 2, rows, cols, err);
+	struct st_tensor *t = vector ? find_tensor(st, name, 1, cols, 0, err) : find_tensor(st, name, 2, rows, cols, err);
 	struct want *want = &w->want[w->n_wants];
 
 	if (t == NULL)
@@ -238,13 +248,13 @@ add_want(struct work *w, const struct safetensors *st, const char *name, bool no
 }
 
 static int
-want_norm(struct work *w, const struct safetensors *st, const char *name, uint32_t n, float **out, struct err *err)
+want_vector(struct work *w, const struct safetensors *st, const char *name, uint32_t n, float **out, struct err *err)
 {
 	struct want *want = add_want(w, st, name, true, 1, n, err);
 
 	if (want == NULL)
 		return -EINVAL;
-	want->norm = out;
+	want->vector = out;
 	return 0;
 }
 
@@ -269,15 +279,24 @@ want_layer(struct work *w, const struct safetensors *st, struct model *m, uint32
 	int rc;
 
 	snprintf(name, sizeof(name), "model.layers.%u.input_layernorm.weight", l);
-	if ((rc = want_norm(w, st, name, hidden, &layer->input_norm, err)) != 0)
+	if ((rc = want_vector(w, st, name, hidden, &layer->input_norm, err)) != 0)
 		return rc;
 	snprintf(name, sizeof(name), "model.layers.%u.post_attention_layernorm.weight", l);
-	if ((rc = want_norm(w, st, name, hidden, &layer->post_norm, err)) != 0)
+	if ((rc = want_vector(w, st, name, hidden, &layer->post_norm, err)) != 0)
 		return rc;
 	for (enum plan_group g = GROUP_Q; g <= GROUP_DOWN; g++) {
 		linear_dims(&m->shape, g, &n, &k);
 		snprintf(name, sizeof(name), "model.layers.%u.%s.weight", l, linear_name[g]);
 		if ((rc = want_linear(w, st, name, n, k, &layer->linear[g], err)) != 0)
+			return rc;
+		snprintf(name, sizeof(name), "model.layers.%u.%s.bias", l, linear_name[g]);
+		if (has_bias(&m->shape, g) && (rc = want_vector(w, st, name, n, &layer->bias[g], err)) != 0)
+			return rc;
+	}
+	for (int i = 0; i < 2 && m->shape.qk_norm; i++) {
+		snprintf(name, sizeof(name), "model.layers.%u.self_attn.%c_norm.weight", l, "qk"[i]);
+		rc = want_vector(w, st, name, m->shape.head_dim, i == 0 ? &layer->q_norm : &layer->k_norm, err);
+		if (rc != 0)
 			return rc;
 	}
 	return 0;
@@ -321,14 +340,14 @@ ignored(const char *name)
 }
 
 static int
-check_extra(const struct safetensors *st, struct err *err)
+check_extra(const struct safetensors *st, const char *arch, struct err *err)
 {
 	char shown[ST_PRINTABLE];
 
 	for (size_t i = 0; i < st->n; i++)
 		if (!st->tensor[i].used && !ignored(st->tensor[i].name))
-			return err_set(err, -EINVAL, "%s: tensor '%s' is not part of LlamaForCausalLM", st->file,
-			    safetensors_printable(st->tensor[i].name, shown));
+			return err_set(err, -EINVAL, "%s: tensor '%s' is not part of %s", st->file,
+			    safetensors_printable(st->tensor[i].name, shown), arch);
 	return 0;
 }
 
@@ -345,15 +364,15 @@ collect(struct work *w, const struct safetensors *st, struct model *m, struct er
 {
 	int rc = 0;
 
-	w->want = calloc((size_t)m->shape.n_layers * (GROUP_DOWN + 3) + 3, sizeof(*w->want));
+	w->want = calloc((size_t)m->shape.n_layers * (2 * (GROUP_DOWN + 1) + 4) + 3, sizeof(*w->want));
 	if (w->want == NULL)
 		return err_set(err, -ENOMEM, "out of memory");
 	for (uint32_t l = 0; l < m->shape.n_layers && rc == 0; l++)
 		rc = want_layer(w, st, m, l, err);
-	if (rc != 0 || (rc = want_norm(w, st, "model.norm.weight", m->shape.hidden, &m->final_norm, err)) != 0 ||
+	if (rc != 0 || (rc = want_vector(w, st, "model.norm.weight", m->shape.hidden, &m->final_norm, err)) != 0 ||
 	    (rc = want_vocabulary(w, st, m, err)) != 0)
 		return rc;
-	return check_extra(st, err);
+	return check_extra(st, m->shape.arch, err);
 }
 
 /* In the order of the file, so that it is read from front to back. */
@@ -402,6 +421,12 @@ arrange(struct model *m, char *base)
 		for (enum plan_group g = GROUP_Q; g <= GROUP_DOWN; g++) {
 			linear_dims(s, g, &n, &k);
 			TAKE_LINEAR(&m->layer[l].linear[g], n, k);
+			if (has_bias(s, g))
+				TAKE(m->layer[l].bias[g], align64(n * sizeof(float)));
+		}
+		if (s->qk_norm) {
+			TAKE(m->layer[l].q_norm, align64(s->head_dim * sizeof(float)));
+			TAKE(m->layer[l].k_norm, align64(s->head_dim * sizeof(float)));
 		}
 	}
 	TAKE_LINEAR(&m->lm_head, s->vocab, s->hidden);
@@ -472,7 +497,7 @@ do_item(struct work *w, struct item *it, uint16_t *buf, struct err *err)
 		memcpy(*want->embed + at, buf, len * sizeof(*buf));
 	else
 		for (uint32_t i = 0; i < want->cols; i++)
-			(*want->norm)[i] = k_bf16_to_float(buf[i]);
+			(*want->vector)[i] = k_bf16_to_float(buf[i]);
 	return 0;
 }
 
@@ -572,7 +597,6 @@ free_work(struct work *w)
 	free(w->want);
 }
 
-/* Angle of pair i at a position: pos * theta^(-2i/head_dim) (Su et al., RoFormer), in double. */
 static void
 rope_part(void *arg, uint32_t part, uint32_t parts)
 {
@@ -581,7 +605,7 @@ rope_part(void *arg, uint32_t part, uint32_t parts)
 	double freq[CONFIG_MAX_HEAD_DIM / 2];
 
 	for (uint32_t i = 0; i < half; i++)
-		freq[i] = pow(m->shape.rope_theta, -2.0 * i / m->shape.head_dim);
+		freq[i] = config_rope_freq(&m->shape, i);
 	team_share(m->shape.max_context, part, parts, &from, &to);
 	for (uint32_t pos = from; pos < to; pos++) {
 		for (uint32_t i = 0; i < half; i++) {

@@ -17,7 +17,9 @@
 
 struct model_layer {
 	float *input_norm, *post_norm;       /* [hidden] */
+	float *q_norm, *k_norm;              /* [head_dim]; NULL: none */
 	struct k_weight linear[GROUP_DOWN + 1]; /* by enum plan_group */
+	float *bias[GROUP_DOWN + 1];         /* [output channels]; NULL: none */
 };
 
 struct model {
@@ -29,7 +31,7 @@ struct model {
 	uint16_t *embed;             /* [vocab, hidden] BF16; NULL if tied */
 	float *final_norm;           /* [hidden] */
 	float *rope_cos, *rope_sin;  /* [max_context, head_dim / 2] */
-	uint64_t weights_bytes;      /* planes, scales, flags, exceptions, embedding, norms */
+	uint64_t weights_bytes;      /* planes, scales, flags, exceptions, embedding, norms, biases */
 	uint64_t n_exceptions;
 	void *arena; size_t arena_bytes;
 	char *tokenizer_json, *tokenizer_config_json; /* whole files; config may be NULL */
