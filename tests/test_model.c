@@ -25,7 +25,8 @@
 
 static char scratch[] = "/tmp/octet-model-XXXXXX";
 static const char *const files[] = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-    "model.safetensors", "model.safetensors.index.json"};
+    "model.safetensors", "model.safetensors.index.json", "model-00001-of-00003.safetensors",
+    "model-00002-of-00003.safetensors", "model-00003-of-00003.safetensors"};
 
 /* ---- random numbers: splitmix64 ---- */
 
@@ -1206,10 +1207,8 @@ test_files(void **state)
 	fake_write(f);
 	assert_refused("no directory", in_scratch("config.json"), NULL, 0, false, "@: Not a directory");
 	unlink(in_scratch("model.safetensors"));
-	assert_refused("no weights", scratch, NULL, 0, false, "@/model.safetensors: No such file or directory");
-	write_text("model.safetensors.index.json", "{}");
-	assert_refused("sharded", scratch, NULL, 0, false,
-	    "@/model.safetensors.index.json: sharded models are not supported yet, and there is no model.safetensors");
+	assert_refused("no weights", scratch, NULL, 0, false,
+	    "@: neither model.safetensors nor model.safetensors.index.json");
 	write_text("model.safetensors", "1234567");
 	assert_refused("7 bytes", scratch, NULL, 0, false,
 	    "model.safetensors: a file of 7 bytes holds no safetensors header");
@@ -1229,6 +1228,183 @@ test_files(void **state)
 	assert_refused("large tokenizer", scratch, NULL, 0, false,
 	    "@/tokenizer.json: 67108865 bytes, at most 67108864 are read");
 	fake_free(f);
+}
+
+/* ---- shards ---- */
+
+#define N_SHARDS 3
+#define SHARD(n) "model-0000" #n "-of-00003.safetensors"
+
+static const char *const shard_file[N_SHARDS] = {SHARD(1), SHARD(2), SHARD(3)};
+
+/* A fake model cut into files, and what its index says. */
+struct sharded {
+	struct fake *f;
+	bool in[N_SHARDS][MAX_TENSORS];
+	char listed[MAX_TENSORS][160]; /* a JSON value; "": not in the index */
+	const char *index;            /* replaces the index */
+	const char *unlink;
+	int cut;                      /* a shard without its last byte, or -1 */
+};
+
+static void
+shard_fake(struct sharded *s, struct fake *f)
+{
+	*s = (struct sharded){.f = f, .cut = -1};
+	for (uint32_t i = 0; i < f->n; i++) {
+		uint32_t n = i * N_SHARDS / f->n;
+
+		s->in[n][i] = true;
+		snprintf(s->listed[i], sizeof(s->listed[i]), "\"%s\"", shard_file[n]);
+	}
+}
+
+static char *
+sharded_index(const struct sharded *s)
+{
+	size_t cap = 64 + s->f->n * 280, at;
+	char *text = malloc(cap);
+	const char *comma = "";
+
+	assert_non_null(text);
+	at = (size_t)snprintf(text, cap, "{\"metadata\": {\"total_size\": 1}, \"weight_map\": {");
+	for (uint32_t i = 0; i < s->f->n; i++) {
+		if (s->listed[i][0] == '\0')
+			continue;
+		at += (size_t)snprintf(text + at, cap - at, "%s\n\"%s\": %s", comma, s->f->t[i].name, s->listed[i]);
+		comma = ",";
+	}
+	snprintf(text + at, cap - at, "}}\n");
+	return text;
+}
+
+static void
+sharded_write(const struct sharded *s)
+{
+	char *index = sharded_index(s);
+
+	fake_write(s->f);
+	unlink(in_scratch("model.safetensors"));
+	for (int n = 0; n < N_SHARDS; n++) {
+		struct fake *part = calloc(1, sizeof(*part));
+		size_t len, header_len;
+		uint8_t *bytes;
+
+		assert_non_null(part);
+		for (uint32_t i = 0; i < s->f->n; i++)
+			if (s->in[n][i])
+				part->t[part->n++] = s->f->t[i];
+		fake_layout(part);
+		part->cut = s->cut == n;
+		bytes = fake_bytes(part, &len, &header_len);
+		write_file(shard_file[n], bytes, len);
+		free(bytes);
+		free(part);
+	}
+	write_text("model.safetensors.index.json", s->index != NULL ? s->index : index);
+	if (s->unlink != NULL)
+		unlink(in_scratch(s->unlink));
+	free(index);
+}
+
+/* Tensor 5 of the fake is layer 0's o_proj, in the first file. */
+#define O0 "model.layers.0.self_attn.o_proj.weight"
+#define INDEX "model.safetensors.index.json: "
+#define SBREAK(name) static void shard_##name(struct sharded *s)
+#define LIST(name, value) SBREAK(name) { snprintf(s->listed[5], sizeof(s->listed[5]), "%s", value); }
+SBREAK(gone) { s->unlink = SHARD(2); }
+SBREAK(short) { s->cut = 1; }
+LIST(wrong, "\"" SHARD(3) "\"")
+LIST(unlisted, "")
+LIST(parent, "\"../" SHARD(1) "\"")
+LIST(dots, "\"..\"")
+LIST(absolute, "\"/etc/passwd\"")
+LIST(below, "\"sub/" SHARD(1) "\"")
+LIST(empty_name, "\"\"")
+LIST(ugly, "\"a\\u001b[2J\"")
+LIST(number, "7")
+LIST(null, "null")
+LIST(other_file, "\"model-00004-of-00003.safetensors\"")
+LIST(not_weights, "\"config.json\"")
+LIST(twice_listed, "\"" SHARD(1) "\", \"" O0 "\": \"" SHARD(1) "\"")
+SBREAK(twice) { s->in[2][5] = true; }
+SBREAK(nowhere) { s->in[0][5] = false; }
+SBREAK(missing) { s->in[0][5] = false; s->listed[5][0] = '\0'; }
+SBREAK(extra) { snprintf(s->f->t[5].name, 96, "model.layers.0.self_attn.o_proj.bias"); }
+SBREAK(shape) { snprintf(s->f->t[5].shape, 80, "[60, 36]"); }
+SBREAK(nan) { put_element(&s->f->t[s->f->n - 1], 35, 0x7fff); }
+SBREAK(json) { s->index = "{\n\n\"weight_map\": {]}"; }
+SBREAK(array) { s->index = "[]"; }
+SBREAK(no_map) { s->index = "{\"metadata\": {}}"; }
+SBREAK(empty_map) { s->index = "{\"weight_map\": {}}"; }
+
+static const struct {
+	const char *what;
+	void (*apply)(struct sharded *);
+	const char *expect;
+} broken_shards[] = {
+#define S(name, expect) {#name, shard_##name, expect}
+	S(gone, "@/" SHARD(2) ": No such file or directory"),
+	S(short, SHARD(2) ": tensor '*' ends at byte * of the data, the file has *"),
+	S(wrong, SHARD(1) ": tensor '" O0 "' should be in " SHARD(3) " by model.safetensors.index.json"),
+	S(unlisted, SHARD(1) ": tensor '" O0 "' is not in model.safetensors.index.json"),
+	S(parent, INDEX "tensor '" O0 "' is in '../" SHARD(1) "', which is no plain file name"),
+	S(dots, INDEX "tensor '" O0 "' is in '..', which is no plain file name"),
+	S(absolute, INDEX "tensor '" O0 "' is in '/etc/passwd', which is no plain file name"),
+	S(below, INDEX "tensor '" O0 "' is in 'sub/" SHARD(1) "', which is no plain file name"),
+	S(empty_name, INDEX "tensor '" O0 "' is in '', which is no plain file name"),
+	S(ugly, INDEX "tensor '" O0 "' is in 'a?[2J', which is no plain file name"),
+	S(number, INDEX "tensor '" O0 "' has no file"),
+	S(null, INDEX "tensor '" O0 "' has no file"),
+	S(other_file, "@/model-00004-of-00003.safetensors: No such file or directory"),
+	S(not_weights, "config.json: header of * bytes, at most 100000000 are read"),
+	S(twice_listed, "model.safetensors.index.json:7: duplicate object key"),
+	S(twice, SHARD(1) ": tensor '" O0 "' is in " SHARD(3) " too"),
+	S(nowhere, SHARD(1) ": tensor '" O0 "' is missing, model.safetensors.index.json lists it"),
+	S(missing, INDEX "tensor '" O0 "' is missing"),
+	S(extra, INDEX "tensor '" O0 "' is missing"),
+	S(shape, SHARD(1) ": tensor '" O0 "' has shape [60, 36], expected [36, 60]"),
+	S(nan, SHARD(3) ": tensor 'model.norm.weight' holds NaN at [35]"),
+	S(json, "model.safetensors.index.json:3: string or '}' expected near ']'"),
+	S(array, INDEX "no weight_map"),
+	S(no_map, INDEX "no weight_map"),
+	S(empty_map, INDEX "weight_map is empty"),
+#undef S
+};
+
+static void
+test_shards(void **state)
+{
+	struct fake *f = fake_new(&small, "BF16", true, 12);
+	struct model *whole, *parts;
+	struct team *team;
+	struct sharded s;
+
+	(void)state;
+	assert_int_equal(team_new(&team, 2, 50), 0);
+	assert_string_equal(f->t[5].name, O0);
+	fake_write(f);
+	whole = load(scratch, NULL);
+	shard_fake(&s, f);
+	sharded_write(&s);
+	parts = load(scratch, team);
+	assert_int_equal(whole->arena_bytes, parts->arena_bytes);
+	assert_memory_equal(whole->arena, parts->arena, whole->arena_bytes);
+	assert_true(whole->digest != parts->digest);
+	model_free(&whole);
+	model_free(&parts);
+	fake_free(f);
+
+	for (size_t i = 0; i < sizeof(broken_shards) / sizeof(*broken_shards); i++) {
+		f = fake_new(&small, "BF16", true, 12);
+		shard_fake(&s, f);
+		broken_shards[i].apply(&s);
+		sharded_write(&s);
+		assert_refused(broken_shards[i].what, scratch, NULL, 0, false, broken_shards[i].expect);
+		assert_refused(broken_shards[i].what, scratch, team, 0, true, broken_shards[i].expect);
+		fake_free(f);
+	}
+	team_free(&team);
 }
 
 /* ---- mutations ---- */
@@ -1311,6 +1487,42 @@ test_mutations(void **state)
 	fake_free(f);
 }
 
+static void
+test_index_mutations(void **state)
+{
+	uint32_t rounds = 1000, loaded = 0;
+	struct fake *f = fake_new(&tiny, NULL, false, 21);
+	struct sharded s;
+	char *text;
+	size_t len;
+
+	(void)state;
+	shard_fake(&s, f);
+	sharded_write(&s);
+	text = sharded_index(&s);
+	len = strlen(text);
+	rng_state = 20261124;
+	for (uint32_t i = 0; i < rounds; i++) {
+		uint8_t *copy = (uint8_t *)strdup(text);
+		struct err err = {""};
+		struct model *m;
+		int rc;
+
+		write_file("model.safetensors.index.json", copy, mutate(copy, len, len));
+		free(copy);
+		rc = model_load(&m, scratch, NULL, 16, 0, i % 2, NULL, NULL, &err);
+		if (rc == 0)
+			loaded++;
+		else if (rc > 0 || m != NULL || err.text[0] == '\0' || strpbrk(err.text, "\n\x1b") != NULL)
+			fail_msg("round %u: %d '%s'", i, rc, err.text);
+		model_free(&m);
+	}
+	print_message("# %u of %u mutated indexes loaded all the same\n", loaded, rounds);
+	assert_true(loaded > 0 && loaded < rounds);
+	free(text);
+	fake_free(f);
+}
+
 static int
 setup(void **state)
 {
@@ -1337,7 +1549,9 @@ main(void)
 		cmocka_unit_test(test_variants),
 		cmocka_unit_test(test_broken),
 		cmocka_unit_test(test_files),
+		cmocka_unit_test(test_shards),
 		cmocka_unit_test(test_mutations),
+		cmocka_unit_test(test_index_mutations),
 	};
 
 	return cmocka_run_group_tests_name("model", tests, setup, teardown);

@@ -12,7 +12,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "daemon/engine/safetensors.h"
+#include "daemon/engine/shards.h"
 
 static const char embed_name[] = "model.embed_tokens.weight", head_name[] = "lm_head.weight";
 
@@ -210,14 +210,14 @@ struct work {
 };
 
 static struct st_tensor *
-find_tensor(const struct safetensors *st, const char *name, uint32_t n_dims, uint32_t d0, uint32_t d1, struct err *err)
+find_tensor(const struct shards *st, const char *name, uint32_t n_dims, uint32_t d0, uint32_t d1, struct err *err)
 {
-	struct st_tensor *t = safetensors_find(st, name);
+	struct st_tensor *t = shards_find(st, name);
 	char is[128] = "", expected[64];
 	size_t at = 0;
 
 	if (t == NULL) {
-		err_set(err, -EINVAL, "%s: tensor '%s' is missing", st->file, name);
+		err_set(err, -EINVAL, "%s: tensor '%s' is missing", st->list, name);
 		return NULL;
 	}
 	t->used = true;
@@ -226,13 +226,13 @@ find_tensor(const struct safetensors *st, const char *name, uint32_t n_dims, uin
 	for (uint32_t i = 0; i < t->n_dims; i++)
 		at += (size_t)snprintf(is + at, sizeof(is) - at, "%s%" PRIu64, i > 0 ? ", " : "", t->dim[i]);
 	snprintf(expected, sizeof(expected), n_dims == 1 ? "[%u]" : "[%u, %u]", d0, d1);
-	err_set(err, -EINVAL, "%s: tensor '%s' has shape [%s], expected %s", st->file, name, is, expected);
+	err_set(err, -EINVAL, "%s: tensor '%s' has shape [%s], expected %s", t->file, name, is, expected);
 	return NULL;
 }
 
 /* Adds a tensor [rows, cols]; a norm or bias is a [cols]. */
 static struct want *
-add_want(struct work *w, const struct safetensors *st, const char *name, bool vector, uint32_t rows, uint32_t cols,
+add_want(struct work *w, const struct shards *st, const char *name, bool vector, uint32_t rows, uint32_t cols,
     struct err *err)
 {
 	struct st_tensor *t = vector ? find_tensor(st, name, 1, cols, 0, err) : find_tensor(st, name, 2, rows, cols, err);
@@ -248,7 +248,7 @@ add_want(struct work *w, const struct safetensors *st, const char *name, bool ve
 }
 
 static int
-want_vector(struct work *w, const struct safetensors *st, const char *name, uint32_t n, float **out, struct err *err)
+want_vector(struct work *w, const struct shards *st, const char *name, uint32_t n, float **out, struct err *err)
 {
 	struct want *want = add_want(w, st, name, true, 1, n, err);
 
@@ -259,7 +259,7 @@ want_vector(struct work *w, const struct safetensors *st, const char *name, uint
 }
 
 static int
-want_linear(struct work *w, const struct safetensors *st, const char *name, uint32_t n, uint32_t k,
+want_linear(struct work *w, const struct shards *st, const char *name, uint32_t n, uint32_t k,
     struct k_weight *out, struct err *err)
 {
 	struct want *want = add_want(w, st, name, false, n, k, err);
@@ -271,7 +271,7 @@ want_linear(struct work *w, const struct safetensors *st, const char *name, uint
 }
 
 static int
-want_layer(struct work *w, const struct safetensors *st, struct model *m, uint32_t l, struct err *err)
+want_layer(struct work *w, const struct shards *st, struct model *m, uint32_t l, struct err *err)
 {
 	struct model_layer *layer = &m->layer[l];
 	uint32_t n, k, hidden = m->shape.hidden;
@@ -304,7 +304,7 @@ want_layer(struct work *w, const struct safetensors *st, struct model *m, uint32
 
 /* Tied: the embedding is packed as lm_head. Some checkpoints store it twice. */
 static int
-want_vocabulary(struct work *w, const struct safetensors *st, struct model *m, struct err *err)
+want_vocabulary(struct work *w, const struct shards *st, struct model *m, struct err *err)
 {
 	uint32_t vocab = m->shape.vocab, hidden = m->shape.hidden;
 	const char *lm_head = m->shape.tied ? embed_name : head_name;
@@ -312,18 +312,18 @@ want_vocabulary(struct work *w, const struct safetensors *st, struct model *m, s
 	int rc = want_linear(w, st, lm_head, vocab, hidden, &m->lm_head, err);
 
 	if (rc != 0) {
-		if (!m->shape.tied && safetensors_find(st, head_name) == NULL)
-			err_set(err, rc, "%s: tensor '%s' is missing, and tie_word_embeddings is not true", st->file,
+		if (!m->shape.tied && shards_find(st, head_name) == NULL)
+			err_set(err, rc, "%s: tensor '%s' is missing, and tie_word_embeddings is not true", st->list,
 			    head_name);
 		return rc;
 	}
-	if (m->shape.tied && safetensors_find(st, head_name) == NULL)
+	if (m->shape.tied && shards_find(st, head_name) == NULL)
 		return 0;
 	want = add_want(w, st, m->shape.tied ? head_name : embed_name, false, vocab, hidden, err);
 	if (want == NULL)
 		return -EINVAL;
 	if (m->shape.tied)
-		want->twin = safetensors_find(st, embed_name);
+		want->twin = shards_find(st, embed_name);
 	else
 		want->embed = &m->embed;
 	return 0;
@@ -340,14 +340,19 @@ ignored(const char *name)
 }
 
 static int
-check_extra(const struct safetensors *st, const char *arch, struct err *err)
+check_extra(const struct shards *st, const char *arch, struct err *err)
 {
 	char shown[ST_PRINTABLE];
 
-	for (size_t i = 0; i < st->n; i++)
-		if (!st->tensor[i].used && !ignored(st->tensor[i].name))
-			return err_set(err, -EINVAL, "%s: tensor '%s' is not part of %s", st->file,
-			    safetensors_printable(st->tensor[i].name, shown), arch);
+	for (size_t i = 0; i < st->n; i++) {
+		for (size_t j = 0; j < st->file[i].n; j++) {
+			const struct st_tensor *t = &st->file[i].tensor[j];
+
+			if (!t->used && !ignored(t->name))
+				return err_set(err, -EINVAL, "%s: tensor '%s' is not part of %s", t->file,
+				    safetensors_printable(t->name, shown), arch);
+		}
+	}
 	return 0;
 }
 
@@ -355,12 +360,13 @@ static int
 compare_places(const void *pa, const void *pb)
 {
 	const struct want *a = pa, *b = pb;
+	int file = strcmp(a->t->file, b->t->file);
 
-	return a->t->data < b->t->data ? -1 : a->t->data > b->t->data;
+	return file != 0 ? file : a->t->from < b->t->from ? -1 : a->t->from > b->t->from;
 }
 
 static int
-collect(struct work *w, const struct safetensors *st, struct model *m, struct err *err)
+collect(struct work *w, const struct shards *st, struct model *m, struct err *err)
 {
 	int rc = 0;
 
@@ -375,7 +381,7 @@ collect(struct work *w, const struct safetensors *st, struct model *m, struct er
 	return check_extra(st, m->shape.arch, err);
 }
 
-/* In the order of the file, so that it is read from front to back. */
+/* In the order of the files, so that each is read from front to back. */
 static int
 cut_into_items(struct work *w, struct err *err)
 {
@@ -616,7 +622,7 @@ rope_part(void *arg, uint32_t part, uint32_t parts)
 }
 
 static int
-load_weights(struct model *m, const struct safetensors *st, struct team *team, uint64_t extra, struct work *w,
+load_weights(struct model *m, const struct shards *st, struct team *team, uint64_t extra, struct work *w,
     struct err *err)
 {
 	int rc;
@@ -638,18 +644,20 @@ load_weights(struct model *m, const struct safetensors *st, struct team *team, u
 /* ---- the model ---- */
 
 static uint64_t
-make_digest(const char *config, size_t len, const struct safetensors *st)
+make_digest(const char *config, size_t len, const struct shards *st)
 {
 	uint8_t sum[SHA256_DIGEST_LENGTH], size[8];
 	uint64_t digest = 0;
 	SHA2_CTX sha;
 
-	for (int i = 0; i < 8; i++)
-		size[i] = (uint8_t)((uint64_t)st->bytes >> (8 * i));
 	SHA256Init(&sha);
 	SHA256Update(&sha, (const uint8_t *)config, len);
-	SHA256Update(&sha, st->map, st->header_bytes);
-	SHA256Update(&sha, size, sizeof(size));
+	for (size_t f = 0; f < st->n; f++) {
+		for (int i = 0; i < 8; i++)
+			size[i] = (uint8_t)((uint64_t)st->file[f].bytes >> (8 * i));
+		SHA256Update(&sha, st->file[f].map, st->file[f].header_bytes);
+		SHA256Update(&sha, size, sizeof(size));
+	}
 	SHA256Final(sum, &sha);
 	for (int i = 0; i < 8; i++)
 		digest = digest << 8 | sum[i];
@@ -657,23 +665,7 @@ make_digest(const char *config, size_t len, const struct safetensors *st)
 }
 
 static int
-open_weights(const char *dir, struct safetensors *st, struct err *err)
-{
-	char *path = NULL, *index = NULL;
-	int rc;
-
-	if (asprintf(&path, "%s/model.safetensors", dir) < 0 || asprintf(&index, "%s.index.json", path) < 0)
-		rc = err_set(err, -ENOMEM, "out of memory");
-	else if ((rc = safetensors_open(st, path, err)) == -ENOENT && access(index, F_OK) == 0)
-		rc = err_set(err, -ENOTSUP, "%s: sharded models are not supported yet, and there is no "
-		    "model.safetensors", index);
-	free(path);
-	free(index);
-	return rc;
-}
-
-static int
-load_files(struct model *m, uint32_t max_context, char **config, size_t *len, struct safetensors *st, struct err *err)
+load_files(struct model *m, uint32_t max_context, char **config, size_t *len, struct shards *st, struct err *err)
 {
 	struct stat dir;
 	int rc;
@@ -690,7 +682,7 @@ load_files(struct model *m, uint32_t max_context, char **config, size_t *len, st
 	    (rc = config_read_file(m->path, "tokenizer_config.json", true, &m->tokenizer_config_json,
 	         &m->tokenizer_config_json_len, err)) != 0)
 		return rc;
-	return open_weights(m->path, st, err);
+	return shards_open(st, m->path, err);
 }
 
 static int
@@ -715,7 +707,7 @@ model_load(struct model **out, const char *dir, struct team *team, uint32_t max_
 {
 	struct work w = {.check_only = check_only, .progress = progress, .progress_arg = arg};
 	struct model *m = calloc(1, sizeof(*m));
-	struct safetensors st = {0};
+	struct shards st = {0};
 	char *config = NULL;
 	size_t len = 0;
 	int rc;
@@ -727,7 +719,7 @@ model_load(struct model **out, const char *dir, struct team *team, uint32_t max_
 	    (rc = load_weights(m, &st, team, extra_bytes, &w, err)) == 0)
 		m->digest = make_digest(config, len, &st);
 	free_work(&w);
-	safetensors_close(&st);
+	shards_close(&st);
 	free(config);
 	if (rc != 0)
 		model_free(&m);

@@ -25,7 +25,7 @@ struct model_layer {
 struct model {
 	char *path, *name;           /* name: the last part of the path */
 	struct model_shape shape;
-	uint64_t digest;             /* of config.json and the safetensors header and size */
+	uint64_t digest;             /* of config.json and the safetensors headers and sizes */
 	struct model_layer *layer;   /* [n_layers] */
 	struct k_weight lm_head;     /* [vocab, hidden]; also the embedding if tied */
 	uint16_t *embed;             /* [vocab, hidden] BF16; NULL if tied */
