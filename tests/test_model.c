@@ -617,7 +617,7 @@ set_config(struct fake *f, const char *key, const char *value)
 static double
 rope_angle(uint32_t pos, uint32_t i, uint32_t hd, const char *type)
 {
-	double wave = 2 * M_PI * pow(10000, 2.0 * i / hd), low = 32 / 1.0, high = 32 / 4.0, smooth;
+	double wave = 2 * M_PI * pow(10000, 2.0 * i / hd), low = 64 / 1.0, high = 64 / 4.0, smooth;
 
 	if (strcmp(type, "linear") == 0)
 		return pos / 2.5 / pow(10000, 2.0 * i / hd);
@@ -625,7 +625,7 @@ rope_angle(uint32_t pos, uint32_t i, uint32_t hd, const char *type)
 		return 2 * M_PI * pos / wave;
 	if (wave > low)
 		return 2 * M_PI * pos / wave / 8;
-	smooth = (32 / wave - 1) / (4 - 1);
+	smooth = (64 / wave - 1) / (4 - 1);
 	return (1 - smooth) * 2 * M_PI * pos / wave / 8 + smooth * 2 * M_PI * pos / wave;
 }
 
@@ -636,9 +636,9 @@ test_rope(void **state)
 	    {"default", NULL},
 	    {"linear", "{\"type\": \"linear\", \"factor\": 2.5}"},
 	    {"llama3", "{\"rope_type\": \"llama3\", \"factor\": 8.0, \"low_freq_factor\": 1.0, "
-	        "\"high_freq_factor\": 4.0, \"original_max_position_embeddings\": 32}"},
+	        "\"high_freq_factor\": 4.0, \"original_max_position_embeddings\": 64}"},
 	    {"llama3", "{\"rope_type\": \"llama3\", \"factor\": 8.0, \"low_freq_factor\": 1.0, "
-	        "\"high_freq_factor\": 4.0, \"original_max_position_embeddings\": 32, \"rope_theta\": 10000}"},
+	        "\"high_freq_factor\": 4.0, \"original_max_position_embeddings\": 64, \"rope_theta\": 10000}"},
 	};
 
 	(void)state;

@@ -22,10 +22,10 @@ BASE = {"hidden_size": 60, "intermediate_size": 100, "num_hidden_layers": 2, "nu
         "head_dim": 10, "vocab_size": 67, "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
         "hidden_act": "silu", "tie_word_embeddings": False, "eos_token_id": 2, "torch_dtype": "bfloat16"}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 32}
+          "original_max_position_embeddings": 64}
 
 MODELS = {
-    # wavelengths 6.3, 40, 250, 1600, ...: kept, between, stretched
+    # wavelengths 6.3 (kept), 40 (between 16 and 64), 250 and above (stretched)
     "llama3": dict(BASE, architectures=["LlamaForCausalLM"], model_type="llama", rope_scaling=LLAMA3),
     "linear": dict(BASE, architectures=["LlamaForCausalLM"], model_type="llama",
                    rope_scaling={"type": "linear", "factor": 2.5}, attention_bias=True, mlp_bias=True),
