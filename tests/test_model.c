@@ -702,18 +702,22 @@ test_dtypes(void **state)
 static void
 test_archs(void **state)
 {
-	static const struct { struct model_shape s; const char *key, *value; uint32_t window; } archs[] = {
-	    {{.arch = "LlamaForCausalLM", .qkv_bias = true, .o_bias = true}, NULL, NULL, 0},
-	    {{.arch = "LlamaForCausalLM", .mlp_bias = true}, NULL, NULL, 0},
-	    {{.arch = "LlamaForCausalLM"}, "eos_token_id", "3, \"sliding_window\": 8, \"use_mrope\": false", 0},
-	    {{.arch = "MistralForCausalLM"}, "eos_token_id", "3, \"sliding_window\": null", 0},
-	    {{.arch = "MistralForCausalLM"}, "eos_token_id", "3, \"sliding_window\": 48", 0},
-	    {{.arch = "MistralForCausalLM"}, "eos_token_id", "3, \"sliding_window\": 47", 47},
-	    {{.arch = "MistralForCausalLM"}, "max_position_embeddings", "5000", 4096},
+	static const struct { struct model_shape s; const char *key, *value; uint32_t window; bool no_rope; } archs[] = {
+	    {{.arch = "LlamaForCausalLM", .qkv_bias = true, .o_bias = true}, NULL, NULL, 0, false},
+	    {{.arch = "LlamaForCausalLM", .mlp_bias = true}, NULL, NULL, 0, false},
+	    {{.arch = "LlamaForCausalLM"}, "eos_token_id", "3, \"sliding_window\": 8, \"use_mrope\": false", 0, false},
+	    {{.arch = "MistralForCausalLM"}, "eos_token_id", "3, \"sliding_window\": null", 0, false},
+	    {{.arch = "MistralForCausalLM"}, "eos_token_id", "3, \"sliding_window\": 48", 0, false},
+	    {{.arch = "MistralForCausalLM"}, "eos_token_id", "3, \"sliding_window\": 47", 47, false},
+	    {{.arch = "MistralForCausalLM"}, "max_position_embeddings", "5000", 4096, false},
 	    {{.arch = "Qwen2ForCausalLM", .qkv_bias = true}, "eos_token_id",
-	        "3, \"sliding_window\": 8, \"use_sliding_window\": false, \"layer_types\": [\"full_attention\"]", 0},
-	    {{.arch = "Qwen3ForCausalLM", .qk_norm = true}, NULL, NULL, 0},
-	    {{.arch = "Qwen3ForCausalLM", .qk_norm = true, .qkv_bias = true, .o_bias = true}, NULL, NULL, 0},
+	        "3, \"sliding_window\": 8, \"use_sliding_window\": false, \"layer_types\": [\"full_attention\"]", 0, false},
+	    {{.arch = "Qwen3ForCausalLM", .qk_norm = true}, NULL, NULL, 0, false},
+	    {{.arch = "Qwen3ForCausalLM", .qk_norm = true, .qkv_bias = true, .o_bias = true}, NULL, NULL, 0, false},
+	    {{.arch = "SmolLM3ForCausalLM"}, "eos_token_id", "3, \"no_rope_layer_interval\": 3", 0, false},
+	    {{.arch = "SmolLM3ForCausalLM"}, "eos_token_id", "3, \"no_rope_layer_interval\": 2", 0, true},
+	    {{.arch = "SmolLM3ForCausalLM"}, "eos_token_id", "3, \"no_rope_layers\": [1, 0, 1]", 0, true},
+	    {{.arch = "Qwen3ForCausalLM", .qk_norm = true}, "eos_token_id", "3, \"no_rope_layers\": [1, 0]", 0, false},
 	};
 	struct team *team;
 
@@ -740,6 +744,7 @@ test_archs(void **state)
 		assert_same_model(one, two);
 		assert_string_equal(one->shape.arch, s.arch);
 		assert_int_equal(one->shape.window, archs[i].window);
+		assert_true(!one->shape.no_rope[0] && one->shape.no_rope[1] == archs[i].no_rope);
 		for (enum plan_group g = GROUP_Q; g <= GROUP_DOWN; g++)
 			assert_true((one->layer[1].bias[g] != NULL) ==
 			    (g <= GROUP_V ? s.qkv_bias : g == GROUP_O ? s.o_bias : s.mlp_bias));
@@ -823,6 +828,16 @@ test_variants(void **state)
 	m = load(scratch, NULL);
 	assert_int_equal(m->shape.n_eos, 0);
 	assert_true(m->shape.rope_theta == 500000 && m->shape.rms_eps == 1e-6f);
+	model_free(&m);
+
+	/* SmolLM3's own. */
+	fake_config(f);
+	set_config(f, "architectures", "[\"SmolLM3ForCausalLM\"]");
+	set_config(f, "rope_theta", NULL);
+	set_config(f, "tie_word_embeddings", NULL);
+	fake_write(f);
+	m = load(scratch, NULL);
+	assert_true(m->shape.rope_theta == 2000000 && m->shape.tied);
 	model_free(&m);
 	fake_free(f);
 }
@@ -914,7 +929,26 @@ BREAK(tied_differs) { set_config(f, "tie_word_embeddings", "true"); }
 BREAK(memory) { f->extra = 1000000000000000; }
 BREAK(memory_wraps) { f->extra = UINT64_MAX; }
 CONFIG(arch, "architectures", "[\"GPT2LMHeadModel\"]")
-CONFIG(smollm3, "architectures", "[\"SmolLM3ForCausalLM\"]")
+BREAK(no_rope)
+{
+	set_config(f, "architectures", "[\"SmolLM3ForCausalLM\"]");
+	set_config(f, "eos_token_id", "3, \"no_rope_layers\": [1]");
+}
+BREAK(no_rope_text)
+{
+	set_config(f, "architectures", "[\"SmolLM3ForCausalLM\"]");
+	set_config(f, "eos_token_id", "3, \"no_rope_layers\": [1, \"0\"]");
+}
+BREAK(no_rope_interval)
+{
+	set_config(f, "architectures", "[\"SmolLM3ForCausalLM\"]");
+	set_config(f, "eos_token_id", "3, \"no_rope_layer_interval\": 0");
+}
+BREAK(smollm3_kv_heads)
+{
+	set_config(f, "architectures", "[\"SmolLM3ForCausalLM\"]");
+	set_config(f, "num_key_value_heads", NULL);
+}
 BREAK(qwen2_no_bias) { set_config(f, "architectures", "[\"Qwen2ForCausalLM\"]"); }
 BREAK(qwen3_no_norm) { set_config(f, "architectures", "[\"Qwen3ForCausalLM\"]"); }
 BREAK(qwen3_no_head_dim)
@@ -1029,8 +1063,11 @@ static const struct broken {
 	B(config_array, "config.json: not a JSON object"),
 	B(config_twice, "config.json:1: duplicate object key near '\"a\"'"),
 	B(arch, "config.json: architecture 'GPT2LMHeadModel' is not supported (LlamaForCausalLM, MistralForCausalLM, "
-	    "Qwen2ForCausalLM, Qwen3ForCausalLM are)"),
-	B(smollm3, "config.json: architecture 'SmolLM3ForCausalLM' is not supported: it has layers without RoPE"),
+	    "Qwen2ForCausalLM, Qwen3ForCausalLM, SmolLM3ForCausalLM are)"),
+	B(no_rope, "config.json: no_rope_layers is no list of 2 layers"),
+	B(no_rope_text, "config.json: no_rope_layers is no list of 2 layers"),
+	B(no_rope_interval, "config.json: no_rope_layer_interval = 0 is not from 1 to 4294967295"),
+	B(smollm3_kv_heads, "config.json: num_key_value_heads is missing"),
 	B(qwen2_no_bias, ST "tensor 'model.layers.0.self_attn.q_proj.bias' is missing"),
 	B(qwen3_no_norm, ST "tensor 'model.layers.0.self_attn.q_norm.weight' is missing"),
 	B(qwen3_no_head_dim, "config.json: head_dim is missing"),

@@ -16,7 +16,6 @@
 #define MAX_TEXT_FILE (64u << 20)
 #define MAX_HIDDEN 65536u
 #define MAX_INTERMEDIATE (1u << 20)
-#define MAX_LAYERS 256u
 #define MAX_HEADS 1024u
 #define MAX_VOCAB (1u << 20)
 #define MAX_CONTEXT (1u << 24)
@@ -244,7 +243,7 @@ parse_rope(const json_t *o, const char *key, struct model_shape *s, struct err *
 }
 
 static int
-parse_ropes(const json_t *o, struct model_shape *s, struct err *err)
+parse_ropes(const json_t *o, double default_theta, struct model_shape *s, struct err *err)
 {
 	const json_t *parameters = get(o, "rope_parameters");
 	const json_t *with_theta = get(parameters, "rope_theta") != NULL ? parameters : o;
@@ -252,7 +251,7 @@ parse_ropes(const json_t *o, struct model_shape *s, struct err *err)
 	int rc;
 
 	if ((rc = parse_rope(o, "rope_scaling", s, err)) != 0 || (rc = parse_rope(o, "rope_parameters", s, err)) != 0 ||
-	    (rc = get_double(with_theta, "rope_theta", 1, 1e15, 10000, &s->rope_theta, err)) != 0)
+	    (rc = get_double(with_theta, "rope_theta", 1, 1e15, default_theta, &s->rope_theta, err)) != 0)
 		return rc;
 	for (int i = 0; i < 2; i++) {
 		rc = get_double(i == 0 ? o : parameters, "partial_rotary_factor", 0, 1, 1, &part, err);
@@ -294,13 +293,14 @@ static const struct arch {
 	bool qk_norm;
 	bool window;         /* sliding_window counts for all layers, 4096 where it is missing */
 	bool plain;          /* num_key_value_heads may be left out */
-	const char *lacks;   /* known, but not run */
+	bool no_rope;        /* no_rope_layers counts, every fourth where it is missing */
+	bool tied;           /* where tie_word_embeddings is missing */
 } archs[] = {
 	{.name = "LlamaForCausalLM", .attention_bias = true, .mlp_bias = true, .plain = true},
 	{.name = "MistralForCausalLM", .window = true},
 	{.name = "Qwen2ForCausalLM", .qkv_bias = true},
 	{.name = "Qwen3ForCausalLM", .attention_bias = true, .qk_norm = true},
-	{.name = "SmolLM3ForCausalLM", .lacks = "it has layers without RoPE"},
+	{.name = "SmolLM3ForCausalLM", .attention_bias = true, .mlp_bias = true, .no_rope = true, .tied = true},
 };
 #define N_ARCHS (sizeof(archs) / sizeof(*archs))
 
@@ -314,17 +314,12 @@ find_arch(const json_t *o, const struct arch **out, struct err *err)
 	if (!json_is_string(json_array_get(all, 0)))
 		return err_set(err, -EINVAL, "architectures is missing");
 	json_array_foreach(all, i, v) {
-		for (*out = archs; *out < archs + N_ARCHS; (*out)++) {
-			if (!json_is_string(v) || strcmp(json_string_value(v), (*out)->name) != 0)
-				continue;
-			if ((*out)->lacks == NULL)
+		for (*out = archs; *out < archs + N_ARCHS; (*out)++)
+			if (json_is_string(v) && strcmp(json_string_value(v), (*out)->name) == 0)
 				return 0;
-			return err_set(err, -ENOTSUP, "architecture '%s' is not supported: %s", (*out)->name, (*out)->lacks);
-		}
 	}
 	for (i = 0; i < N_ARCHS; i++)
-		if (archs[i].lacks == NULL)
-			at += (size_t)snprintf(known + at, sizeof(known) - at, "%s%s", i > 0 ? ", " : "", archs[i].name);
+		at += (size_t)snprintf(known + at, sizeof(known) - at, "%s%s", i > 0 ? ", " : "", archs[i].name);
 	return err_set(err, -ENOTSUP, "architecture '%s' is not supported (%s are)",
 	    safetensors_printable(json_string_value(json_array_get(all, 0)), shown), known);
 }
@@ -368,6 +363,31 @@ parse_window(const json_t *o, const struct arch *a, struct model_shape *s, struc
 	return 0;
 }
 
+/* no_rope_layers: one number for each layer, 0 where q and k stay as they are. */
+static int
+parse_no_rope(const json_t *o, const struct arch *a, struct model_shape *s, struct err *err)
+{
+	static const uint32_t missing = 4;
+	const json_t *list = get(o, "no_rope_layers");
+	uint32_t interval;
+	int rc;
+
+	if (!a->no_rope)
+		return 0;
+	if ((rc = get_u32(o, "no_rope_layer_interval", UINT32_MAX, &missing, &interval, err)) != 0)
+		return rc;
+	if (list != NULL && json_array_size(list) < s->n_layers)
+		return err_set(err, -EINVAL, "no_rope_layers is no list of %u layers", s->n_layers);
+	for (uint32_t l = 0; l < s->n_layers; l++) {
+		const json_t *v = json_array_get(list, l);
+
+		if (v != NULL && !json_is_integer(v))
+			return err_set(err, -EINVAL, "no_rope_layers is no list of %u layers", s->n_layers);
+		s->no_rope[l] = list != NULL ? json_integer_value(v) == 0 : (l + 1) % interval == 0;
+	}
+	return 0;
+}
+
 /* Every product of two of the bounds fits 64 bits with room for all layers. */
 static int
 parse_sizes(const json_t *o, const struct arch *a, struct model_shape *s, struct err *err)
@@ -378,7 +398,7 @@ parse_sizes(const json_t *o, const struct arch *a, struct model_shape *s, struct
 
 	if ((rc = get_u32(o, "hidden_size", MAX_HIDDEN, NULL, &s->hidden, err)) != 0 ||
 	    (rc = get_u32(o, "intermediate_size", MAX_INTERMEDIATE, NULL, &s->intermediate, err)) != 0 ||
-	    (rc = get_u32(o, "num_hidden_layers", MAX_LAYERS, NULL, &s->n_layers, err)) != 0 ||
+	    (rc = get_u32(o, "num_hidden_layers", CONFIG_MAX_LAYERS, NULL, &s->n_layers, err)) != 0 ||
 	    (rc = get_u32(o, "num_attention_heads", MAX_HEADS, NULL, &s->n_heads, err)) != 0 ||
 	    (rc = get_u32(o, "num_key_value_heads", MAX_HEADS, kv_heads, &s->n_kv_heads, err)) != 0 ||
 	    (rc = get_u32(o, "vocab_size", MAX_VOCAB, NULL, &s->vocab, err)) != 0 ||
@@ -417,8 +437,11 @@ parse_config(const json_t *o, struct model_shape *s, struct err *err)
 	    (rc = refuse_true(o, "use_mrope", err)) != 0 || (rc = parse_biases(o, a, s, err)) != 0 ||
 	    (rc = parse_sizes(o, a, s, err)) != 0 || (rc = parse_window(o, a, s, err)) != 0 ||
 	    (rc = get_double(o, "rms_norm_eps", 1e-30, 1, 1e-6, &eps, err)) != 0 ||
-	    (rc = parse_ropes(o, s, err)) != 0 || (rc = get_bool(o, "tie_word_embeddings", &s->tied, err)) != 0)
+	    (rc = parse_ropes(o, a->no_rope ? 2e6 : 1e4, s, err)) != 0 || (rc = parse_no_rope(o, a, s, err)) != 0 ||
+	    (rc = get_bool(o, "tie_word_embeddings", &s->tied, err)) != 0)
 		return rc;
+	if (get(o, "tie_word_embeddings") == NULL)
+		s->tied = a->tied;
 	s->rms_eps = (float)eps;
 	return get_eos(o, s, err);
 }

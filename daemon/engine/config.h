@@ -11,6 +11,7 @@
 #include "client/err.h"
 
 #define CONFIG_MAX_HEAD_DIM 256u
+#define CONFIG_MAX_LAYERS 256u
 
 /* How the angles of RoPE are made; config_rope_freq() knows the formulas. */
 enum rope_type { ROPE_DEFAULT, ROPE_LINEAR, ROPE_LLAMA3 };
@@ -25,6 +26,7 @@ struct model_shape {
 	enum rope_type rope_type;
 	double rope_factor, rope_low, rope_high; /* low and high: llama3 only */
 	uint32_t rope_original;                  /* llama3: the context it was first trained on */
+	bool no_rope[CONFIG_MAX_LAYERS];         /* layers that leave q and k as they are */
 	bool qkv_bias, o_bias, mlp_bias;
 	bool qk_norm;       /* RMSNorm of each head of q and k before RoPE */
 	bool tied;          /* lm_head is the embedding */

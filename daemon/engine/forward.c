@@ -322,8 +322,10 @@ rope_part(void *arg, uint32_t part, uint32_t parts)
 
 		norm_heads(f, q, s->n_heads, layer->q_norm);
 		norm_heads(f, k, s->n_kv_heads, layer->k_norm);
-		f->ops->rope(q, s->n_heads, s->head_dim, cos, sin);
-		f->ops->rope(k, s->n_kv_heads, s->head_dim, cos, sin);
+		if (!s->no_rope[f->layer]) {
+			f->ops->rope(q, s->n_heads, s->head_dim, cos, sin);
+			f->ops->rope(k, s->n_kv_heads, s->head_dim, cos, sin);
+		}
 		f->ops->kv_write(kv_layer(f->kv, row->pages[row->pos / KV_PAGE_TOKENS], f->layer), k,
 		    f->v + (size_t)r * s->n_kv_heads * s->head_dim, s->n_kv_heads, s->head_dim, f->kv->hd_pad,
 		    row->pos % KV_PAGE_TOKENS);

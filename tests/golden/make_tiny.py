@@ -40,6 +40,9 @@ MODELS = {
     "smollm": dict({k: v for k, v in BASE.items() if k != "head_dim"}, architectures=["LlamaForCausalLM"], model_type="llama",
                    hidden_size=54, num_attention_heads=9, num_key_value_heads=3, num_hidden_layers=3,
                    tie_word_embeddings=True, attention_bias=False),
+    "smollm3": dict({k: v for k, v in BASE.items() if k != "head_dim"}, architectures=["SmolLM3ForCausalLM"], model_type="smollm3",
+                    num_hidden_layers=3, no_rope_layers=[1, 0, 1], tie_word_embeddings=True, use_sliding_window=False,
+                    bos_token_id=1, pad_token_id=0),
 }
 
 

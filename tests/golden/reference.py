@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""An independent float64 forward pass of a model directory (Llama, Mistral, Qwen2, Qwen3) under octet's formats.
+"""An independent float64 forward pass of a model directory (Llama, Mistral, Qwen2, Qwen3, SmolLM3) under octet's formats.
 Needs numpy.
 
   reference.py MODEL_DIR --plan bf16|fp8|fp8w|fp8-all|fp8w-all|exact --tokens N [--eos ID] --out FILE PROMPT_IDS...
@@ -173,7 +173,9 @@ class Model:
             q, k = self.linear(p + "self_attn.q_proj", h), self.linear(p + "self_attn.k_proj", h)
             q = self.norm_heads(q.reshape(n, -1), p + "self_attn.q_norm.weight")
             k = self.norm_heads(k.reshape(kv, -1), p + "self_attn.k_norm.weight")
-            q, k = self.round(self.rope(q, pos)), self.round(self.rope(k, pos))
+            if c.get("no_rope_layers") is None or c["no_rope_layers"][i]:
+                q, k = self.rope(q, pos), self.rope(k, pos)
+            q, k = self.round(q), self.round(k)
             v = self.round(self.linear(p + "self_attn.v_proj", h).reshape(kv, -1))
             cache[i][0].append(k)
             cache[i][1].append(v)
