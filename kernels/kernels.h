@@ -120,6 +120,7 @@ struct k_ops {
 	void (*act_bf16)(const float *x, uint32_t n, uint32_t n_pad, uint16_t *out);
 	/* s = absmax / 448 (1 if zero); out = E4M3(x / s) as BF16; zeros up to n_pad. A NaN stays one. */
 	void (*act_fp8)(const float *x, uint32_t n, uint32_t n_pad, uint16_t *out, float *scale);
+	/* y may be x. */
 	void (*rmsnorm)(const float *x, const float *w, uint32_t n, float eps, float *y);
 	/* Rotate-half RoPE in place: x [n_heads, head_dim], cos and sin [head_dim / 2]. */
 	void (*rope)(float *x, uint32_t n_heads, uint32_t head_dim, const float *cos, const float *sin);

@@ -25,7 +25,8 @@
 
 static char scratch[] = "/tmp/octet-model-XXXXXX";
 static const char *const files[] = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-    "model.safetensors", "model.safetensors.index.json"};
+    "model.safetensors", "model.safetensors.index.json", "model-00001-of-00003.safetensors",
+    "model-00002-of-00003.safetensors", "model-00003-of-00003.safetensors"};
 
 /* ---- random numbers: splitmix64 ---- */
 
@@ -184,7 +185,7 @@ fake_tensor(struct fake *f, const char *dtype, uint32_t rows, uint32_t cols, con
 	vsnprintf(t->name, sizeof(t->name), fmt, ap);
 	va_end(ap);
 	snprintf(t->dtype, sizeof(t->dtype), "%s", dtype);
-	if (strstr(t->name, "norm") != NULL || strstr(t->name, "inv_freq") != NULL)
+	if (rows == 1) /* no matrix of these models has one */
 		snprintf(t->shape, sizeof(t->shape), "[%u]", cols);
 	else
 		snprintf(t->shape, sizeof(t->shape), "[%u, %u]", rows, cols);
@@ -215,31 +216,65 @@ fake_config(struct fake *f)
 	const struct model_shape *s = &f->s;
 
 	snprintf(f->config, sizeof(f->config),
-	    "{\"architectures\": [\"LlamaForCausalLM\"], \"hidden_size\": %u, \"intermediate_size\": %u,\n"
+	    "{\"architectures\": [\"%s\"], \"hidden_size\": %u, \"intermediate_size\": %u,\n"
 	    "\"num_hidden_layers\": %u, \"num_attention_heads\": %u, \"num_key_value_heads\": %u, \"head_dim\": %u,\n"
 	    "\"vocab_size\": %u, \"max_position_embeddings\": %u, \"rms_norm_eps\": 1e-05, \"rope_theta\": 10000.0,\n"
 	    "\"rope_scaling\": null, \"tie_word_embeddings\": %s, \"hidden_act\": \"silu\",\n"
-	    "\"attention_bias\": false, \"mlp_bias\": false, \"eos_token_id\": 3}\n",
-	    s->hidden, s->intermediate, s->n_layers, s->n_heads, s->n_kv_heads, s->head_dim, s->vocab, s->max_context,
-	    s->tied ? "true" : "false");
+	    "\"attention_bias\": %s, \"mlp_bias\": %s, \"eos_token_id\": 3}\n",
+	    s->arch, s->hidden, s->intermediate, s->n_layers, s->n_heads, s->n_kv_heads, s->head_dim, s->vocab, s->max_context,
+	    s->tied ? "true" : "false", s->o_bias ? "true" : "false", s->mlp_bias ? "true" : "false");
 }
 
 static const struct model_shape small = {
-	.hidden = 36, .intermediate = 172, .n_layers = 2, .n_heads = 6, .n_kv_heads = 2, .head_dim = 10, .vocab = 67,
+	.arch = "LlamaForCausalLM", .hidden = 36, .intermediate = 172, .n_layers = 2, .n_heads = 6, .n_kv_heads = 2, .head_dim = 10, .vocab = 67,
 	.max_context = 48};
 static const struct model_shape tiny = {
-	.hidden = 8, .intermediate = 12, .n_layers = 1, .n_heads = 2, .n_kv_heads = 1, .head_dim = 4, .vocab = 34,
+	.arch = "LlamaForCausalLM", .hidden = 8, .intermediate = 12, .n_layers = 1, .n_heads = 2, .n_kv_heads = 1, .head_dim = 4, .vocab = 34,
 	.max_context = 16};
 
 /* dtype NULL: another one for each tensor. */
+static const char *
+pick_dtype(const char *dtype)
+{
+	static const char *const mixed[] = {"F32", "BF16", "F16"};
+
+	return dtype != NULL ? dtype : mixed[below(3)];
+}
+
+/* What architectures have beyond the first Llama. */
+static void
+fake_extras(struct fake *f, const char *dtype)
+{
+	const struct model_shape *s = &f->s;
+	uint32_t q = s->n_heads * s->head_dim, kv = s->n_kv_heads * s->head_dim;
+
+	for (uint32_t l = 0; l < s->n_layers; l++) {
+		if (s->qk_norm) {
+			fake_tensor(f, pick_dtype(dtype), 1, s->head_dim, "model.layers.%u.self_attn.q_norm.weight", l);
+			fake_tensor(f, pick_dtype(dtype), 1, s->head_dim, "model.layers.%u.self_attn.k_norm.weight", l);
+		}
+		if (s->qkv_bias) {
+			fake_tensor(f, pick_dtype(dtype), 1, q, "model.layers.%u.self_attn.q_proj.bias", l);
+			fake_tensor(f, pick_dtype(dtype), 1, kv, "model.layers.%u.self_attn.k_proj.bias", l);
+			fake_tensor(f, pick_dtype(dtype), 1, kv, "model.layers.%u.self_attn.v_proj.bias", l);
+		}
+		if (s->o_bias)
+			fake_tensor(f, pick_dtype(dtype), 1, s->hidden, "model.layers.%u.self_attn.o_proj.bias", l);
+		if (s->mlp_bias) {
+			fake_tensor(f, pick_dtype(dtype), 1, s->intermediate, "model.layers.%u.mlp.gate_proj.bias", l);
+			fake_tensor(f, pick_dtype(dtype), 1, s->intermediate, "model.layers.%u.mlp.up_proj.bias", l);
+			fake_tensor(f, pick_dtype(dtype), 1, s->hidden, "model.layers.%u.mlp.down_proj.bias", l);
+		}
+	}
+}
+
 static struct fake *
 fake_new(const struct model_shape *shape, const char *dtype, bool tied, uint64_t seed)
 {
-	static const char *const mixed[] = {"F32", "BF16", "F16"};
 	struct fake *f = calloc(1, sizeof(*f));
 	struct model_shape *s;
 	uint32_t q, kv;
-#define DTYPE (dtype != NULL ? dtype : mixed[below(3)])
+#define DTYPE pick_dtype(dtype)
 
 	assert_non_null(f);
 	rng_state = seed;
@@ -250,6 +285,8 @@ fake_new(const struct model_shape *shape, const char *dtype, bool tied, uint64_t
 	snprintf(f->tokenizer, sizeof(f->tokenizer), "{\"made\": \"by test_model\"}");
 	q = s->n_heads * s->head_dim, kv = s->n_kv_heads * s->head_dim;
 	fake_tensor(f, DTYPE, s->vocab, s->hidden, "model.embed_tokens.weight");
+	if (s->qk_norm || s->qkv_bias || s->mlp_bias)
+		fake_extras(f, dtype);
 	for (uint32_t l = 0; l < s->n_layers; l++) {
 		fake_tensor(f, DTYPE, 1, s->hidden, "model.layers.%u.input_layernorm.weight", l);
 		fake_tensor(f, DTYPE, q, s->hidden, "model.layers.%u.self_attn.q_proj.weight", l);
@@ -417,7 +454,7 @@ assert_linear(const struct k_weight *w, const uint16_t *bits, uint32_t n, uint32
 		    (w->exc[i - 1].block == w->exc[i].block && w->exc[i - 1].index < w->exc[i].index));
 }
 
-/* Where a tensor went in a model; false for a norm. */
+/* Where a tensor went in a model; false for a norm or bias. */
 static bool
 assert_tensor(const struct model *m, const char *name, const uint16_t *bits, uint32_t rows, uint32_t cols)
 {
@@ -446,12 +483,19 @@ assert_tensor(const struct model *m, const char *name, const uint16_t *bits, uin
 	}
 	if (sscanf(name, "model.layers.%u.%n", &l, &at) == 1) {
 		for (unsigned g = 0; g < 7; g++) {
-			if (strncmp(name + at, part[g], strlen(part[g])) == 0) {
-				assert_linear(&m->layer[l].linear[g], bits, rows, cols, name);
-				return true;
-			}
+			if (strncmp(name + at, part[g], strlen(part[g])) != 0)
+				continue;
+			norm = m->layer[l].bias[g];
+			if (strstr(name, ".bias") != NULL)
+				break;
+			assert_linear(&m->layer[l].linear[g], bits, rows, cols, name);
+			return true;
 		}
-		norm = strstr(name, "input_layernorm") != NULL ? m->layer[l].input_norm : m->layer[l].post_norm;
+		if (strstr(name, "norm") != NULL)
+			norm = strstr(name, "q_norm") != NULL          ? m->layer[l].q_norm
+			    : strstr(name, "k_norm") != NULL          ? m->layer[l].k_norm
+			    : strstr(name, "input_layernorm") != NULL ? m->layer[l].input_norm
+			                                              : m->layer[l].post_norm;
 	}
 	for (uint32_t c = 0; c < cols; c++)
 		assert_true(norm[c] == (float)value_of_bf16(bits[c]));
@@ -548,26 +592,82 @@ test_proof(void **state)
 }
 
 static void
+set_config(struct fake *f, const char *key, const char *value)
+{
+	char old[sizeof(f->config)], *at, quoted[64];
+	size_t len;
+	int n;
+
+	memcpy(old, f->config, sizeof(old));
+	snprintf(quoted, sizeof(quoted), "\"%s\": ", key);
+	at = strstr(old, quoted);
+	assert_non_null(at);
+	len = strlen(quoted);
+	len += at[len] == '[' ? strcspn(at + len, "]") + 1 : strcspn(at + len, ",}");
+	*at = '\0';
+	/* A value NULL takes the key away. */
+	if (value == NULL)
+		n = snprintf(f->config, sizeof(f->config), "%s%s", old, at + len + 1);
+	else
+		n = snprintf(f->config, sizeof(f->config), "%s%s%s%s", old, quoted, value, at + len);
+	assert_true(n > 0 && n < (int)sizeof(f->config));
+}
+
+/* The angles by the words of the papers, in another form than config.c has. */
+static double
+rope_angle(uint32_t pos, uint32_t i, uint32_t hd, const char *type)
+{
+	double wave = 2 * M_PI * pow(10000, 2.0 * i / hd), low = 64 / 1.0, high = 64 / 4.0, smooth;
+
+	if (strcmp(type, "linear") == 0)
+		return pos / 2.5 / pow(10000, 2.0 * i / hd);
+	if (strcmp(type, "default") == 0 || wave < high)
+		return 2 * M_PI * pos / wave;
+	if (wave > low)
+		return 2 * M_PI * pos / wave / 8;
+	smooth = (64 / wave - 1) / (4 - 1);
+	return (1 - smooth) * 2 * M_PI * pos / wave / 8 + smooth * 2 * M_PI * pos / wave;
+}
+
+static void
 test_rope(void **state)
 {
-	struct fake *f = fake_new(&small, "BF16", true, 7);
-	struct model *m;
-	uint32_t half = f->s.head_dim / 2;
+	static const struct { const char *type, *value; } ropes[] = {
+	    {"default", NULL},
+	    {"linear", "{\"type\": \"linear\", \"factor\": 2.5}"},
+	    {"llama3", "{\"rope_type\": \"llama3\", \"factor\": 8.0, \"low_freq_factor\": 1.0, "
+	        "\"high_freq_factor\": 4.0, \"original_max_position_embeddings\": 64}"},
+	    {"llama3", "{\"rope_type\": \"llama3\", \"factor\": 8.0, \"low_freq_factor\": 1.0, "
+	        "\"high_freq_factor\": 4.0, \"original_max_position_embeddings\": 64, \"rope_theta\": 10000}"},
+	};
 
 	(void)state;
-	fake_write(f);
-	m = load(scratch, NULL);
-	for (uint32_t pos = 0; pos < f->s.max_context; pos++) {
-		for (uint32_t i = 0; i < half; i++) {
-			double angle = pos / pow(10000, 2.0 * i / f->s.head_dim);
+	for (size_t n = 0; n < sizeof(ropes) / sizeof(*ropes); n++) {
+		struct fake *f = fake_new(&small, "BF16", true, 7);
+		struct model *m;
+		uint32_t half = f->s.head_dim / 2;
+		char value[320];
 
-			assert_true(fabs(m->rope_cos[pos * half + i] - cos(angle)) < 1e-7);
-			assert_true(fabs(m->rope_sin[pos * half + i] - sin(angle)) < 1e-7);
+		/* rope_parameters is added beside a rope_scaling of null. */
+		if (ropes[n].value != NULL) {
+			snprintf(value, sizeof(value), "%s%s", n == 3 ? "null, \"rope_parameters\": " : "",
+			    ropes[n].value);
+			set_config(f, "rope_scaling", value);
 		}
+		fake_write(f);
+		m = load(scratch, NULL);
+		for (uint32_t pos = 0; pos < f->s.max_context; pos++) {
+			for (uint32_t i = 0; i < half; i++) {
+				double angle = rope_angle(pos, i, f->s.head_dim, ropes[n].type);
+
+				assert_true(fabs(m->rope_cos[pos * half + i] - cos(angle)) < 1e-7);
+				assert_true(fabs(m->rope_sin[pos * half + i] - sin(angle)) < 1e-7);
+			}
+		}
+		assert_true(m->rope_cos[0] == 1 && m->rope_sin[0] == 0);
+		model_free(&m);
+		fake_free(f);
 	}
-	assert_true(m->rope_cos[0] == 1 && m->rope_sin[0] == 0);
-	model_free(&m);
-	fake_free(f);
 }
 
 static void
@@ -591,6 +691,67 @@ test_dtypes(void **state)
 		assert_int_equal(linears, 2 * 7 + (f->s.tied ? 1 : 2));
 		assert_true(one->n_exceptions > 0); /* or the lists are not tested */
 		assert_same_model(one, two);
+		model_free(&one);
+		model_free(&two);
+		fake_free(f);
+	}
+	team_free(&team);
+}
+
+/* Every architecture: what it adds is loaded bit for bit, planned exactly and shared out alike. */
+static void
+test_archs(void **state)
+{
+	static const struct { struct model_shape s; const char *key, *value; uint32_t window; bool no_rope; } archs[] = {
+	    {{.arch = "LlamaForCausalLM", .qkv_bias = true, .o_bias = true}, NULL, NULL, 0, false},
+	    {{.arch = "LlamaForCausalLM", .mlp_bias = true}, NULL, NULL, 0, false},
+	    {{.arch = "LlamaForCausalLM"}, "eos_token_id", "3, \"sliding_window\": 8, \"use_mrope\": false", 0, false},
+	    {{.arch = "MistralForCausalLM"}, "eos_token_id", "3, \"sliding_window\": null", 0, false},
+	    {{.arch = "MistralForCausalLM"}, "eos_token_id", "3, \"sliding_window\": 48", 0, false},
+	    {{.arch = "MistralForCausalLM"}, "eos_token_id", "3, \"sliding_window\": 47", 47, false},
+	    {{.arch = "MistralForCausalLM"}, "max_position_embeddings", "5000", 4096, false},
+	    {{.arch = "Qwen2ForCausalLM", .qkv_bias = true}, "eos_token_id",
+	        "3, \"sliding_window\": 8, \"use_sliding_window\": false, \"layer_types\": [\"full_attention\"]", 0, false},
+	    {{.arch = "Qwen3ForCausalLM", .qk_norm = true}, NULL, NULL, 0, false},
+	    {{.arch = "Qwen3ForCausalLM", .qk_norm = true, .qkv_bias = true, .o_bias = true}, NULL, NULL, 0, false},
+	    {{.arch = "SmolLM3ForCausalLM"}, "eos_token_id", "3, \"no_rope_layer_interval\": 3", 0, false},
+	    {{.arch = "SmolLM3ForCausalLM"}, "eos_token_id", "3, \"no_rope_layer_interval\": 2", 0, true},
+	    {{.arch = "SmolLM3ForCausalLM"}, "eos_token_id", "3, \"no_rope_layers\": [1, 0, 1]", 0, true},
+	    {{.arch = "Qwen3ForCausalLM", .qk_norm = true}, "eos_token_id", "3, \"no_rope_layers\": [1, 0]", 0, false},
+	};
+	struct team *team;
+
+	(void)state;
+	assert_int_equal(team_new(&team, 2, 50), 0);
+	for (size_t i = 0; i < sizeof(archs) / sizeof(*archs); i++) {
+		struct model_shape s = small, read;
+		struct model *one, *two;
+		struct fake *f;
+		struct err err;
+		uint32_t linears = 0;
+
+		s.arch = archs[i].s.arch, s.qk_norm = archs[i].s.qk_norm;
+		s.qkv_bias = archs[i].s.qkv_bias, s.o_bias = archs[i].s.o_bias, s.mlp_bias = archs[i].s.mlp_bias;
+		f = fake_new(&s, NULL, i % 2, 300 + i);
+		if (archs[i].key != NULL)
+			set_config(f, archs[i].key, archs[i].value);
+		fake_write(f);
+		one = load(scratch, NULL);
+		two = load(scratch, team);
+		for (uint32_t t = 0; t < f->n; t++)
+			linears += assert_tensor(one, f->t[t].name, f->t[t].bits, f->t[t].rows, f->t[t].cols);
+		assert_int_equal(linears, 2 * 7 + (i % 2 ? 1 : 2));
+		assert_same_model(one, two);
+		assert_string_equal(one->shape.arch, s.arch);
+		assert_int_equal(one->shape.window, archs[i].window);
+		assert_true(!one->shape.no_rope[0] && one->shape.no_rope[1] == archs[i].no_rope);
+		for (enum plan_group g = GROUP_Q; g <= GROUP_DOWN; g++)
+			assert_true((one->layer[1].bias[g] != NULL) ==
+			    (g <= GROUP_V ? s.qkv_bias : g == GROUP_O ? s.o_bias : s.mlp_bias));
+		assert_true((one->layer[1].q_norm != NULL) == s.qk_norm);
+		/* The shape alone says how much it will be. */
+		assert_int_equal(config_read(&read, scratch, NULL, NULL, &err), 0);
+		assert_true(model_plan_bytes(&read) == one->arena_bytes);
 		model_free(&one);
 		model_free(&two);
 		fake_free(f);
@@ -668,32 +829,20 @@ test_variants(void **state)
 	assert_int_equal(m->shape.n_eos, 0);
 	assert_true(m->shape.rope_theta == 500000 && m->shape.rms_eps == 1e-6f);
 	model_free(&m);
+
+	/* SmolLM3's own. */
+	fake_config(f);
+	set_config(f, "architectures", "[\"SmolLM3ForCausalLM\"]");
+	set_config(f, "rope_theta", NULL);
+	set_config(f, "tie_word_embeddings", NULL);
+	fake_write(f);
+	m = load(scratch, NULL);
+	assert_true(m->shape.rope_theta == 2000000 && m->shape.tied);
+	model_free(&m);
 	fake_free(f);
 }
 
 /* ---- loads that must not work ---- */
-
-static void
-set_config(struct fake *f, const char *key, const char *value)
-{
-	char old[sizeof(f->config)], *at, quoted[64];
-	size_t len;
-	int n;
-
-	memcpy(old, f->config, sizeof(old));
-	snprintf(quoted, sizeof(quoted), "\"%s\": ", key);
-	at = strstr(old, quoted);
-	assert_non_null(at);
-	len = strlen(quoted);
-	len += at[len] == '[' ? strcspn(at + len, "]") + 1 : strcspn(at + len, ",}");
-	*at = '\0';
-	/* A value NULL takes the key away. */
-	if (value == NULL)
-		n = snprintf(f->config, sizeof(f->config), "%s%s", old, at + len + 1);
-	else
-		n = snprintf(f->config, sizeof(f->config), "%s%s%s%s", old, quoted, value, at + len);
-	assert_true(n > 0 && n < (int)sizeof(f->config));
-}
 
 #define UP1 "model.layers.1.mlp.up_proj.weight"
 #define DOWN0 "model.layers.0.mlp.down_proj.weight"
@@ -779,14 +928,98 @@ BREAK(no_lm_head) { f->n--; fake_layout(f); }
 BREAK(tied_differs) { set_config(f, "tie_word_embeddings", "true"); }
 BREAK(memory) { f->extra = 1000000000000000; }
 BREAK(memory_wraps) { f->extra = UINT64_MAX; }
-CONFIG(arch, "architectures", "[\"Qwen2ForCausalLM\"]")
+CONFIG(arch, "architectures", "[\"GPT2LMHeadModel\"]")
+BREAK(no_rope)
+{
+	set_config(f, "architectures", "[\"SmolLM3ForCausalLM\"]");
+	set_config(f, "eos_token_id", "3, \"no_rope_layers\": [1]");
+}
+BREAK(no_rope_text)
+{
+	set_config(f, "architectures", "[\"SmolLM3ForCausalLM\"]");
+	set_config(f, "eos_token_id", "3, \"no_rope_layers\": [1, \"0\"]");
+}
+BREAK(no_rope_interval)
+{
+	set_config(f, "architectures", "[\"SmolLM3ForCausalLM\"]");
+	set_config(f, "eos_token_id", "3, \"no_rope_layer_interval\": 0");
+}
+BREAK(smollm3_kv_heads)
+{
+	set_config(f, "architectures", "[\"SmolLM3ForCausalLM\"]");
+	set_config(f, "num_key_value_heads", NULL);
+}
+BREAK(qwen2_no_bias) { set_config(f, "architectures", "[\"Qwen2ForCausalLM\"]"); }
+BREAK(qwen3_no_norm) { set_config(f, "architectures", "[\"Qwen3ForCausalLM\"]"); }
+BREAK(qwen3_no_head_dim)
+{
+	set_config(f, "architectures", "[\"Qwen3ForCausalLM\"]");
+	set_config(f, "head_dim", NULL);
+}
+BREAK(qwen3_norm_shape)
+{
+	set_config(f, "architectures", "[\"Qwen3ForCausalLM\"]");
+	for (uint32_t l = 0; l < 2; l++) {
+		fake_tensor(f, "BF16", 1, 10, "model.layers.%u.self_attn.q_norm.weight", l);
+		fake_tensor(f, "BF16", 1, l == 0 ? 10 : 60, "model.layers.%u.self_attn.k_norm.weight", l);
+	}
+	fake_layout(f);
+}
+BREAK(llama_norm) { fake_tensor(f, "BF16", 1, 10, "model.layers.0.self_attn.q_norm.weight"); fake_layout(f); }
+BREAK(bias_shape)
+{
+	set_config(f, "attention_bias", "true");
+	fake_tensor(f, "BF16", 1, 20, "model.layers.0.self_attn.q_proj.bias");
+	fake_layout(f);
+}
+BREAK(bias_nan)
+{
+	set_config(f, "mlp_bias", "true");
+	for (uint32_t l = 0; l < 2; l++) {
+		fake_tensor(f, "BF16", 1, 172, "model.layers.%u.mlp.gate_proj.bias", l);
+		fake_tensor(f, "BF16", 1, 172, "model.layers.%u.mlp.up_proj.bias", l);
+		fake_tensor(f, "BF16", 1, 36, "model.layers.%u.mlp.down_proj.bias", l);
+	}
+	fake_layout(f);
+	put_element(&f->t[f->n - 1], 35, 0x7fc0);
+}
+BREAK(mistral_bias)
+{
+	set_config(f, "architectures", "[\"MistralForCausalLM\"]");
+	set_config(f, "attention_bias", "true");
+}
+BREAK(mistral_window)
+{
+	set_config(f, "architectures", "[\"MistralForCausalLM\"]");
+	set_config(f, "eos_token_id", "3, \"sliding_window\": 0");
+}
+BREAK(mistral_kv_heads)
+{
+	set_config(f, "architectures", "[\"MistralForCausalLM\"]");
+	set_config(f, "num_key_value_heads", NULL);
+}
+CONFIG(qwen_window, "eos_token_id", "3, \"use_sliding_window\": true")
+CONFIG(layer_types, "eos_token_id", "3, \"layer_types\": [\"full_attention\", \"sliding_attention\"]")
+CONFIG(quantized, "eos_token_id", "3, \"quantization_config\": {\"quant_method\": \"fp8\"}")
+CONFIG(partial, "eos_token_id", "3, \"partial_rotary_factor\": 0.5")
+CONFIG(mrope, "eos_token_id", "3, \"use_mrope\": true")
 CONFIG(no_arch, "architectures", NULL)
 CONFIG(arch_number, "architectures", "[7]")
 CONFIG(act, "hidden_act", "\"gelu\"")
 CONFIG(attention_bias, "attention_bias", "true")
 CONFIG(mlp_bias, "mlp_bias", "true")
 CONFIG(rope, "rope_scaling", "{\"rope_type\": \"llama3\"}")
+CONFIG(bias_text, "attention_bias", "\"yes\"")
 CONFIG(rope_old, "rope_scaling", "{\"type\": \"linear\"}")
+CONFIG(rope_yarn, "rope_scaling", "{\"type\": \"yarn\", \"factor\": 4}")
+CONFIG(rope_factor, "rope_scaling", "{\"rope_type\": \"linear\", \"factor\": 0.5}")
+CONFIG(rope_factor_text, "rope_scaling", "{\"rope_type\": \"linear\", \"factor\": \"2\"}")
+CONFIG(rope_low, "rope_scaling", "{\"rope_type\": \"llama3\", \"factor\": 8, \"low_freq_factor\": 4, "
+    "\"high_freq_factor\": 4, \"original_max_position_embeddings\": 32}")
+CONFIG(rope_original, "rope_scaling", "{\"rope_type\": \"llama3\", \"factor\": 8, \"low_freq_factor\": 1, "
+    "\"high_freq_factor\": 4}")
+CONFIG(rope_both, "rope_scaling", "{\"type\": \"linear\", \"factor\": 2}, "
+    "\"rope_parameters\": {\"rope_type\": \"linear\", \"factor\": 2}")
 CONFIG(rope_no_type, "rope_scaling", "{\"factor\": 8}")
 CONFIG(no_hidden, "hidden_size", NULL)
 CONFIG(hidden_text, "hidden_size", "\"36\"")
@@ -829,14 +1062,41 @@ static const struct broken {
 	B(config_json, "config.json:3: string or '}' expected near '}'"),
 	B(config_array, "config.json: not a JSON object"),
 	B(config_twice, "config.json:1: duplicate object key near '\"a\"'"),
-	B(arch, "config.json: architecture 'Qwen2ForCausalLM' is not supported (LlamaForCausalLM is)"),
+	B(arch, "config.json: architecture 'GPT2LMHeadModel' is not supported (LlamaForCausalLM, MistralForCausalLM, "
+	    "Qwen2ForCausalLM, Qwen3ForCausalLM, SmolLM3ForCausalLM are)"),
+	B(no_rope, "config.json: no_rope_layers is no list of 2 layers"),
+	B(no_rope_text, "config.json: no_rope_layers is no list of 2 layers"),
+	B(no_rope_interval, "config.json: no_rope_layer_interval = 0 is not from 1 to 4294967295"),
+	B(smollm3_kv_heads, "config.json: num_key_value_heads is missing"),
+	B(qwen2_no_bias, ST "tensor 'model.layers.0.self_attn.q_proj.bias' is missing"),
+	B(qwen3_no_norm, ST "tensor 'model.layers.0.self_attn.q_norm.weight' is missing"),
+	B(qwen3_no_head_dim, "config.json: head_dim is missing"),
+	B(qwen3_norm_shape, ST "tensor 'model.layers.1.self_attn.k_norm.weight' has shape [60], expected [10]"),
+	B(llama_norm, ST "tensor 'model.layers.0.self_attn.q_norm.weight' is not part of LlamaForCausalLM"),
+	B(bias_shape, ST "tensor 'model.layers.0.self_attn.q_proj.bias' has shape [20], expected [60]"),
+	B(bias_nan, ST "tensor 'model.layers.1.mlp.down_proj.bias' holds NaN at [35]"),
+	B(mistral_bias, "config.json: attention_bias is not supported"),
+	B(mistral_window, "config.json: sliding_window = 0 is not from 1 to 16777216"),
+	B(mistral_kv_heads, "config.json: num_key_value_heads is missing"),
+	B(qwen_window, "config.json: use_sliding_window is not supported"),
+	B(layer_types, "config.json: layer_types 'sliding_attention' is not supported (full_attention is)"),
+	B(quantized, "config.json: quantization_config is not supported (F32, F16 and BF16 weights are)"),
+	B(partial, "config.json: partial_rotary_factor 0.5 is not supported (1 is)"),
+	B(mrope, "config.json: use_mrope is not supported"),
 	B(no_arch, "config.json: architectures is missing"),
 	B(arch_number, "config.json: architectures is missing"),
 	B(act, "config.json: hidden_act 'gelu' is not supported (silu is)"),
-	B(attention_bias, "config.json: attention_bias is not supported"),
-	B(mlp_bias, "config.json: mlp_bias is not supported"),
-	B(rope, "config.json: rope_scaling of type 'llama3' is not supported"),
-	B(rope_old, "config.json: rope_scaling of type 'linear' is not supported"),
+	B(attention_bias, ST "tensor 'model.layers.0.self_attn.q_proj.bias' is missing"),
+	B(mlp_bias, ST "tensor 'model.layers.0.mlp.gate_proj.bias' is missing"),
+	B(bias_text, "config.json: attention_bias is neither true nor false"),
+	B(rope, "config.json: rope_scaling: factor is missing"),
+	B(rope_old, "config.json: rope_scaling: factor is missing"),
+	B(rope_yarn, "config.json: rope_scaling of type 'yarn' is not supported (default, linear and llama3 are)"),
+	B(rope_factor, "config.json: rope_scaling: factor = 0.5 is not from 1 to 1e+06"),
+	B(rope_factor_text, "config.json: rope_scaling: factor is no number"),
+	B(rope_low, "config.json: rope_scaling: low_freq_factor 4 is not below high_freq_factor 4"),
+	B(rope_original, "config.json: rope_scaling: original_max_position_embeddings is missing"),
+	B(rope_both, "config.json: rope_scaling and rope_parameters both scale"),
 	B(rope_no_type, "config.json: rope_scaling has no rope_type"),
 	B(no_hidden, "config.json: hidden_size is missing"),
 	B(hidden_text, "config.json: hidden_size is no integer"),
@@ -984,10 +1244,8 @@ test_files(void **state)
 	fake_write(f);
 	assert_refused("no directory", in_scratch("config.json"), NULL, 0, false, "@: Not a directory");
 	unlink(in_scratch("model.safetensors"));
-	assert_refused("no weights", scratch, NULL, 0, false, "@/model.safetensors: No such file or directory");
-	write_text("model.safetensors.index.json", "{}");
-	assert_refused("sharded", scratch, NULL, 0, false,
-	    "@/model.safetensors.index.json: sharded models are not supported yet, and there is no model.safetensors");
+	assert_refused("no weights", scratch, NULL, 0, false,
+	    "@: neither model.safetensors nor model.safetensors.index.json");
 	write_text("model.safetensors", "1234567");
 	assert_refused("7 bytes", scratch, NULL, 0, false,
 	    "model.safetensors: a file of 7 bytes holds no safetensors header");
@@ -1007,6 +1265,183 @@ test_files(void **state)
 	assert_refused("large tokenizer", scratch, NULL, 0, false,
 	    "@/tokenizer.json: 67108865 bytes, at most 67108864 are read");
 	fake_free(f);
+}
+
+/* ---- shards ---- */
+
+#define N_SHARDS 3
+#define SHARD(n) "model-0000" #n "-of-00003.safetensors"
+
+static const char *const shard_file[N_SHARDS] = {SHARD(1), SHARD(2), SHARD(3)};
+
+/* A fake model cut into files, and what its index says. */
+struct sharded {
+	struct fake *f;
+	bool in[N_SHARDS][MAX_TENSORS];
+	char listed[MAX_TENSORS][160]; /* a JSON value; "": not in the index */
+	const char *index;            /* replaces the index */
+	const char *unlink;
+	int cut;                      /* a shard without its last byte, or -1 */
+};
+
+static void
+shard_fake(struct sharded *s, struct fake *f)
+{
+	*s = (struct sharded){.f = f, .cut = -1};
+	for (uint32_t i = 0; i < f->n; i++) {
+		uint32_t n = i * N_SHARDS / f->n;
+
+		s->in[n][i] = true;
+		snprintf(s->listed[i], sizeof(s->listed[i]), "\"%s\"", shard_file[n]);
+	}
+}
+
+static char *
+sharded_index(const struct sharded *s)
+{
+	size_t cap = 64 + s->f->n * 280, at;
+	char *text = malloc(cap);
+	const char *comma = "";
+
+	assert_non_null(text);
+	at = (size_t)snprintf(text, cap, "{\"metadata\": {\"total_size\": 1}, \"weight_map\": {");
+	for (uint32_t i = 0; i < s->f->n; i++) {
+		if (s->listed[i][0] == '\0')
+			continue;
+		at += (size_t)snprintf(text + at, cap - at, "%s\n\"%s\": %s", comma, s->f->t[i].name, s->listed[i]);
+		comma = ",";
+	}
+	snprintf(text + at, cap - at, "}}\n");
+	return text;
+}
+
+static void
+sharded_write(const struct sharded *s)
+{
+	char *index = sharded_index(s);
+
+	fake_write(s->f);
+	unlink(in_scratch("model.safetensors"));
+	for (int n = 0; n < N_SHARDS; n++) {
+		struct fake *part = calloc(1, sizeof(*part));
+		size_t len, header_len;
+		uint8_t *bytes;
+
+		assert_non_null(part);
+		for (uint32_t i = 0; i < s->f->n; i++)
+			if (s->in[n][i])
+				part->t[part->n++] = s->f->t[i];
+		fake_layout(part);
+		part->cut = s->cut == n;
+		bytes = fake_bytes(part, &len, &header_len);
+		write_file(shard_file[n], bytes, len);
+		free(bytes);
+		free(part);
+	}
+	write_text("model.safetensors.index.json", s->index != NULL ? s->index : index);
+	if (s->unlink != NULL)
+		unlink(in_scratch(s->unlink));
+	free(index);
+}
+
+/* Tensor 5 of the fake is layer 0's o_proj, in the first file. */
+#define O0 "model.layers.0.self_attn.o_proj.weight"
+#define INDEX "model.safetensors.index.json: "
+#define SBREAK(name) static void shard_##name(struct sharded *s)
+#define LIST(name, value) SBREAK(name) { snprintf(s->listed[5], sizeof(s->listed[5]), "%s", value); }
+SBREAK(gone) { s->unlink = SHARD(2); }
+SBREAK(short) { s->cut = 1; }
+LIST(wrong, "\"" SHARD(3) "\"")
+LIST(unlisted, "")
+LIST(parent, "\"../" SHARD(1) "\"")
+LIST(dots, "\"..\"")
+LIST(absolute, "\"/etc/passwd\"")
+LIST(below, "\"sub/" SHARD(1) "\"")
+LIST(empty_name, "\"\"")
+LIST(ugly, "\"a\\u001b[2J\"")
+LIST(number, "7")
+LIST(null, "null")
+LIST(other_file, "\"model-00004-of-00003.safetensors\"")
+LIST(not_weights, "\"config.json\"")
+LIST(twice_listed, "\"" SHARD(1) "\", \"" O0 "\": \"" SHARD(1) "\"")
+SBREAK(twice) { s->in[2][5] = true; }
+SBREAK(nowhere) { s->in[0][5] = false; }
+SBREAK(missing) { s->in[0][5] = false; s->listed[5][0] = '\0'; }
+SBREAK(extra) { snprintf(s->f->t[5].name, 96, "model.layers.0.self_attn.o_proj.bias"); }
+SBREAK(shape) { snprintf(s->f->t[5].shape, 80, "[60, 36]"); }
+SBREAK(nan) { put_element(&s->f->t[s->f->n - 1], 35, 0x7fff); }
+SBREAK(json) { s->index = "{\n\n\"weight_map\": {]}"; }
+SBREAK(array) { s->index = "[]"; }
+SBREAK(no_map) { s->index = "{\"metadata\": {}}"; }
+SBREAK(empty_map) { s->index = "{\"weight_map\": {}}"; }
+
+static const struct {
+	const char *what;
+	void (*apply)(struct sharded *);
+	const char *expect;
+} broken_shards[] = {
+#define S(name, expect) {#name, shard_##name, expect}
+	S(gone, "@/" SHARD(2) ": No such file or directory"),
+	S(short, SHARD(2) ": tensor '*' ends at byte * of the data, the file has *"),
+	S(wrong, SHARD(1) ": tensor '" O0 "' should be in " SHARD(3) " by model.safetensors.index.json"),
+	S(unlisted, SHARD(1) ": tensor '" O0 "' is not in model.safetensors.index.json"),
+	S(parent, INDEX "tensor '" O0 "' is in '../" SHARD(1) "', which is no plain file name"),
+	S(dots, INDEX "tensor '" O0 "' is in '..', which is no plain file name"),
+	S(absolute, INDEX "tensor '" O0 "' is in '/etc/passwd', which is no plain file name"),
+	S(below, INDEX "tensor '" O0 "' is in 'sub/" SHARD(1) "', which is no plain file name"),
+	S(empty_name, INDEX "tensor '" O0 "' is in '', which is no plain file name"),
+	S(ugly, INDEX "tensor '" O0 "' is in 'a?[2J', which is no plain file name"),
+	S(number, INDEX "tensor '" O0 "' has no file"),
+	S(null, INDEX "tensor '" O0 "' has no file"),
+	S(other_file, "@/model-00004-of-00003.safetensors: No such file or directory"),
+	S(not_weights, "config.json: header of * bytes, at most 100000000 are read"),
+	S(twice_listed, "model.safetensors.index.json:7: duplicate object key"),
+	S(twice, SHARD(1) ": tensor '" O0 "' is in " SHARD(3) " too"),
+	S(nowhere, SHARD(1) ": tensor '" O0 "' is missing, model.safetensors.index.json lists it"),
+	S(missing, INDEX "tensor '" O0 "' is missing"),
+	S(extra, INDEX "tensor '" O0 "' is missing"),
+	S(shape, SHARD(1) ": tensor '" O0 "' has shape [60, 36], expected [36, 60]"),
+	S(nan, SHARD(3) ": tensor 'model.norm.weight' holds NaN at [35]"),
+	S(json, "model.safetensors.index.json:3: string or '}' expected near ']'"),
+	S(array, INDEX "no weight_map"),
+	S(no_map, INDEX "no weight_map"),
+	S(empty_map, INDEX "weight_map is empty"),
+#undef S
+};
+
+static void
+test_shards(void **state)
+{
+	struct fake *f = fake_new(&small, "BF16", true, 12);
+	struct model *whole, *parts;
+	struct team *team;
+	struct sharded s;
+
+	(void)state;
+	assert_int_equal(team_new(&team, 2, 50), 0);
+	assert_string_equal(f->t[5].name, O0);
+	fake_write(f);
+	whole = load(scratch, NULL);
+	shard_fake(&s, f);
+	sharded_write(&s);
+	parts = load(scratch, team);
+	assert_int_equal(whole->arena_bytes, parts->arena_bytes);
+	assert_memory_equal(whole->arena, parts->arena, whole->arena_bytes);
+	assert_true(whole->digest != parts->digest);
+	model_free(&whole);
+	model_free(&parts);
+	fake_free(f);
+
+	for (size_t i = 0; i < sizeof(broken_shards) / sizeof(*broken_shards); i++) {
+		f = fake_new(&small, "BF16", true, 12);
+		shard_fake(&s, f);
+		broken_shards[i].apply(&s);
+		sharded_write(&s);
+		assert_refused(broken_shards[i].what, scratch, NULL, 0, false, broken_shards[i].expect);
+		assert_refused(broken_shards[i].what, scratch, team, 0, true, broken_shards[i].expect);
+		fake_free(f);
+	}
+	team_free(&team);
 }
 
 /* ---- mutations ---- */
@@ -1089,6 +1524,42 @@ test_mutations(void **state)
 	fake_free(f);
 }
 
+static void
+test_index_mutations(void **state)
+{
+	uint32_t rounds = 1000, loaded = 0;
+	struct fake *f = fake_new(&tiny, NULL, false, 21);
+	struct sharded s;
+	char *text;
+	size_t len;
+
+	(void)state;
+	shard_fake(&s, f);
+	sharded_write(&s);
+	text = sharded_index(&s);
+	len = strlen(text);
+	rng_state = 20261124;
+	for (uint32_t i = 0; i < rounds; i++) {
+		uint8_t *copy = (uint8_t *)strdup(text);
+		struct err err = {""};
+		struct model *m;
+		int rc;
+
+		write_file("model.safetensors.index.json", copy, mutate(copy, len, len));
+		free(copy);
+		rc = model_load(&m, scratch, NULL, 16, 0, i % 2, NULL, NULL, &err);
+		if (rc == 0)
+			loaded++;
+		else if (rc > 0 || m != NULL || err.text[0] == '\0' || strpbrk(err.text, "\n\x1b") != NULL)
+			fail_msg("round %u: %d '%s'", i, rc, err.text);
+		model_free(&m);
+	}
+	print_message("# %u of %u mutated indexes loaded all the same\n", loaded, rounds);
+	assert_true(loaded > 0 && loaded < rounds);
+	free(text);
+	fake_free(f);
+}
+
 static int
 setup(void **state)
 {
@@ -1111,10 +1582,13 @@ main(void)
 		cmocka_unit_test(test_proof),
 		cmocka_unit_test(test_rope),
 		cmocka_unit_test(test_dtypes),
+		cmocka_unit_test(test_archs),
 		cmocka_unit_test(test_variants),
 		cmocka_unit_test(test_broken),
 		cmocka_unit_test(test_files),
+		cmocka_unit_test(test_shards),
 		cmocka_unit_test(test_mutations),
+		cmocka_unit_test(test_index_mutations),
 	};
 
 	return cmocka_run_group_tests_name("model", tests, setup, teardown);

@@ -164,6 +164,21 @@ encode(struct forward *f, uint32_t row, const float *h, uint32_t n, const enum p
 		f->ops->act_fp8(h, n, n_pad, f->in.fp8 + row * f->in.ld, &f->in.scale[row]);
 }
 
+/* y = y + bias in FP32, after the scaled sum has been written or added: the one
+ * place that does it, so every level has the same bits. */
+static void
+add_bias(const struct forward *f, const struct site *s, uint32_t row0, uint32_t row1, uint32_t p0, uint32_t p1)
+{
+	const float *bias = s->group <= GROUP_DOWN ? f->m->layer[f->layer].bias[s->group] : NULL;
+	uint32_t to = p1 * K_PANEL < s->w->n ? p1 * K_PANEL : s->w->n;
+
+	if (bias == NULL)
+		return;
+	for (uint32_t r = row0; r < row1; r++)
+		for (uint32_t c = p0 * K_PANEL; c < to; c++)
+			s->y[r * s->ldy + c] += bias[c];
+}
+
 static void
 linear_part(void *arg, uint32_t part, uint32_t parts)
 {
@@ -199,6 +214,7 @@ linear_part(void *arg, uint32_t part, uint32_t parts)
 			    .y = s->y + r * s->ldy, .ldy = s->ldy, .add = s->add,
 			    .panel0 = p0, .panel1 = p1});
 		}
+		add_bias(f, s, 0, p->n_rows, p0, p1);
 	}
 }
 
@@ -284,11 +300,22 @@ block_of(const struct forward *f, const struct forward_row *row, uint32_t block)
 	return kv_pages(f->kv, row->kv->block + (size_t)block * row->kv->n_layers + f->layer);
 }
 
+/* RMSNorm of each head, in place; w NULL: none. */
+static void
+norm_heads(const struct forward *f, float *x, uint32_t n_heads, const float *w)
+{
+	uint32_t hd = f->m->shape.head_dim;
+
+	for (uint32_t h = 0; h < n_heads && w != NULL; h++)
+		f->ops->rmsnorm(x + (size_t)h * hd, w, hd, f->m->shape.rms_eps, x + (size_t)h * hd);
+}
+
 static void
 rope_part(void *arg, uint32_t part, uint32_t parts)
 {
 	struct forward *f = arg;
 	const struct model_shape *s = &f->m->shape;
+	const struct model_layer *layer = &f->m->layer[f->layer];
 	uint32_t half = s->head_dim / 2, from, to;
 
 	team_share(f->n_rows, part, parts, &from, &to);
@@ -296,11 +323,16 @@ rope_part(void *arg, uint32_t part, uint32_t parts)
 		const struct forward_row *row = &f->row[r];
 		const float *cos = f->m->rope_cos + (size_t)row->pos * half;
 		const float *sin = f->m->rope_sin + (size_t)row->pos * half;
+		float *q = f->q + (size_t)r * s->n_heads * s->head_dim;
 		float *k = f->k + (size_t)r * s->n_kv_heads * s->head_dim;
 		struct k_kv_block block = block_of(f, row, row->pos / KV_PAGE_TOKENS);
 
-		f->ops->rope(f->q + (size_t)r * s->n_heads * s->head_dim, s->n_heads, s->head_dim, cos, sin);
-		f->ops->rope(k, s->n_kv_heads, s->head_dim, cos, sin);
+		norm_heads(f, q, s->n_heads, layer->q_norm);
+		norm_heads(f, k, s->n_kv_heads, layer->k_norm);
+		if (!s->no_rope[f->layer]) {
+			f->ops->rope(q, s->n_heads, s->head_dim, cos, sin);
+			f->ops->rope(k, s->n_kv_heads, s->head_dim, cos, sin);
+		}
 		f->ops->kv_write(&block, k, f->v + (size_t)r * s->n_kv_heads * s->head_dim, s->n_kv_heads, s->head_dim,
 		    f->kv->hd_pad, row->pos % KV_PAGE_TOKENS);
 	}

@@ -2,9 +2,7 @@
 #include "daemon/engine/model.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <inttypes.h>
-#include <jansson.h>
 #include <math.h>
 #include <pthread.h>
 #include <sha2.h>
@@ -14,16 +12,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "daemon/engine/safetensors.h"
-
-#define MAX_TEXT_FILE (64u << 20)
-#define MAX_HIDDEN 65536u
-#define MAX_INTERMEDIATE (1u << 20)
-#define MAX_LAYERS 256u
-#define MAX_HEADS 1024u
-#define MAX_HEAD_DIM 256u
-#define MAX_VOCAB (1u << 20)
-#define MAX_CONTEXT (1u << 24)
+#include "daemon/engine/shards.h"
 
 static const char embed_name[] = "model.embed_tokens.weight", head_name[] = "lm_head.weight";
 
@@ -32,289 +21,6 @@ static const char *const linear_name[] = {
 	[GROUP_O] = "self_attn.o_proj", [GROUP_GATE] = "mlp.gate_proj", [GROUP_UP] = "mlp.up_proj",
 	[GROUP_DOWN] = "mlp.down_proj",
 };
-
-/* ---- files ---- */
-
-static int
-read_fd(int fd, const char *path, char **out, size_t *len, struct err *err)
-{
-	struct stat st;
-	size_t at = 0;
-	ssize_t n = 1;
-	char *text;
-
-	if (fstat(fd, &st) != 0)
-		return err_set(err, -errno, "%s: %s", path, strerror(errno));
-	if (!S_ISREG(st.st_mode))
-		return err_set(err, -EINVAL, "%s: not a regular file", path);
-	if (st.st_size > MAX_TEXT_FILE)
-		return err_set(err, -EFBIG, "%s: %lld bytes, at most %u are read", path, (long long)st.st_size,
-		    MAX_TEXT_FILE);
-	text = malloc((size_t)st.st_size + 1);
-	if (text == NULL)
-		return err_set(err, -ENOMEM, "%s: out of memory", path);
-	while (n > 0 && at < (size_t)st.st_size) {
-		do
-			n = read(fd, text + at, (size_t)st.st_size - at);
-		while (n < 0 && errno == EINTR);
-		at += n > 0 ? (size_t)n : 0;
-	}
-	if (n < 0) {
-		int rc = err_set(err, -errno, "%s: %s", path, strerror(errno));
-
-		free(text);
-		return rc;
-	}
-	text[at] = '\0';
-	*out = text;
-	*len = at;
-	return 0;
-}
-
-/* A whole text file, terminated. An optional one that is missing leaves NULL. */
-static int
-read_file(const char *dir, const char *file, bool optional, char **out, size_t *len, struct err *err)
-{
-	char *path;
-	int fd, rc;
-
-	if (asprintf(&path, "%s/%s", dir, file) < 0)
-		return err_set(err, -ENOMEM, "%s: out of memory", file);
-	fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* a FIFO must not hang us */
-	if (fd >= 0) {
-		rc = read_fd(fd, path, out, len, err);
-		close(fd);
-	} else if (optional && errno == ENOENT)
-		rc = 0;
-	else
-		rc = err_set(err, -errno, "%s: %s", path, strerror(errno));
-	free(path);
-	return rc;
-}
-
-/* ---- config.json ---- */
-
-static const json_t *
-get(const json_t *o, const char *key)
-{
-	const json_t *v = json_object_get(o, key);
-
-	return json_is_null(v) ? NULL : v;
-}
-
-static int
-get_u32(const json_t *o, const char *key, uint32_t max, const uint32_t *fallback, uint32_t *out, struct err *err)
-{
-	const json_t *v = get(o, key);
-
-	if (v == NULL && fallback != NULL) {
-		*out = *fallback;
-		return 0;
-	}
-	if (v == NULL)
-		return err_set(err, -EINVAL, "%s is missing", key);
-	if (!json_is_integer(v))
-		return err_set(err, -EINVAL, "%s is no integer", key);
-	if (json_integer_value(v) < 1 || json_integer_value(v) > max)
-		return err_set(err, -EINVAL, "%s = %" JSON_INTEGER_FORMAT " is not from 1 to %u", key,
-		    json_integer_value(v), max);
-	*out = (uint32_t)json_integer_value(v);
-	return 0;
-}
-
-static int
-get_double(const json_t *o, const char *key, double min, double max, double fallback, double *out, struct err *err)
-{
-	const json_t *v = get(o, key);
-
-	*out = v == NULL ? fallback : json_number_value(v);
-	if (v != NULL && !json_is_number(v))
-		return err_set(err, -EINVAL, "%s is no number", key);
-	if (!(*out >= min && *out <= max))
-		return err_set(err, -EINVAL, "%s = %g is not from %g to %g", key, *out, min, max);
-	return 0;
-}
-
-/* null, one id or a list; duplicates count once. */
-static int
-get_eos(const json_t *o, struct model_shape *s, struct err *err)
-{
-	const json_t *v = get(o, "eos_token_id");
-	size_t n = json_is_array(v) ? json_array_size(v) : v != NULL;
-
-	if (n == 0)
-		return 0;
-	s->n_eos = 0;
-	for (size_t i = 0; i < n; i++) {
-		const json_t *e = json_is_array(v) ? json_array_get(v, i) : v;
-		json_int_t id = json_integer_value(e);
-		uint32_t seen = 0;
-
-		if (!json_is_integer(e))
-			return err_set(err, -EINVAL, "eos_token_id is no token id or list of them");
-		if (id < 0 || id >= s->vocab)
-			return err_set(err, -EINVAL, "eos_token_id %" JSON_INTEGER_FORMAT " is not below vocab_size %u",
-			    id, s->vocab);
-		while (seen < s->n_eos && s->eos[seen] != id)
-			seen++;
-		if (seen < s->n_eos)
-			continue;
-		if (s->n_eos == sizeof(s->eos) / sizeof(*s->eos))
-			return err_set(err, -EINVAL, "eos_token_id has more than %zu tokens",
-			    sizeof(s->eos) / sizeof(*s->eos));
-		s->eos[s->n_eos++] = (uint32_t)id;
-	}
-	return 0;
-}
-
-static int
-refuse_bias(const json_t *o, const char *key, struct err *err)
-{
-	const json_t *v = get(o, key);
-
-	return v == NULL || json_is_false(v) ? 0 : err_set(err, -EINVAL, "%s is not supported", key);
-}
-
-/* rope_scaling, or rope_parameters as newer files write it, with rope_theta in it. */
-static int
-check_rope_type(const json_t *o, const char *key, struct err *err)
-{
-	const json_t *v = get(o, key), *type = get(v, "rope_type");
-	char shown[ST_PRINTABLE];
-
-	if (v == NULL)
-		return 0;
-	if (type == NULL)
-		type = get(v, "type");
-	if (!json_is_string(type))
-		return err_set(err, -EINVAL, "%s has no rope_type", key);
-	if (strcmp(json_string_value(type), "default") == 0)
-		return 0;
-	return err_set(err, -ENOTSUP, "%s of type '%s' is not supported", key,
-	    safetensors_printable(json_string_value(type), shown));
-}
-
-static int
-check_architecture(const json_t *o, struct err *err)
-{
-	const json_t *all = get(o, "architectures"), *v;
-	char shown[ST_PRINTABLE];
-	size_t i;
-
-	if (!json_is_string(json_array_get(all, 0)))
-		return err_set(err, -EINVAL, "architectures is missing");
-	json_array_foreach(all, i, v) {
-		if (json_is_string(v) && strcmp(json_string_value(v), "LlamaForCausalLM") == 0)
-			return 0;
-	}
-	return err_set(err, -ENOTSUP, "architecture '%s' is not supported (LlamaForCausalLM is)",
-	    safetensors_printable(json_string_value(json_array_get(all, 0)), shown));
-}
-
-static int
-check_family(const json_t *o, struct err *err)
-{
-	const json_t *act = get(o, "hidden_act");
-	char shown[ST_PRINTABLE];
-	int rc = check_architecture(o, err);
-
-	if (rc != 0)
-		return rc;
-	if (act != NULL && !json_is_string(act))
-		return err_set(err, -EINVAL, "hidden_act is no string");
-	if (act != NULL && strcmp(json_string_value(act), "silu") != 0)
-		return err_set(err, -ENOTSUP, "hidden_act '%s' is not supported (silu is)",
-		    safetensors_printable(json_string_value(act), shown));
-	if ((rc = refuse_bias(o, "attention_bias", err)) != 0 || (rc = refuse_bias(o, "mlp_bias", err)) != 0 ||
-	    (rc = check_rope_type(o, "rope_scaling", err)) != 0)
-		return rc;
-	return check_rope_type(o, "rope_parameters", err);
-}
-
-/* Every product of two of the bounds fits 64 bits with room for all layers. */
-static int
-parse_sizes(const json_t *o, struct model_shape *s, struct err *err)
-{
-	uint32_t hd;
-	int rc;
-
-	if ((rc = get_u32(o, "hidden_size", MAX_HIDDEN, NULL, &s->hidden, err)) != 0 ||
-	    (rc = get_u32(o, "intermediate_size", MAX_INTERMEDIATE, NULL, &s->intermediate, err)) != 0 ||
-	    (rc = get_u32(o, "num_hidden_layers", MAX_LAYERS, NULL, &s->n_layers, err)) != 0 ||
-	    (rc = get_u32(o, "num_attention_heads", MAX_HEADS, NULL, &s->n_heads, err)) != 0 ||
-	    (rc = get_u32(o, "num_key_value_heads", MAX_HEADS, &s->n_heads, &s->n_kv_heads, err)) != 0 ||
-	    (rc = get_u32(o, "vocab_size", MAX_VOCAB, NULL, &s->vocab, err)) != 0 ||
-	    (rc = get_u32(o, "max_position_embeddings", MAX_CONTEXT, NULL, &s->max_context, err)) != 0)
-		return rc;
-	if (get(o, "head_dim") == NULL && s->hidden % s->n_heads != 0)
-		return err_set(err, -EINVAL, "hidden_size %u is no multiple of num_attention_heads %u", s->hidden,
-		    s->n_heads);
-	hd = s->hidden / s->n_heads;
-	if ((rc = get_u32(o, "head_dim", MAX_HEAD_DIM, &hd, &s->head_dim, err)) != 0)
-		return rc;
-	if (s->head_dim > MAX_HEAD_DIM || s->head_dim % 2 != 0)
-		return err_set(err, -EINVAL, "head_dim %u is not even or over %u", s->head_dim, MAX_HEAD_DIM);
-	if (s->n_heads % s->n_kv_heads != 0)
-		return err_set(err, -EINVAL, "num_attention_heads %u is no multiple of num_key_value_heads %u",
-		    s->n_heads, s->n_kv_heads);
-	return 0;
-}
-
-static int
-parse_config(const json_t *o, struct model_shape *s, struct err *err)
-{
-	const json_t *tied = get(o, "tie_word_embeddings"), *rope = get(o, "rope_parameters");
-	double eps;
-	int rc;
-
-	if ((rc = check_family(o, err)) != 0 || (rc = parse_sizes(o, s, err)) != 0 ||
-	    (rc = get_double(o, "rms_norm_eps", 1e-30, 1, 1e-6, &eps, err)) != 0 ||
-	    (rc = get_double(get(rope, "rope_theta") != NULL ? rope : o, "rope_theta", 1, 1e15, 10000, &s->rope_theta,
-	         err)) != 0)
-		return rc;
-	s->rms_eps = (float)eps;
-	if (tied != NULL && !json_is_boolean(tied))
-		return err_set(err, -EINVAL, "tie_word_embeddings is neither true nor false");
-	s->tied = json_is_true(tied);
-	return get_eos(o, s, err);
-}
-
-static int
-parse_json(const char *file, const char *text, size_t len, struct model_shape *s,
-    int (*parse)(const json_t *, struct model_shape *, struct err *), struct err *err)
-{
-	char why[ST_PRINTABLE];
-	json_error_t je;
-	json_t *o = json_loadb(text, len, JSON_REJECT_DUPLICATES, &je);
-	int rc;
-
-	if (o == NULL)
-		return err_set(err, -EINVAL, "%s:%d: %s", file, je.line, safetensors_printable(je.text, why));
-	if (!json_is_object(o))
-		rc = err_set(err, -EINVAL, "%s: not a JSON object", file);
-	else if ((rc = parse(o, s, err)) != 0)
-		err_prefix(err, "%s", file);
-	json_decref(o);
-	return rc;
-}
-
-/* The end tokens of generation_config.json, where there are some, replace those of config.json. */
-static int
-load_shape(struct model *m, char **config, size_t *len, struct err *err)
-{
-	char *generation = NULL;
-	size_t generation_len = 0;
-	int rc;
-
-	if ((rc = read_file(m->path, "config.json", false, config, len, err)) != 0 ||
-	    (rc = parse_json("config.json", *config, *len, &m->shape, parse_config, err)) != 0 ||
-	    (rc = read_file(m->path, "generation_config.json", true, &generation, &generation_len, err)) != 0)
-		return rc;
-	if (generation != NULL)
-		rc = parse_json("generation_config.json", generation, generation_len, &m->shape, get_eos, err);
-	free(generation);
-	return rc;
-}
 
 /* ---- memory ---- */
 
@@ -333,6 +39,12 @@ linear_dims(const struct model_shape *s, enum plan_group g, uint32_t *n, uint32_
 	case GROUP_DOWN: *n = s->hidden, *k = s->intermediate; break;
 	default: *n = s->vocab, *k = s->hidden; break;
 	}
+}
+
+static bool
+has_bias(const struct model_shape *s, enum plan_group g)
+{
+	return g <= GROUP_V ? s->qkv_bias : g == GROUP_O ? s->o_bias : s->mlp_bias;
 }
 
 static uint64_t
@@ -357,7 +69,11 @@ model_plan_bytes(const struct model_shape *s)
 	for (enum plan_group g = GROUP_Q; g <= GROUP_DOWN; g++) {
 		linear_dims(s, g, &n, &k);
 		layer += k_weight_plan(&w, n, k);
+		if (has_bias(s, g))
+			layer += align64(n * sizeof(float));
 	}
+	if (s->qk_norm)
+		layer += 2 * align64(s->head_dim * sizeof(float));
 	all = layer * s->n_layers + norm + k_weight_plan(&w, s->vocab, s->hidden);
 	if (!s->tied)
 		all += align64((uint64_t)s->vocab * s->hidden * sizeof(uint16_t));
@@ -463,7 +179,7 @@ check_memory(const struct model *m, uint64_t extra, struct err *err)
 struct want {
 	const struct st_tensor *t;
 	struct k_weight *linear;      /* packed into this one, or */
-	float **norm;                 /* kept here as FP32, or */
+	float **vector;               /* a norm or bias, kept here as FP32, or */
 	uint16_t **embed;             /* kept here as BF16, or */
 	const struct st_tensor *twin; /* must hold the same bytes as this */
 	uint32_t rows, cols;
@@ -494,14 +210,14 @@ struct work {
 };
 
 static struct st_tensor *
-find_tensor(const struct safetensors *st, const char *name, uint32_t n_dims, uint32_t d0, uint32_t d1, struct err *err)
+find_tensor(const struct shards *st, const char *name, uint32_t n_dims, uint32_t d0, uint32_t d1, struct err *err)
 {
-	struct st_tensor *t = safetensors_find(st, name);
+	struct st_tensor *t = shards_find(st, name);
 	char is[128] = "", expected[64];
 	size_t at = 0;
 
 	if (t == NULL) {
-		err_set(err, -EINVAL, "%s: tensor '%s' is missing", st->file, name);
+		err_set(err, -EINVAL, "%s: tensor '%s' is missing", st->list, name);
 		return NULL;
 	}
 	t->used = true;
@@ -510,16 +226,16 @@ find_tensor(const struct safetensors *st, const char *name, uint32_t n_dims, uin
 	for (uint32_t i = 0; i < t->n_dims; i++)
 		at += (size_t)snprintf(is + at, sizeof(is) - at, "%s%" PRIu64, i > 0 ? ", " : "", t->dim[i]);
 	snprintf(expected, sizeof(expected), n_dims == 1 ? "[%u]" : "[%u, %u]", d0, d1);
-	err_set(err, -EINVAL, "%s: tensor '%s' has shape [%s], expected %s", st->file, name, is, expected);
+	err_set(err, -EINVAL, "%s: tensor '%s' has shape [%s], expected %s", t->file, name, is, expected);
 	return NULL;
 }
 
-/* Adds a tensor [rows, cols]; a norm is a [cols]. */
+/* Adds a tensor [rows, cols]; a norm or bias is a [cols]. */
 static struct want *
-add_want(struct work *w, const struct safetensors *st, const char *name, bool norm, uint32_t rows, uint32_t cols,
+add_want(struct work *w, const struct shards *st, const char *name, bool vector, uint32_t rows, uint32_t cols,
     struct err *err)
 {
-	struct st_tensor *t = norm ? find_tensor(st, name, 1, cols, 0, err) : find_tensor(st, name, 2, rows, cols, err);
+	struct st_tensor *t = vector ? find_tensor(st, name, 1, cols, 0, err) : find_tensor(st, name, 2, rows, cols, err);
 	struct want *want = &w->want[w->n_wants];
 
 	if (t == NULL)
@@ -532,18 +248,18 @@ add_want(struct work *w, const struct safetensors *st, const char *name, bool no
 }
 
 static int
-want_norm(struct work *w, const struct safetensors *st, const char *name, uint32_t n, float **out, struct err *err)
+want_vector(struct work *w, const struct shards *st, const char *name, uint32_t n, float **out, struct err *err)
 {
 	struct want *want = add_want(w, st, name, true, 1, n, err);
 
 	if (want == NULL)
 		return -EINVAL;
-	want->norm = out;
+	want->vector = out;
 	return 0;
 }
 
 static int
-want_linear(struct work *w, const struct safetensors *st, const char *name, uint32_t n, uint32_t k,
+want_linear(struct work *w, const struct shards *st, const char *name, uint32_t n, uint32_t k,
     struct k_weight *out, struct err *err)
 {
 	struct want *want = add_want(w, st, name, false, n, k, err);
@@ -555,7 +271,7 @@ want_linear(struct work *w, const struct safetensors *st, const char *name, uint
 }
 
 static int
-want_layer(struct work *w, const struct safetensors *st, struct model *m, uint32_t l, struct err *err)
+want_layer(struct work *w, const struct shards *st, struct model *m, uint32_t l, struct err *err)
 {
 	struct model_layer *layer = &m->layer[l];
 	uint32_t n, k, hidden = m->shape.hidden;
@@ -563,15 +279,24 @@ want_layer(struct work *w, const struct safetensors *st, struct model *m, uint32
 	int rc;
 
 	snprintf(name, sizeof(name), "model.layers.%u.input_layernorm.weight", l);
-	if ((rc = want_norm(w, st, name, hidden, &layer->input_norm, err)) != 0)
+	if ((rc = want_vector(w, st, name, hidden, &layer->input_norm, err)) != 0)
 		return rc;
 	snprintf(name, sizeof(name), "model.layers.%u.post_attention_layernorm.weight", l);
-	if ((rc = want_norm(w, st, name, hidden, &layer->post_norm, err)) != 0)
+	if ((rc = want_vector(w, st, name, hidden, &layer->post_norm, err)) != 0)
 		return rc;
 	for (enum plan_group g = GROUP_Q; g <= GROUP_DOWN; g++) {
 		linear_dims(&m->shape, g, &n, &k);
 		snprintf(name, sizeof(name), "model.layers.%u.%s.weight", l, linear_name[g]);
 		if ((rc = want_linear(w, st, name, n, k, &layer->linear[g], err)) != 0)
+			return rc;
+		snprintf(name, sizeof(name), "model.layers.%u.%s.bias", l, linear_name[g]);
+		if (has_bias(&m->shape, g) && (rc = want_vector(w, st, name, n, &layer->bias[g], err)) != 0)
+			return rc;
+	}
+	for (int i = 0; i < 2 && m->shape.qk_norm; i++) {
+		snprintf(name, sizeof(name), "model.layers.%u.self_attn.%c_norm.weight", l, "qk"[i]);
+		rc = want_vector(w, st, name, m->shape.head_dim, i == 0 ? &layer->q_norm : &layer->k_norm, err);
+		if (rc != 0)
 			return rc;
 	}
 	return 0;
@@ -579,7 +304,7 @@ want_layer(struct work *w, const struct safetensors *st, struct model *m, uint32
 
 /* Tied: the embedding is packed as lm_head. Some checkpoints store it twice. */
 static int
-want_vocabulary(struct work *w, const struct safetensors *st, struct model *m, struct err *err)
+want_vocabulary(struct work *w, const struct shards *st, struct model *m, struct err *err)
 {
 	uint32_t vocab = m->shape.vocab, hidden = m->shape.hidden;
 	const char *lm_head = m->shape.tied ? embed_name : head_name;
@@ -587,18 +312,18 @@ want_vocabulary(struct work *w, const struct safetensors *st, struct model *m, s
 	int rc = want_linear(w, st, lm_head, vocab, hidden, &m->lm_head, err);
 
 	if (rc != 0) {
-		if (!m->shape.tied && safetensors_find(st, head_name) == NULL)
-			err_set(err, rc, "%s: tensor '%s' is missing, and tie_word_embeddings is not true", st->file,
+		if (!m->shape.tied && shards_find(st, head_name) == NULL)
+			err_set(err, rc, "%s: tensor '%s' is missing, and tie_word_embeddings is not true", st->list,
 			    head_name);
 		return rc;
 	}
-	if (m->shape.tied && safetensors_find(st, head_name) == NULL)
+	if (m->shape.tied && shards_find(st, head_name) == NULL)
 		return 0;
 	want = add_want(w, st, m->shape.tied ? head_name : embed_name, false, vocab, hidden, err);
 	if (want == NULL)
 		return -EINVAL;
 	if (m->shape.tied)
-		want->twin = safetensors_find(st, embed_name);
+		want->twin = shards_find(st, embed_name);
 	else
 		want->embed = &m->embed;
 	return 0;
@@ -615,14 +340,19 @@ ignored(const char *name)
 }
 
 static int
-check_extra(const struct safetensors *st, struct err *err)
+check_extra(const struct shards *st, const char *arch, struct err *err)
 {
 	char shown[ST_PRINTABLE];
 
-	for (size_t i = 0; i < st->n; i++)
-		if (!st->tensor[i].used && !ignored(st->tensor[i].name))
-			return err_set(err, -EINVAL, "%s: tensor '%s' is not part of LlamaForCausalLM", st->file,
-			    safetensors_printable(st->tensor[i].name, shown));
+	for (size_t i = 0; i < st->n; i++) {
+		for (size_t j = 0; j < st->file[i].n; j++) {
+			const struct st_tensor *t = &st->file[i].tensor[j];
+
+			if (!t->used && !ignored(t->name))
+				return err_set(err, -EINVAL, "%s: tensor '%s' is not part of %s", t->file,
+				    safetensors_printable(t->name, shown), arch);
+		}
+	}
 	return 0;
 }
 
@@ -630,27 +360,28 @@ static int
 compare_places(const void *pa, const void *pb)
 {
 	const struct want *a = pa, *b = pb;
+	int file = strcmp(a->t->file, b->t->file);
 
-	return a->t->data < b->t->data ? -1 : a->t->data > b->t->data;
+	return file != 0 ? file : a->t->from < b->t->from ? -1 : a->t->from > b->t->from;
 }
 
 static int
-collect(struct work *w, const struct safetensors *st, struct model *m, struct err *err)
+collect(struct work *w, const struct shards *st, struct model *m, struct err *err)
 {
 	int rc = 0;
 
-	w->want = calloc((size_t)m->shape.n_layers * (GROUP_DOWN + 3) + 3, sizeof(*w->want));
+	w->want = calloc((size_t)m->shape.n_layers * (2 * (GROUP_DOWN + 1) + 4) + 3, sizeof(*w->want));
 	if (w->want == NULL)
 		return err_set(err, -ENOMEM, "out of memory");
 	for (uint32_t l = 0; l < m->shape.n_layers && rc == 0; l++)
 		rc = want_layer(w, st, m, l, err);
-	if (rc != 0 || (rc = want_norm(w, st, "model.norm.weight", m->shape.hidden, &m->final_norm, err)) != 0 ||
+	if (rc != 0 || (rc = want_vector(w, st, "model.norm.weight", m->shape.hidden, &m->final_norm, err)) != 0 ||
 	    (rc = want_vocabulary(w, st, m, err)) != 0)
 		return rc;
-	return check_extra(st, err);
+	return check_extra(st, m->shape.arch, err);
 }
 
-/* In the order of the file, so that it is read from front to back. */
+/* In the order of the files, so that each is read from front to back. */
 static int
 cut_into_items(struct work *w, struct err *err)
 {
@@ -696,6 +427,12 @@ arrange(struct model *m, char *base)
 		for (enum plan_group g = GROUP_Q; g <= GROUP_DOWN; g++) {
 			linear_dims(s, g, &n, &k);
 			TAKE_LINEAR(&m->layer[l].linear[g], n, k);
+			if (has_bias(s, g))
+				TAKE(m->layer[l].bias[g], align64(n * sizeof(float)));
+		}
+		if (s->qk_norm) {
+			TAKE(m->layer[l].q_norm, align64(s->head_dim * sizeof(float)));
+			TAKE(m->layer[l].k_norm, align64(s->head_dim * sizeof(float)));
 		}
 	}
 	TAKE_LINEAR(&m->lm_head, s->vocab, s->hidden);
@@ -766,7 +503,7 @@ do_item(struct work *w, struct item *it, uint16_t *buf, struct err *err)
 		memcpy(*want->embed + at, buf, len * sizeof(*buf));
 	else
 		for (uint32_t i = 0; i < want->cols; i++)
-			(*want->norm)[i] = k_bf16_to_float(buf[i]);
+			(*want->vector)[i] = k_bf16_to_float(buf[i]);
 	return 0;
 }
 
@@ -866,16 +603,15 @@ free_work(struct work *w)
 	free(w->want);
 }
 
-/* Angle of pair i at a position: pos * theta^(-2i/head_dim) (Su et al., RoFormer), in double. */
 static void
 rope_part(void *arg, uint32_t part, uint32_t parts)
 {
 	const struct model *m = arg;
 	uint32_t half = m->shape.head_dim / 2, from, to;
-	double freq[MAX_HEAD_DIM / 2];
+	double freq[CONFIG_MAX_HEAD_DIM / 2];
 
 	for (uint32_t i = 0; i < half; i++)
-		freq[i] = pow(m->shape.rope_theta, -2.0 * i / m->shape.head_dim);
+		freq[i] = config_rope_freq(&m->shape, i);
 	team_share(m->shape.max_context, part, parts, &from, &to);
 	for (uint32_t pos = from; pos < to; pos++) {
 		for (uint32_t i = 0; i < half; i++) {
@@ -886,7 +622,7 @@ rope_part(void *arg, uint32_t part, uint32_t parts)
 }
 
 static int
-load_weights(struct model *m, const struct safetensors *st, struct team *team, uint64_t extra, struct work *w,
+load_weights(struct model *m, const struct shards *st, struct team *team, uint64_t extra, struct work *w,
     struct err *err)
 {
 	int rc;
@@ -908,18 +644,20 @@ load_weights(struct model *m, const struct safetensors *st, struct team *team, u
 /* ---- the model ---- */
 
 static uint64_t
-make_digest(const char *config, size_t len, const struct safetensors *st)
+make_digest(const char *config, size_t len, const struct shards *st)
 {
 	uint8_t sum[SHA256_DIGEST_LENGTH], size[8];
 	uint64_t digest = 0;
 	SHA2_CTX sha;
 
-	for (int i = 0; i < 8; i++)
-		size[i] = (uint8_t)((uint64_t)st->bytes >> (8 * i));
 	SHA256Init(&sha);
 	SHA256Update(&sha, (const uint8_t *)config, len);
-	SHA256Update(&sha, st->map, st->header_bytes);
-	SHA256Update(&sha, size, sizeof(size));
+	for (size_t f = 0; f < st->n; f++) {
+		for (int i = 0; i < 8; i++)
+			size[i] = (uint8_t)((uint64_t)st->file[f].bytes >> (8 * i));
+		SHA256Update(&sha, st->file[f].map, st->file[f].header_bytes);
+		SHA256Update(&sha, size, sizeof(size));
+	}
 	SHA256Final(sum, &sha);
 	for (int i = 0; i < 8; i++)
 		digest = digest << 8 | sum[i];
@@ -927,23 +665,7 @@ make_digest(const char *config, size_t len, const struct safetensors *st)
 }
 
 static int
-open_weights(const char *dir, struct safetensors *st, struct err *err)
-{
-	char *path = NULL, *index = NULL;
-	int rc;
-
-	if (asprintf(&path, "%s/model.safetensors", dir) < 0 || asprintf(&index, "%s.index.json", path) < 0)
-		rc = err_set(err, -ENOMEM, "out of memory");
-	else if ((rc = safetensors_open(st, path, err)) == -ENOENT && access(index, F_OK) == 0)
-		rc = err_set(err, -ENOTSUP, "%s: sharded models are not supported yet, and there is no "
-		    "model.safetensors", index);
-	free(path);
-	free(index);
-	return rc;
-}
-
-static int
-load_files(struct model *m, uint32_t max_context, char **config, size_t *len, struct safetensors *st, struct err *err)
+load_files(struct model *m, uint32_t max_context, char **config, size_t *len, struct shards *st, struct err *err)
 {
 	struct stat dir;
 	int rc;
@@ -952,15 +674,15 @@ load_files(struct model *m, uint32_t max_context, char **config, size_t *len, st
 		return err_set(err, -errno, "%s: %s", m->path, strerror(errno));
 	if (!S_ISDIR(dir.st_mode))
 		return err_set(err, -ENOTDIR, "%s: %s", m->path, strerror(ENOTDIR));
-	if ((rc = load_shape(m, config, len, err)) != 0)
+	if ((rc = config_read(&m->shape, m->path, config, len, err)) != 0)
 		return rc;
 	if (max_context != 0 && max_context < m->shape.max_context)
 		m->shape.max_context = max_context;
-	if ((rc = read_file(m->path, "tokenizer.json", false, &m->tokenizer_json, &m->tokenizer_json_len, err)) != 0 ||
-	    (rc = read_file(m->path, "tokenizer_config.json", true, &m->tokenizer_config_json,
+	if ((rc = config_read_file(m->path, "tokenizer.json", false, &m->tokenizer_json, &m->tokenizer_json_len, err)) != 0 ||
+	    (rc = config_read_file(m->path, "tokenizer_config.json", true, &m->tokenizer_config_json,
 	         &m->tokenizer_config_json_len, err)) != 0)
 		return rc;
-	return open_weights(m->path, st, err);
+	return shards_open(st, m->path, err);
 }
 
 static int
@@ -985,7 +707,7 @@ model_load(struct model **out, const char *dir, struct team *team, uint32_t max_
 {
 	struct work w = {.check_only = check_only, .progress = progress, .progress_arg = arg};
 	struct model *m = calloc(1, sizeof(*m));
-	struct safetensors st = {0};
+	struct shards st = {0};
 	char *config = NULL;
 	size_t len = 0;
 	int rc;
@@ -997,7 +719,7 @@ model_load(struct model **out, const char *dir, struct team *team, uint32_t max_
 	    (rc = load_weights(m, &st, team, extra_bytes, &w, err)) == 0)
 		m->digest = make_digest(config, len, &st);
 	free_work(&w);
-	safetensors_close(&st);
+	shards_close(&st);
 	free(config);
 	if (rc != 0)
 		model_free(&m);

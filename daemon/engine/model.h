@@ -10,35 +10,28 @@
 #include <stddef.h>
 #include <stdint.h>
 #include "client/err.h"
+#include "daemon/engine/config.h"
 #include "daemon/engine/plan.h"
 #include "daemon/engine/team.h"
 #include "kernels/kernels.h"
 
-struct model_shape {
-	uint32_t hidden, intermediate, n_layers, n_heads, n_kv_heads, head_dim;
-	uint32_t vocab, max_context;
-	uint32_t window;    /* positions that attention looks back over, its own included; 0: all */
-	float rms_eps;
-	double rope_theta;
-	bool tied;          /* lm_head is the embedding */
-	uint32_t eos[8], n_eos;
-};
-
 struct model_layer {
 	float *input_norm, *post_norm;       /* [hidden] */
+	float *q_norm, *k_norm;              /* [head_dim]; NULL: none */
 	struct k_weight linear[GROUP_DOWN + 1]; /* by enum plan_group */
+	float *bias[GROUP_DOWN + 1];         /* [output channels]; NULL: none */
 };
 
 struct model {
 	char *path, *name;           /* name: the last part of the path */
 	struct model_shape shape;
-	uint64_t digest;             /* of config.json and the safetensors header and size */
+	uint64_t digest;             /* of config.json and the safetensors headers and sizes */
 	struct model_layer *layer;   /* [n_layers] */
 	struct k_weight lm_head;     /* [vocab, hidden]; also the embedding if tied */
 	uint16_t *embed;             /* [vocab, hidden] BF16; NULL if tied */
 	float *final_norm;           /* [hidden] */
 	float *rope_cos, *rope_sin;  /* [max_context, head_dim / 2] */
-	uint64_t weights_bytes;      /* planes, scales, flags, exceptions, embedding, norms */
+	uint64_t weights_bytes;      /* planes, scales, flags, exceptions, embedding, norms, biases */
 	uint64_t n_exceptions;
 	void *arena; size_t arena_bytes;
 	char *tokenizer_json, *tokenizer_config_json; /* whole files; config may be NULL */

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""An independent float64 forward pass of a Llama directory under octet's formats. Needs numpy.
+"""An independent float64 forward pass of a model directory (Llama, Mistral, Qwen2, Qwen3, SmolLM3) under octet's formats.
+Needs numpy.
 
-  reference.py MODEL_DIR --plan bf16|fp8|fp8w|fp8-all|fp8w-all --tokens N [--eos ID] --out FILE PROMPT_IDS...
+  reference.py MODEL_DIR --plan bf16|fp8|fp8w|fp8-all|fp8w-all|exact --tokens N [--eos ID] --out FILE PROMPT_IDS...
 
 Each PROMPT_IDS is a comma list of token ids, one case each. Greedy decoding. Writes one JSON
 object: {"plan", "cases": [{"prompt", "tokens", "margins", "probe": [ids], "logits": [[...] per token]}]}.
@@ -11,8 +12,9 @@ margins: best minus second logit of each step; logits: those of the probe ids, a
 Weights are rounded once to BF16. bf16: inputs of linear layers rounded to BF16. fp8w: weights E4M3 at
 a power-of-two scale per output channel, inputs BF16. fp8: the same weights, inputs E4M3 at absmax/448
 per token. q, K, V and the probabilities of a 32-position block are rounded to BF16; all else is float64.
+exact: only weights are rounded, for a comparison with other implementations.
 """
-import argparse, json, struct
+import argparse, json, os, struct
 import numpy as np
 
 
@@ -61,6 +63,38 @@ def safetensors(path):
     return out
 
 
+def load(path):
+    """The tensors of a directory, in one file or in shards."""
+    index = path + "/model.safetensors.index.json"
+    if os.path.exists(path + "/model.safetensors"):
+        return safetensors(path + "/model.safetensors")
+    out = {}
+    for name in sorted(set(json.load(open(index))["weight_map"].values())):
+        out.update(safetensors(path + "/" + name))
+    return out
+
+
+def frequencies(c, hd):
+    """Radians per position of each pair."""
+    p = c.get("rope_parameters") or {}
+    s = c.get("rope_scaling") or p
+    theta = p.get("rope_theta") or c.get("rope_theta", 10000.0)
+    freq = theta ** (-2.0 * np.arange(hd // 2) / hd)
+    kind = s.get("rope_type", s.get("type", "default"))
+    if kind == "default":
+        return freq
+    if kind == "linear":
+        return freq / s["factor"]
+    assert kind == "llama3", kind
+    # transformers/modeling_rope_utils.py, _compute_llama3_parameters
+    old, low, high = s["original_max_position_embeddings"], s["low_freq_factor"], s["high_freq_factor"]
+    wave = 2 * np.pi / freq
+    out = np.where(wave > old / low, freq / s["factor"], freq)
+    smooth = (old / wave - low) / (high - low)
+    medium = ~(wave < old / high) & ~(wave > old / low)
+    return np.where(medium, (1 - smooth) * out / s["factor"] + smooth * out, out)
+
+
 GROUPS = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
           "mlp.down_proj", "lm_head"]
 
@@ -68,8 +102,12 @@ GROUPS = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn
 class Model:
     def __init__(self, path, plan):
         self.c = c = json.load(open(path + "/config.json"))
-        self.w = w = safetensors(path + "/model.safetensors")
+        self.w = w = load(path)
         self.hd = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
+        self.freq = frequencies(c, self.hd)
+        self.window = c.get("sliding_window") if c["architectures"][0] == "MistralForCausalLM" else None
+        self.round = (lambda x: x) if plan == "exact" else bf16
+        plan = plan.replace("exact", "bf16")
         self.embed = w["model.embed_tokens.weight"]
         if c.get("tie_word_embeddings"):
             w["lm_head.weight"] = self.embed
@@ -89,15 +127,20 @@ class Model:
             s = s if s != 0 else np.float32(1)
             x = e4m3((x32 / s).astype(np.float64)) * np.float64(s)
         else:
-            x = bf16(x)
-        return self.cooked[name + ".weight"] @ x
+            x = self.round(x)
+        y = self.cooked[name + ".weight"] @ x
+        return y + self.w[name + ".bias"] if name + ".bias" in self.w else y
 
     def norm(self, x, name):
-        return x / np.sqrt((x * x).mean() + self.c["rms_norm_eps"]) * self.w[name]
+        return x / np.sqrt((x * x).mean(-1, keepdims=True) + self.c["rms_norm_eps"]) * self.w[name]
+
+    def norm_heads(self, x, name):
+        """Qwen3: each head of q and k."""
+        return self.norm(x, name) if name in self.w else x
 
     def rope(self, x, pos):
         half = self.hd // 2
-        angle = pos * self.c.get("rope_theta", 10000.0) ** (-2.0 * np.arange(half) / self.hd)
+        angle = pos * self.freq
         cos, sin = np.cos(angle), np.sin(angle)
         a, b = x[:, :half], x[:, half:]
         return np.concatenate([a * cos - b * sin, b * cos + a * sin], 1)
@@ -105,11 +148,13 @@ class Model:
     def attention(self, q, K, V):
         """One head: blocks of 32 positions, each with its own max and rounded probabilities."""
         m = l = o = None
-        for b in range(0, len(K), 32):
-            s = K[b:b + 32] @ q / np.sqrt(self.hd)
+        first = max(0, len(K) - self.window) if self.window else 0
+        for b in range(first // 32 * 32, len(K), 32):
+            seen = slice(max(b, first), b + 32)
+            s = K[seen] @ q / np.sqrt(self.hd)
             bm = s.max()
-            p = bf16(np.exp(s - bm))
-            bl, bo = p.sum(), p @ V[b:b + 32]
+            p = self.round(np.exp(s - bm))
+            bl, bo = p.sum(), p @ V[seen]
             if m is None:
                 m, l, o = bm, bl, bo
                 continue
@@ -125,9 +170,13 @@ class Model:
         for i in range(c["num_hidden_layers"]):
             p = f"model.layers.{i}."
             h = self.norm(x, p + "input_layernorm.weight")
-            q = bf16(self.rope(self.linear(p + "self_attn.q_proj", h).reshape(n, -1), pos))
-            k = bf16(self.rope(self.linear(p + "self_attn.k_proj", h).reshape(kv, -1), pos))
-            v = bf16(self.linear(p + "self_attn.v_proj", h).reshape(kv, -1))
+            q, k = self.linear(p + "self_attn.q_proj", h), self.linear(p + "self_attn.k_proj", h)
+            q = self.norm_heads(q.reshape(n, -1), p + "self_attn.q_norm.weight")
+            k = self.norm_heads(k.reshape(kv, -1), p + "self_attn.k_norm.weight")
+            if c.get("no_rope_layers") is None or c["no_rope_layers"][i]:
+                q, k = self.rope(q, pos), self.rope(k, pos)
+            q, k = self.round(q), self.round(k)
+            v = self.round(self.linear(p + "self_attn.v_proj", h).reshape(kv, -1))
             cache[i][0].append(k)
             cache[i][1].append(v)
             K, V = np.stack(cache[i][0]), np.stack(cache[i][1])
@@ -174,4 +223,5 @@ def main():
         f.write("\n")
 
 
-main()
+if __name__ == "__main__":
+    main()
