@@ -28,7 +28,7 @@ struct complete {
 	char *text;            /* what was shown */
 	size_t text_len, text_cap;
 	json_t *tokens, *segments, *logprobs, *prompt_logprobs;
-	json_t *alternatives;  /* list that OCTET_ALTERNATIVE events go to, borrowed; NULL: none */
+	json_t *held;          /* token or prompt event that waits for its alternatives; NULL: none */
 	struct octet_bias bias[MAX_BIAS];
 	const char *replay_file;
 	struct octet_segment *replay;
@@ -36,6 +36,7 @@ struct complete {
 	uint64_t n_output;
 	double start, first;
 	const char *finish;
+	bool stopped;          /* by a stop string */
 	char error[160];
 };
 
@@ -123,10 +124,10 @@ parse(struct complete *c, int argc, char **argv)
 		case 'o': c->sampling.policy = optarg; break;
 		case 'y': c->replay_file = optarg; break;
 		case 'l':
-			/* The chosen token's, and N - 1 alternatives' beside it. */
+			/* The chosen token's, and those of the N most likely. */
 			rc = cmd_u64(&cmd_complete, "--logprobs", optarg, 0, 20, &n);
-			c->sampling.logprobs = n != 0;
-			c->sampling.top_logprobs = n > 1 ? (int)n : 0;
+			c->sampling.logprobs = 1;
+			c->sampling.top_logprobs = (int)n;
 			break;
 		case 'L': c->sampling.prompt_logprobs = 1; break;
 		case 'r': c->raw = true; break;
@@ -137,7 +138,9 @@ parse(struct complete *c, int argc, char **argv)
 	if (rc == 0 && argc - optind > 1)
 		return cmd_usage(&cmd_complete, "more than one PROMPT: put it in quotes");
 	c->prompt_arg = optind < argc ? argv[optind] : NULL;
-	if (rc == 0 && c->prompt_arg == NULL && isatty(STDIN_FILENO))
+	if (rc == 0 && c->replay_file != NULL && (c->prompt_arg != NULL || c->sampling.policy != NULL))
+		return cmd_usage(&cmd_complete, "--replay brings its own prompt and plans");
+	if (rc == 0 && c->replay_file == NULL && c->prompt_arg == NULL && isatty(STDIN_FILENO))
 		return cmd_usage(&cmd_complete, "PROMPT is missing");
 	return rc;
 }
@@ -145,32 +148,11 @@ parse(struct complete *c, int argc, char **argv)
 static int
 read_prompt(struct complete *c)
 {
-	size_t cap = 0;
-
-	if (c->prompt_arg != NULL && strcmp(c->prompt_arg, "-") != 0) {
-		c->prompt = strdup(c->prompt_arg);
-		c->prompt_len = strlen(c->prompt_arg);
-		return c->prompt == NULL ? -ENOMEM : 0;
-	}
-	for (;;) {
-		ssize_t n;
-
-		if (cap - c->prompt_len < 4096) {
-			char *more;
-
-			cap = cap == 0 ? 16384 : cap * 2;
-			more = realloc(c->prompt, cap);
-			if (more == NULL)
-				return -ENOMEM;
-			c->prompt = more;
-		}
-		n = read(STDIN_FILENO, c->prompt + c->prompt_len, cap - c->prompt_len);
-		if (n < 0 && errno != EINTR)
-			return -errno;
-		if (n == 0)
-			return 0;
-		c->prompt_len += n > 0 ? (size_t)n : 0;
-	}
+	if (c->prompt_arg == NULL || strcmp(c->prompt_arg, "-") == 0)
+		return cmd_read_file("-", &c->prompt, &c->prompt_len);
+	c->prompt = strdup(c->prompt_arg);
+	c->prompt_len = strlen(c->prompt_arg);
+	return c->prompt == NULL ? cmd_fail("out of memory") : 0;
 }
 
 static int64_t
@@ -203,6 +185,16 @@ print_json(json_t *o)
 	printf("\n");
 	fflush(stdout);
 	json_decref(o);
+}
+
+/* A seed may need more than a JSON integer's 63 bits. */
+static json_t *
+seed_json(uint64_t seed)
+{
+	char buf[24];
+
+	snprintf(buf, sizeof(buf), "%llu", (unsigned long long)seed);
+	return json_string(buf);
 }
 
 static json_t *
@@ -260,6 +252,52 @@ show(struct complete *c, const char *s, size_t n)
 	return 0;
 }
 
+/* What one token is, with the text it stands for by itself. */
+static json_t *
+token_json(octet *o, const struct octet_event *ev)
+{
+	char text[256];
+	int64_t n = octet_detokenize(o, &ev->token, 1, 0, text, sizeof(text));
+
+	n = n < 0 ? 0 : n > (int64_t)sizeof(text) ? (int64_t)sizeof(text) : n;
+	return json_pack("{s:i,s:o,s:f}", "id", (int)ev->token, "text", json_text(text, (size_t)n), "logprob", ev->logprob);
+}
+
+/* Events that may have alternatives are printed when these have come. */
+static void
+print_held(struct complete *c)
+{
+	if (c->held != NULL)
+		print_json(c->held);
+	c->held = NULL;
+}
+
+static void
+take_alternative(struct complete *c, octet *o, const struct octet_event *ev)
+{
+	json_t *top;
+
+	if (c->held == NULL)
+		return;
+	top = json_object_get(c->held, "top");
+	if (top == NULL) {
+		top = json_array();
+		json_object_set_new(c->held, "top", top);
+	}
+	json_array_append_new(top, token_json(o, ev));
+}
+
+static void
+take_prompt(struct complete *c, octet *o, const struct octet_event *ev)
+{
+	json_array_append_new(c->prompt_logprobs, json_real(ev->logprob));
+	if (!c->json)
+		return;
+	c->held = token_json(o, ev);
+	json_object_set_new(c->held, "event", json_string("prompt"));
+	json_object_set_new(c->held, "position", json_integer(ev->position));
+}
+
 /* Returns 1 when a stop string was met. */
 static int
 take_token(struct complete *c, octet_text *t, const struct octet_event *ev)
@@ -283,7 +321,7 @@ take_token(struct complete *c, octet_text *t, const struct octet_event *ev)
 
 		if (c->sampling.logprobs)
 			json_object_set_new(j, "logprob", json_real(ev->logprob));
-		print_json(j);
+		c->held = j;
 	}
 	return stop;
 }
@@ -307,7 +345,7 @@ stream(struct complete *c, octet *o, int request, octet_text *t)
 	static const char *const finish[] = {[OCTET_STOP] = "stop", [OCTET_LENGTH] = "length",
 	    [OCTET_CANCELLED] = "cancelled", [OCTET_FAILED] = "error"};
 	struct octet_event ev[32];
-	bool stopped = false, cancelled = false;
+	bool cancelled = false;
 
 	for (;;) {
 		int n = octet_read(o, request, ev, 32, 200);
@@ -324,16 +362,23 @@ stream(struct complete *c, octet *o, int request, octet_text *t)
 			return n;
 		}
 		for (int i = 0; i < n; i++) {
-			if (ev[i].kind == OCTET_SEGMENT && !stopped)
+			if (ev[i].kind == OCTET_ALTERNATIVE) {
+				take_alternative(c, o, &ev[i]);
+				continue;
+			}
+			print_held(c);
+			if (ev[i].kind == OCTET_SEGMENT && !c->stopped)
 				take_segment(c, &ev[i]);
-			else if (ev[i].kind == OCTET_TOKEN && !stopped) {
+			else if (ev[i].kind == OCTET_PROMPT && !c->stopped)
+				take_prompt(c, o, &ev[i]);
+			else if (ev[i].kind == OCTET_TOKEN && !c->stopped) {
 				if (take_token(c, t, &ev[i]) != 0) {
-					stopped = true;
+					c->stopped = true;
 					octet_cancel(o, request);
 				}
 			} else if (ev[i].kind == OCTET_DONE) {
-				c->finish = stopped ? "stop" : finish[ev[i].finish];
-				if (ev[i].finish == OCTET_FAILED && !stopped) {
+				c->finish = c->stopped ? "stop" : finish[ev[i].finish];
+				if (ev[i].finish == OCTET_FAILED && !c->stopped) {
 					memcpy(c->error, ev[i].message, sizeof(ev[i].message));
 					return ev[i].error;
 				}
@@ -341,6 +386,31 @@ stream(struct complete *c, octet *o, int request, octet_text *t)
 			}
 		}
 	}
+}
+
+static json_t *
+ids_json(const uint32_t *ids, size_t n)
+{
+	json_t *j = json_array();
+
+	for (size_t i = 0; i < n; i++)
+		json_array_append_new(j, json_integer(ids[i]));
+	return j;
+}
+
+/* Numbers as the request had them, so that it can be run again. */
+static json_t *
+sampling_json(const struct octet_sampling *s)
+{
+	json_t *bias = json_array();
+
+	for (size_t i = 0; i < s->n_bias; i++)
+		json_array_append_new(bias, json_pack("[if]", (int)s->bias[i].id, s->bias[i].value));
+	return json_pack("{s:I,s:f,s:f,s:I,s:o,s:b,s:f,s:f,s:f,s:f,s:o}", "max_tokens", (json_int_t)s->max_tokens,
+	    "temperature", s->temperature, "top_p", s->top_p, "top_k", (json_int_t)s->top_k, "seed",
+	    seed_json(s->seed), "ignore_eos", s->ignore_eos, "min_p", s->min_p, "repetition_penalty",
+	    s->repetition_penalty, "presence_penalty", s->presence_penalty, "frequency_penalty", s->frequency_penalty,
+	    "logit_bias", bias);
 }
 
 static void
@@ -352,11 +422,148 @@ print_summary(struct complete *c)
 	    (json_int_t)c->n_ids, "output_tokens", (json_int_t)c->n_output, "tokens", c->tokens, "segments", c->segments,
 	    "ttft_ms", c->first > 0 ? c->first - c->start : end - c->start, "total_ms", end - c->start);
 
+	json_object_set_new(j, "prompt_ids", ids_json(c->ids, (size_t)c->n_ids));
+	json_object_set_new(j, "sampling", sampling_json(&c->sampling));
 	if (c->sampling.logprobs)
 		json_object_set(j, "logprobs", c->logprobs);
+	if (c->sampling.prompt_logprobs)
+		json_object_set(j, "prompt_logprobs", c->prompt_logprobs);
+	if (c->stopped)
+		json_object_set_new(j, "stopped", json_true());
 	if (*c->error != '\0')
 		json_object_set_new(j, "error", json_text(c->error, strlen(c->error)));
 	print_json(j);
+}
+
+/* ---- replay ---- */
+
+/* The last summary of what `octet complete --json` printed. */
+static json_t *
+read_summary(const char *path)
+{
+	FILE *f = strcmp(path, "-") == 0 ? stdin : fopen(path, "r");
+	json_t *found = NULL, *line;
+
+	if (f == NULL) {
+		cmd_fail("%s: %s", path, strerror(errno));
+		return NULL;
+	}
+	while ((line = json_loadf(f, JSON_DISABLE_EOF_CHECK, NULL)) != NULL) {
+		const char *event = json_string_value(json_object_get(line, "event"));
+
+		if (event != NULL && strcmp(event, "summary") == 0) {
+			json_decref(found);
+			found = json_incref(line);
+		}
+		json_decref(line);
+	}
+	if (f != stdin)
+		fclose(f);
+	if (found == NULL)
+		cmd_fail("%s: no summary of 'octet complete --json' in it", path);
+	return found;
+}
+
+static bool
+read_ids(const json_t *list, uint32_t **out, int64_t *n)
+{
+	*n = (int64_t)json_array_size(list);
+	*out = malloc((size_t)(*n > 0 ? *n : 1) * sizeof(**out));
+	for (int64_t i = 0; *out != NULL && i < *n; i++) {
+		json_int_t id = json_integer_value(json_array_get(list, (size_t)i));
+
+		if (id < 0 || id > UINT32_MAX)
+			return false;
+		(*out)[i] = (uint32_t)id;
+	}
+	return *out != NULL && *n > 0;
+}
+
+static bool
+read_sampling(struct complete *c, json_t *from)
+{
+	struct octet_sampling *s = &c->sampling;
+	const char *seed;
+	json_t *bias, *pair;
+	double temperature, top_p, min_p, repetition, presence, frequency;
+	json_int_t max_tokens, top_k;
+	size_t i;
+
+	if (json_unpack(from, "{s:I,s:F,s:F,s:I,s:s,s:b,s:F,s:F,s:F,s:F,s:o}", "max_tokens", &max_tokens, "temperature",
+	    &temperature, "top_p", &top_p, "top_k", &top_k, "seed", &seed, "ignore_eos", &s->ignore_eos, "min_p", &min_p,
+	    "repetition_penalty", &repetition, "presence_penalty", &presence, "frequency_penalty", &frequency, "logit_bias",
+	    &bias) != 0 || json_array_size(bias) > MAX_BIAS)
+		return false;
+	s->max_tokens = (uint32_t)max_tokens, s->top_k = (uint32_t)top_k, s->seed = strtoull(seed, NULL, 10);
+	s->temperature = (float)temperature, s->top_p = (float)top_p, s->min_p = (float)min_p;
+	s->repetition_penalty = (float)repetition;
+	s->presence_penalty = (float)presence, s->frequency_penalty = (float)frequency;
+	json_array_foreach(bias, i, pair) {
+		c->bias[i].id = (uint32_t)json_integer_value(json_array_get(pair, 0));
+		c->bias[i].value = (float)json_number_value(json_array_get(pair, 1));
+	}
+	s->bias = c->bias;
+	s->n_bias = json_array_size(bias);
+	return true;
+}
+
+static bool
+read_segments(struct complete *c, const json_t *list)
+{
+	struct octet_sampling *s = &c->sampling;
+	json_t *at;
+	size_t i;
+
+	c->replay = calloc(json_array_size(list) + 1, sizeof(*c->replay));
+	if (c->replay == NULL || json_array_size(list) == 0)
+		return false;
+	json_array_foreach(list, i, at) {
+		const char *plan;
+		json_int_t epoch, first;
+
+		if (json_unpack(at, "{s:s,s:I,s:I}", "plan", &plan, "epoch", &epoch, "first", &first) != 0)
+			return false;
+		c->replay[i] = (struct octet_segment){(uint32_t)first, strtoull(plan, NULL, 16), (uint64_t)epoch};
+	}
+	s->replay = c->replay;
+	s->n_replay = json_array_size(list);
+	return true;
+}
+
+/* Takes prompt, sampling and segments from a summary. */
+static int
+load_replay(struct complete *c)
+{
+	json_t *j = c->replayed = read_summary(c->replay_file);
+
+	if (j == NULL)
+		return 1;
+	if (!read_ids(json_object_get(j, "prompt_ids"), &c->ids, &c->n_ids) ||
+	    !read_sampling(c, json_object_get(j, "sampling")) || !read_segments(c, json_object_get(j, "segments")))
+		return cmd_fail("%s: its summary is incomplete", c->replay_file);
+	/* A stop string ended it where the tokens end. */
+	if (json_array_size(json_object_get(j, "tokens")) > 0 && json_object_get(j, "stopped") != NULL)
+		c->sampling.max_tokens = (uint32_t)json_array_size(json_object_get(j, "tokens"));
+	return 0;
+}
+
+/* 0 if the run gave what the file says. */
+static int
+compare_replay(const struct complete *c)
+{
+	const json_t *want = json_object_get(c->replayed, "tokens");
+	size_t n = json_array_size(want), got = json_array_size(c->tokens), at = 0;
+
+	while (at < n && at < got && json_integer_value(json_array_get(want, at)) ==
+	    json_integer_value(json_array_get(c->tokens, at)))
+		at++;
+	if (at < n || at < got)
+		return cmd_fail("replay: token %zu differs: %lld then, %lld now", at + 1,
+		    at < n ? (long long)json_integer_value(json_array_get(want, at)) : -1LL,
+		    at < got ? (long long)json_integer_value(json_array_get(c->tokens, at)) : -1LL);
+	fprintf(stderr, "replay: the same %zu tokens under %zu segment%s\n", n, c->sampling.n_replay,
+	    c->sampling.n_replay == 1 ? "" : "s");
+	return 0;
 }
 
 static int
@@ -365,11 +572,11 @@ complete(struct complete *c, octet *o)
 	const char *s;
 	octet_text *t;
 	size_t n;
-	int request, rc = tokenize(c, o);
+	int request, rc = c->replay_file != NULL ? load_replay(c) : tokenize(c, o);
 
 	if (rc != 0)
 		return rc;
-	if (octet_text_new(&t, o, c->prompt_len > 0, c->stop, c->n_stops) != 0)
+	if (octet_text_new(&t, o, c->replay_file != NULL || c->prompt_len > 0, c->stop, c->n_stops) != 0)
 		return cmd_fail("out of memory");
 	c->start = cmd_now_ms();
 	request = octet_submit(o, c->ids, (size_t)c->n_ids, &c->sampling);
@@ -387,6 +594,8 @@ complete(struct complete *c, octet *o)
 		printf("\n");
 	if (rc != 0)
 		cmd_fail("%s", *c->error != '\0' ? c->error : "the request failed");
+	else if (c->replay_file != NULL)
+		rc = compare_replay(c);
 	octet_text_free(&t);
 	return rc != 0 || ferror(stdout) != 0;
 }
@@ -401,25 +610,27 @@ run(int argc, char **argv, const char *socket)
 
 	if (rc != 0)
 		return rc;
-	rc = read_prompt(&c);
-	if (rc != 0)
-		rc = cmd_fail("reading the prompt: %s", strerror(-rc));
-	else if ((o = cmd_open(socket)) == NULL)
+	rc = c.replay_file != NULL ? 0 : read_prompt(&c);
+	if (rc == 0 && (o = cmd_open(socket)) == NULL)
 		rc = 1;
-	else {
+	if (rc == 0) {
 		sigaction(SIGINT, &sa, NULL);
 		c.tokens = json_array();
 		c.segments = json_array();
 		c.logprobs = json_array();
+		c.prompt_logprobs = json_array();
 		rc = complete(&c, o);
 		octet_close(&o);
 	}
-	json_decref(c.tokens), json_decref(c.segments), json_decref(c.logprobs);
-	free(c.prompt), free(c.ids), free(c.text);
+	json_decref(c.tokens), json_decref(c.segments), json_decref(c.logprobs), json_decref(c.prompt_logprobs);
+	json_decref(c.replayed);
+	free(c.prompt), free(c.ids), free(c.text), free(c.replay);
 	return rc;
 }
 
 const struct cmd cmd_complete = {"complete",
     "[--max-tokens N] [--temperature T] [--top-p P] [--top-k K]\n"
-    "            [--seed S] [--stop STR]... [--ignore-eos] [--logprobs N] [--raw] [--json] [PROMPT | -]",
+    "            [--min-p P] [--repetition-penalty R] [--presence-penalty A] [--frequency-penalty A]\n"
+    "            [--logit-bias ID=A]... [--seed S] [--stop STR]... [--ignore-eos] [--logprobs N]\n"
+    "            [--prompt-logprobs] [--policy NAME] [--raw] [--json] [--replay FILE | PROMPT | -]",
     "streams the model's answer to a prompt", run};

@@ -10,7 +10,7 @@ struct cmd {
 	const char *name, *args, *help;
 	int (*run)(int argc, char **argv, const char *socket); /* argv[0] is the verb; an exit status */
 };
-extern const struct cmd cmd_complete, cmd_tokenize, cmd_bench;
+extern const struct cmd cmd_complete, cmd_tokenize, cmd_score, cmd_bench;
 
 /* Prints "octet: ..." and returns 1, or 2 for usage. */
 int cmd_fail(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
@@ -21,4 +21,6 @@ int cmd_float(const struct cmd *, const char *option, const char *text, double m
 /* Connects, or says why not and returns NULL. */
 octet *cmd_open(const char *socket);
 double cmd_now_ms(void);
+/* A whole file, "-" is standard input: malloc'd, a NUL after it; 1 after a message. */
+int cmd_read_file(const char *path, char **out, size_t *len);
 #endif

@@ -9,7 +9,7 @@
 
 #include "client/cmd.h"
 
-static const struct cmd *const cmds[] = {&cmd_complete, &cmd_tokenize, &cmd_bench};
+static const struct cmd *const cmds[] = {&cmd_complete, &cmd_tokenize, &cmd_score, &cmd_bench};
 
 int
 cmd_fail(const char *fmt, ...)
@@ -83,6 +83,39 @@ cmd_now_ms(void)
 
 	clock_gettime(CLOCK_MONOTONIC, &ts);
 	return (double)ts.tv_sec * 1e3 + (double)ts.tv_nsec / 1e6;
+}
+
+int
+cmd_read_file(const char *path, char **out, size_t *len)
+{
+	FILE *f = strcmp(path, "-") == 0 ? stdin : fopen(path, "r");
+	size_t cap = 0, n;
+
+	*out = NULL;
+	*len = 0;
+	if (f == NULL)
+		return cmd_fail("%s: %s", path, strerror(errno));
+	do {
+		char *more = *out;
+
+		if (cap - *len < 4096) {
+			cap = cap == 0 ? 16384 : cap * 2;
+			more = realloc(*out, cap);
+		}
+		if (more == NULL) {
+			free(*out);
+			*out = NULL;
+			return cmd_fail("%s: out of memory", path);
+		}
+		*out = more;
+		n = fread(*out + *len, 1, cap - *len - 1, f);
+		*len += n;
+	} while (n > 0);
+	(*out)[*len] = '\0';
+	n = ferror(f) != 0;
+	if (f != stdin)
+		fclose(f);
+	return n == 0 ? 0 : cmd_fail("%s: %s", path, strerror(EIO));
 }
 
 static void
