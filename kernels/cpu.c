@@ -69,6 +69,12 @@ kernels_select(const char *level, char *why, size_t why_len)
 	return NULL;
 }
 
+const char *
+kernels_level(size_t i)
+{
+	return i < N_LEVELS ? levels[i].name : NULL;
+}
+
 void
 kernels_thread_init(void)
 {

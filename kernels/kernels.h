@@ -109,7 +109,7 @@ struct k_attention {
 	const struct k_kv_block *block; /* [pos / 32 + 1]; those before first / 32 are not read */
 	uint32_t n_heads, n_kv_heads, head_dim, hd_pad;
 	uint32_t head0, head1;
-	uint32_t first, pos;    /* attends to positions first..pos; later slots of a page may hold anything */
+	uint32_t first, pos;    /* attends to positions first..pos; other slots may hold anything */
 	float scale;            /* 1 / sqrt(head_dim) */
 };
 
@@ -136,6 +136,7 @@ struct k_ops {
 /* The best level of this machine, or the named one ("ref", "avx512").
  * NULL with why for a level that is unknown or that the machine lacks. */
 const struct k_ops *kernels_select(const char *level, char *why, size_t why_len);
+const char *kernels_level(size_t i); /* names from the lowest up, NULL past the end; not all may run here */
 /* FTZ and DAZ for the calling thread: subnormals are zero at every level. */
 void kernels_thread_init(void);
 #endif

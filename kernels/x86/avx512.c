@@ -459,8 +459,9 @@ attend_page(const struct k_attention *a, const float *q, const struct head_page 
 		for (uint32_t j = lo & ~1u; j < hi; j += 2) {
 			__m512i w = _mm512_loadu_si512(page->v + (j / 2 * a->hd_pad + d) * 2);
 
-			even = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(w, 16)), _mm512_set1_ps(p[j]), even);
-			/* The odd slot of the last pair may hold anything. */
+			/* The even slot of the first pair and the odd one of the last may hold anything. */
+			if (j >= lo)
+				even = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(w, 16)), _mm512_set1_ps(p[j]), even);
 			if (j + 1 < hi)
 				odd = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(w, high)), _mm512_set1_ps(p[j + 1]),
 				    odd);
