@@ -176,7 +176,7 @@ push_exception(struct k_exception **exc, uint32_t *n, uint32_t *cap, struct k_ex
 /* Splits one weight; false if it is an exception. Runs with or without FTZ:
  * the product by a power of two is made in double. */
 static bool
-split(uint16_t bits, int k, uint8_t *hi, int8_t *lo)
+split_any(uint16_t bits, int k, uint8_t *hi, int8_t *lo)
 {
 	double v = ldexp(magnitude(bits), k);
 	uint8_t sign = (uint8_t)(bits >> 8 & 0x80), c;
@@ -197,6 +197,21 @@ split(uint16_t bits, int k, uint8_t *hi, int8_t *lo)
 	if (d < -128 || d > 127)
 		return false;
 	*lo = (int8_t)d;
+	return true;
+}
+
+/* The same. A normal weight whose product is a normal E4M3, as nearly all are,
+ * needs integers only: k goes onto the exponent, rounding drops 4 bits. */
+static inline bool
+split(uint16_t bits, int k, uint8_t *hi, int8_t *lo)
+{
+	int32_t mag = bits & 0x7fff, v = mag + k * 128, c;
+
+	if (mag < 0x80 || v < 0x3c80) /* subnormal; below 2^-6 */
+		return split_any(bits, k, hi, lo);
+	c = (v + 7 + (v >> 4 & 1)) >> 4;
+	*hi = (uint8_t)(bits >> 8 & 0x80) | (uint8_t)(c - (120 << 3));
+	*lo = (int8_t)(v - (c << 4));
 	return true;
 }
 

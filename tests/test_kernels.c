@@ -1,0 +1,351 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Number formats and nested weights against arithmetic done another way. */
+#include <stdarg.h>
+#include <stddef.h>
+#include <setjmp.h>
+#include <cmocka.h>
+#include <errno.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "kernels/kernels.h"
+
+/* E4M3 by its definition (OCP 8-bit floating point, revision 1.0): bias 7, three
+ * bits of fraction, 0x7f is NaN. */
+static double
+e4m3(uint32_t code)
+{
+	uint32_t exp = code >> 3 & 15, frac = code & 7;
+	double v = exp == 0 ? ldexp(frac, -9) : ldexp(8 + frac, (int)exp - 10);
+
+	return code & 0x80 ? -v : v;
+}
+
+/* A BF16 by its definition, subnormal or not. */
+static double
+bf16(uint16_t bits)
+{
+	uint32_t exp = bits >> 7 & 0xff, frac = bits & 0x7f;
+	double v = exp == 0 ? ldexp(frac, -133) : ldexp(128 + frac, (int)exp - 134);
+
+	return bits & 0x8000 ? -v : v;
+}
+
+static void
+test_e4m3(void **state)
+{
+	(void)state;
+	for (uint32_t c = 0; c < 256; c++) {
+		float f = k_e4m3_to_float((uint8_t)c);
+
+		if ((c & 0x7f) == 0x7f) {
+			assert_true(isnan(f));
+			assert_int_equal(k_e4m3_from_float(f) & 0x7f, 0x7f);
+			continue;
+		}
+		assert_true((double)f == e4m3(c));
+		assert_int_equal(signbit(f) != 0, c >> 7);
+		assert_int_equal(k_e4m3_from_float(f), c);
+	}
+	/* Half way between two codes goes to the even one; a hair beside it to the nearer. */
+	for (uint32_t c = 0; c < 0x7e; c++) {
+		float mid = (float)((e4m3(c) + e4m3(c + 1)) / 2);
+
+		assert_int_equal(k_e4m3_from_float(mid), c + (c & 1));
+		assert_int_equal(k_e4m3_from_float(-mid), 0x80 | (c + (c & 1)));
+		assert_int_equal(k_e4m3_from_float(nextafterf(mid, 0)), c);
+		assert_int_equal(k_e4m3_from_float(nextafterf(mid, 1e9f)), c + 1);
+	}
+	assert_int_equal(k_e4m3_from_float(448), 0x7e);
+	assert_int_equal(k_e4m3_from_float(1e30f), 0x7e);
+	assert_int_equal(k_e4m3_from_float(-INFINITY), 0xfe);
+	assert_int_equal(k_e4m3_from_float(1e-45f), 0);
+	assert_int_equal(k_e4m3_from_float(-0.0f), 0x80);
+}
+
+static void
+test_bf16(void **state)
+{
+	(void)state;
+	for (uint32_t b = 0; b < 0x10000; b++) {
+		float f = k_bf16_to_float((uint16_t)b);
+
+		if ((b & 0x7fff) > 0x7f80) {
+			assert_true(isnan(f) && isnan(k_bf16_to_float(k_bf16_from_float(f))));
+			continue;
+		}
+		assert_int_equal(k_bf16_from_float(f), b);
+		if ((b & 0x7fff) >= 0x7f7f)
+			continue;
+		{ /* ties to even, nearer otherwise */
+			uint32_t half = b << 16 | 0x8000;
+			float mid, below, above;
+
+			memcpy(&mid, &half, 4);
+			half--, memcpy(&below, &half, 4);
+			half += 2, memcpy(&above, &half, 4);
+			assert_int_equal(k_bf16_from_float(mid), b + (b & 1));
+			assert_int_equal(k_bf16_from_float(below), b);
+			assert_int_equal(k_bf16_from_float(above), b + 1);
+		}
+	}
+}
+
+struct packed {
+	struct k_weight w;
+	void *mem;
+	struct k_exception *exc;
+};
+
+static int
+pack(struct packed *p, const uint16_t *rows, uint32_t n, uint32_t k, uint32_t *bad_row, uint32_t *bad_col)
+{
+	size_t bytes = k_weight_plan(&p->w, n, k);
+	uint32_t n_exc = 0, cap = 0;
+	int rc = 0;
+
+	p->exc = NULL;
+	p->mem = aligned_alloc(64, (bytes + 63) & ~(size_t)63);
+	assert_non_null(p->mem);
+	memset(p->mem, 0xaa, bytes);
+	k_weight_place(&p->w, p->mem);
+	for (uint32_t i = 0; i < p->w.n_pad / K_PANEL && rc == 0; i++)
+		rc = k_pack_panel(&p->w, i, rows + (size_t)i * K_PANEL * k, &p->exc, &n_exc, &cap, bad_row, bad_col);
+	p->w.exc = p->exc;
+	p->w.n_exc = n_exc;
+	return rc;
+}
+
+static void
+drop(struct packed *p)
+{
+	free(p->mem);
+	free(p->exc);
+}
+
+/* The high plane is E4M3 of w * 2^k, nearest even, with k = floor(log2(448 / absmax)) within +-120. */
+static void
+check_high(const struct k_weight *w, const uint16_t *rows)
+{
+	for (uint32_t r = 0; r < w->n; r++) {
+		double max = 0, factor;
+		int k = 0;
+
+		for (uint32_t i = 0; i < w->k; i++)
+			max = fmax(max, fabs(bf16(rows[r * w->k + i])));
+		if (max > 0) {
+			for (k = -120; k < 120 && max * ldexp(1, k + 1) <= 448; k++)
+				;
+			if (max * ldexp(1, k) > 448)
+				k = -120;
+		}
+		assert_true((double)w->scale[r] == ldexp(1, -k));
+		factor = ldexp(1, k);
+		for (uint32_t i = 0; i < w->k; i++) {
+			uint32_t in = i % K_BLOCK, c = r % K_PANEL;
+			size_t at = ((size_t)(r / K_PANEL) * (w->k_pad / K_BLOCK) + i / K_BLOCK) * 1024 + c / 16 * 512 + in / 2 * 32 +
+			    c % 16 * 2 + in % 2;
+			double v = bf16(rows[r * w->k + i]) * factor, got = e4m3(w->hi[at]), err = fabs(v - got);
+			uint32_t code = w->hi[at] & 0x7f;
+
+			assert_int_equal(w->hi[at] >> 7, rows[r * w->k + i] >> 15);
+			if (fabs(v) < 0x1p-126)
+				continue; /* an exception, code 0 */
+			if (code > 0)
+				assert_true(err < fabs(v - e4m3((w->hi[at] & 0x80) | (code - 1))) ||
+				    (err == fabs(v - e4m3((w->hi[at] & 0x80) | (code - 1))) && code % 2 == 0));
+			if (code < 0x7e)
+				assert_true(err < fabs(v - e4m3((w->hi[at] & 0x80) | (code + 1))) ||
+				    (err == fabs(v - e4m3((w->hi[at] & 0x80) | (code + 1))) && code % 2 == 0));
+		}
+	}
+}
+
+/* Every finite pattern, in rows of every scale: what goes in comes out. */
+static void
+test_lossless(void **state)
+{
+	enum { K = 0x7f80 / 4 }; /* a quarter of all magnitudes a row */
+	uint16_t *rows = malloc((size_t)64 * K * sizeof(*rows));
+	float *y = malloc(K * sizeof(*y));
+	struct packed p;
+	uint32_t r, c, n = 0;
+
+	(void)state;
+	/* Rows by decades of the exponent: in each, all patterns up to its absmax. */
+	for (uint32_t top = 0; top < 64; top++)
+		for (uint32_t i = 0; i < K; i++) {
+			uint32_t mag = (uint32_t)((uint64_t)(top + 1) * 0x7f80 / 64 * i / K);
+
+			rows[top * K + i] = (uint16_t)(mag | (i & 1) << 15);
+		}
+	assert_int_equal(pack(&p, rows, 64, K, &r, &c), 0);
+	check_high(&p.w, rows);
+	for (r = 0; r < 64; r++) {
+		k_unpack_row(&p.w, r, y);
+		for (c = 0; c < K; c++) {
+			assert_int_equal(k_unpack(&p.w, r, c), rows[r * K + c]);
+			assert_memory_equal(&y[c], &(float){k_bf16_to_float(rows[r * K + c])}, 4);
+		}
+	}
+	drop(&p);
+
+	/* Each of the 65,280 finite patterns, with the largest, the smallest and a middle absmax beside it. */
+	for (uint32_t big = 0; big < 3; big++) {
+		for (uint32_t bits = 0; bits < 0x10000; bits += 32) {
+			static const uint16_t absmax[] = {0x7f7f, 0x0001, 0x3f80};
+			uint16_t small[32 * 2];
+			uint32_t rows_n = 0;
+
+			for (uint32_t i = 0; i < 32; i++) {
+				if ((bits + i) % 0x8000 >= 0x7f80)
+					continue;
+				small[2 * rows_n] = (uint16_t)(bits + i);
+				small[2 * rows_n + 1] = absmax[big];
+				rows_n++;
+			}
+			if (rows_n == 0)
+				continue;
+			assert_int_equal(pack(&p, small, rows_n, 2, &r, &c), 0);
+			check_high(&p.w, small);
+			for (uint32_t i = 0; i < rows_n; i++, n++) {
+				assert_int_equal(k_unpack(&p.w, i, 0), small[2 * i]);
+				assert_int_equal(k_unpack(&p.w, i, 1), small[2 * i + 1]);
+			}
+			drop(&p);
+		}
+	}
+	assert_int_equal(n, 3 * 2 * 0x7f80);
+	free(rows);
+	free(y);
+}
+
+/* The weights of one output channel, as the computing kernels see them. */
+static double
+weight_of(const struct k_weight *w, enum k_format f, uint32_t r, uint32_t c)
+{
+	uint32_t in = c % K_BLOCK, ch = r % K_PANEL;
+	size_t at = ((size_t)(r / K_PANEL) * (w->k_pad / K_BLOCK) + c / K_BLOCK) * 1024 + ch / 16 * 512 + in / 2 * 32 +
+	    ch % 16 * 2 + in % 2;
+
+	return f == K_BF16 ? bf16(k_unpack(w, r, c)) / (double)w->scale[r] : e4m3(w->hi[at]);
+}
+
+/* The rule of the sum, from plain BF16 and E4M3 values: blocks of 32, an even and an odd chain. */
+static float
+sum_of(const struct k_weight *w, enum k_format f, uint32_t r, const uint16_t *x)
+{
+	float total = 0;
+
+	for (uint32_t b = 0; b < w->k; b += K_BLOCK) {
+		float chain[2] = {0, 0};
+
+		for (uint32_t i = b; i < b + K_BLOCK; i++)
+			if (i < w->k)
+				chain[i % 2] = fmaf((float)weight_of(w, f, r, i), (float)bf16(x[i]), chain[i % 2]);
+		total = total + (chain[0] + chain[1]);
+	}
+	return total;
+}
+
+static void
+test_linear(void **state)
+{
+	enum { N = 45, K = 77, KP = 96 };
+	uint16_t rows[N * K], x[KP] = {0}, scaled[KP] = {0};
+	float in[K], xs, y[N];
+	struct packed p;
+	uint32_t bad_row, bad_col, seed = 7;
+	const char *level;
+
+	(void)state;
+	for (uint32_t i = 0; i < N * K; i++) {
+		seed = seed * 1664525u + 1013904223u;
+		rows[i] = k_bf16_from_float(((float)(seed >> 8) / 8388608.0f - 1) * (i % 97 == 0 ? 1e-6f : 0.05f));
+	}
+	for (uint32_t i = 0; i < K; i++)
+		in[i] = sinf((float)i * 0.7f) * 3;
+	assert_int_equal(pack(&p, rows, N, K, &bad_row, &bad_col), 0);
+	assert_true(p.w.n_exc > 0);
+	for (size_t l = 0; (level = kernels_level(l)) != NULL; l++) {
+		const struct k_ops *ops = kernels_select(level, (char[256]){0}, 256);
+
+		if (ops == NULL)
+			continue;
+		ops->act_bf16(in, K, KP, x);
+		ops->act_fp8(in, K, KP, scaled, &xs);
+		for (enum k_format f = 0; f < K_N_FORMATS; f++) {
+			bool fp8 = f == K_FP8;
+			struct k_linear a = {.w = &p.w, .format = f, .x = fp8 ? scaled : x, .x_scale = fp8 ? &xs : NULL, .rows = 1,
+			    .ldx = KP, .y = y, .ldy = N, .panel1 = p.w.n_pad / K_PANEL};
+
+			ops->linear(&a);
+			for (uint32_t r = 0; r < N; r++) {
+				float want = sum_of(&p.w, f, r, a.x);
+
+				if (fp8)
+					want *= xs;
+				want *= p.w.scale[r];
+				assert_memory_equal(&want, &y[r], sizeof(want));
+			}
+		}
+	}
+	drop(&p);
+}
+
+static void
+test_refused(void **state)
+{
+	uint16_t rows[40 * 3] = {0};
+	struct packed p;
+	uint32_t r = 0, c = 0;
+
+	(void)state;
+	rows[35 * 3 + 1] = 0x7fc0;
+	assert_int_equal(pack(&p, rows, 40, 3, &r, &c), -EINVAL);
+	assert_int_equal(r, 35);
+	assert_int_equal(c, 1);
+	drop(&p);
+	rows[35 * 3 + 1] = 0;
+	rows[2] = 0xff80;
+	assert_int_equal(pack(&p, rows, 40, 3, &r, &c), -EINVAL);
+	assert_int_equal(r, 0);
+	assert_int_equal(c, 2);
+	drop(&p);
+}
+
+static void
+test_levels(void **state)
+{
+	char why[256] = "";
+
+	(void)state;
+	assert_string_equal(kernels_level(0), "ref");
+	assert_string_equal(kernels_select("ref", why, sizeof(why))->name, "ref");
+	assert_null(kernels_select("sse9", why, sizeof(why)));
+	assert_non_null(strstr(why, "unknown CPU level 'sse9' (ref"));
+	for (size_t i = 0; kernels_level(i) != NULL; i++) {
+		const struct k_ops *ops = kernels_select(kernels_level(i), why, sizeof(why));
+
+		if (ops == NULL)
+			assert_non_null(strstr(why, "which this machine lacks"));
+		else
+			assert_string_equal(ops->name, kernels_level(i));
+	}
+}
+
+int
+main(void)
+{
+	const struct CMUnitTest tests[] = {
+		cmocka_unit_test(test_e4m3),
+		cmocka_unit_test(test_bf16),
+		cmocka_unit_test(test_lossless),
+		cmocka_unit_test(test_linear),
+		cmocka_unit_test(test_refused),
+		cmocka_unit_test(test_levels),
+	};
+
+	return cmocka_run_group_tests_name("kernels", tests, NULL, NULL);
+}
