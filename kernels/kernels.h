@@ -15,7 +15,14 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum k_format { K_BF16, K_FP8, K_FP8W, K_N_FORMATS };
+enum k_format { K_BF16, K_FP8, K_FP8W, K_FP8T, K_N_FORMATS };
+
+/* Are the inputs of a linear layer E4M3 too? */
+static inline bool
+k_is_w8a8(enum k_format f)
+{
+	return f == K_FP8 || f == K_FP8T;
+}
 
 #define K_BLOCK 32u /* inputs per block of a sum; positions per KV page */
 #define K_PANEL 32u /* output channels per panel of packed weights */
@@ -35,6 +42,12 @@ float k_e4m3_to_float(uint8_t);
  * to w * 2^k on the integer grid of BF16 magnitudes (code 0: from 0). Weights
  * whose distance does not fit 8 bits, or whose w * 2^k is neither zero nor a
  * BF16 normal, are exceptions: low 0, the master in a sorted list.
+ *
+ * fp8t, one scale for the whole tensor, needs no plane of its own: tensor_scale
+ * is that of the channel with the largest absmax, and a weight is the high
+ * plane's, brought to it by a power of two and rounded to E4M3 once more. What
+ * stays normal keeps its three bits, so it is plain E4M3(w / tensor_scale) there;
+ * below 2^-6 it was rounded twice, which costs at most a sixteenth of a step more.
  */
 struct k_exception {
 	uint32_t block;  /* panel * (k_pad / 32) + block of inputs */
@@ -47,7 +60,8 @@ struct k_weight {
 	uint32_t n_pad, k_pad; /* multiples of K_PANEL, K_BLOCK */
 	uint8_t *hi;           /* [n_pad/32][k_pad/32][2 tiles][16 input pairs][16 channels][2 inputs]: AMX B tiles */
 	int8_t *lo;            /* same order */
-	float *scale;          /* [n_pad] 2^-k, applied once to the output; 1 in the padding */
+	float *scale;          /* [n_pad] 2^-k, applied once to the output; 1 in the padding, 2^-120 for a channel of zeros */
+	float tensor_scale;    /* the largest scale of a channel: fp8t; set by k_weight_finish() */
 	uint8_t *flag;         /* [n_pad/32 * k_pad/32] 1: the block has exceptions */
 	struct k_exception *exc; /* [n_exc] ascending by (block, index) */
 	uint32_t n_exc;
@@ -60,6 +74,7 @@ void k_weight_place(struct k_weight *, void *mem); /* mem: 64-byte aligned */
  * to a malloc'd vector of the caller's. -EINVAL with the place on NaN or Inf. */
 int k_pack_panel(struct k_weight *, uint32_t panel, const uint16_t *rows, struct k_exception **exc, uint32_t *n_exc,
     uint32_t *cap, uint32_t *bad_row, uint32_t *bad_col);
+void k_weight_finish(struct k_weight *); /* after the last panel */
 uint16_t k_unpack(const struct k_weight *, uint32_t row, uint32_t col); /* the exact master */
 void k_unpack_row(const struct k_weight *, uint32_t row, float *y);     /* y [k] FP32 */
 /* The exceptions of a block; what one is worth in the scaled domain of the
@@ -69,12 +84,12 @@ uint16_t k_exception_value(const struct k_exception *, float scale);
 
 /* ---- operations ---- */
 
-/* y[r][c] (+)= sum over i of x[r][i] * w[c][i], times x_scale[r] for fp8, times scale[c]. */
+/* y[r][c] (+)= sum over i of x[r][i] * w[c][i], times x_scale[r] for fp8 and fp8t, times scale[c] (fp8t: tensor_scale). */
 struct k_linear {
 	const struct k_weight *w;
 	enum k_format format;
-	const uint16_t *x;      /* [rows, ldx] BF16, zero from k to k_pad; E4M3 values for fp8 */
-	const float *x_scale;   /* [rows] for fp8, else NULL */
+	const uint16_t *x;      /* [rows, ldx] BF16, zero from k to k_pad; E4M3 values for fp8 and fp8t */
+	const float *x_scale;   /* [rows] for these two, else NULL */
 	uint32_t rows;
 	size_t ldx;
 	float *y;               /* [rows, ldy]; columns >= n are not written */

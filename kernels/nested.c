@@ -149,7 +149,7 @@ row_exponent(const uint16_t *row, uint32_t n)
 		if ((row[i] & 0x7fffu) > max)
 			max = row[i] & 0x7fffu;
 	if (max == 0)
-		return 0;
+		return 120;
 	frexp(magnitude((uint16_t)max), &e); /* max = m * 2^e, m in [0.5, 1) */
 	k = 9 - e;
 	if (ldexp(magnitude((uint16_t)max), k) > 448)
@@ -262,6 +262,15 @@ k_pack_panel(struct k_weight *w, uint32_t panel, const uint16_t *rows, struct k_
 		}
 	}
 	return 0;
+}
+
+void
+k_weight_finish(struct k_weight *w)
+{
+	w->tensor_scale = 0;
+	for (uint32_t r = 0; r < w->n; r++)
+		if (w->scale[r] > w->tensor_scale)
+			w->tensor_scale = w->scale[r];
 }
 
 const struct k_exception *

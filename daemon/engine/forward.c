@@ -147,7 +147,7 @@ static bool
 any_format(const struct forward *f, uint32_t row, const enum plan_group *group, uint32_t n, bool fp8)
 {
 	for (uint32_t i = 0; i < n; i++)
-		if ((plan_at(f->plan[row], group[i], f->layer) == FORMAT_FP8) == fp8)
+		if (k_is_w8a8((enum k_format)plan_at(f->plan[row], group[i], f->layer)) == fp8)
 			return true;
 	return false;
 }
@@ -202,7 +202,7 @@ linear_part(void *arg, uint32_t part, uint32_t parts)
 			continue;
 		for (uint32_t r = 0, end; r < p->n_rows; r = end) {
 			enum plan_format fmt = plan_at(f->plan[r], s->group, f->layer);
-			bool fp8 = fmt == FORMAT_FP8;
+			bool fp8 = k_is_w8a8((enum k_format)fmt);
 
 			for (end = r + 1; end < p->n_rows && plan_at(f->plan[end], s->group, f->layer) == fmt; end++)
 				;

@@ -547,9 +547,9 @@ work_part(void *arg, uint32_t part, uint32_t parts)
 	free(buf);
 }
 
-/* The exceptions of a layer's panels, one after the other: ascending. */
+/* What needs all panels; then their exceptions, one after the other: ascending. */
 static int
-join_exceptions(const struct work *w, const struct want *want, uint64_t *count, struct err *err)
+finish_linear(const struct work *w, const struct want *want, uint64_t *count, struct err *err)
 {
 	uint32_t panels = (want->rows + K_PANEL - 1) / K_PANEL;
 	struct k_weight *k = want->linear;
@@ -557,6 +557,7 @@ join_exceptions(const struct work *w, const struct want *want, uint64_t *count, 
 
 	for (uint32_t i = 0; i < panels; i++)
 		n += w->item[want->first_item + i].n_exc;
+	k_weight_finish(k);
 	*count += n;
 	if (n == 0)
 		return 0;
@@ -588,7 +589,7 @@ run_work(struct work *w, struct model *m, struct team *team, struct err *err)
 		return err_set(err, w->rc, "%s", w->err.text);
 	for (uint32_t i = 0; i < w->n_wants && !w->check_only && rc == 0; i++)
 		if (w->want[i].linear != NULL)
-			rc = join_exceptions(w, &w->want[i], &m->n_exceptions, err);
+			rc = finish_linear(w, &w->want[i], &m->n_exceptions, err);
 	if (rc == 0 && w->progress != NULL)
 		w->progress(w->progress_arg, 100);
 	return rc;

@@ -47,8 +47,9 @@ fold16(float *lane)
 
 /* The weights of one block as computing values, [32 channels][32 inputs]. */
 static void
-unpack_block(const struct k_weight *w, uint32_t block, bool bf16, float out[32][32])
+unpack_block(const struct k_weight *w, uint32_t block, enum k_format format, float out[32][32])
 {
+	bool bf16 = format == K_BF16;
 	const uint8_t *hi = w->hi + (size_t)block * 1024;
 	const int8_t *lo = w->lo + (size_t)block * 1024;
 	uint32_t panel = block / (w->k_pad / K_BLOCK);
@@ -61,6 +62,8 @@ unpack_block(const struct k_weight *w, uint32_t block, bool bf16, float out[32][
 			int32_t mag = (hi[i] & 0x7f) == 0 ? 0 : k_bf16_from_float(v) & 0x7fff;
 
 			v = k_bf16_to_float((uint16_t)((uint32_t)(hi[i] & 0x80) << 8 | (uint32_t)(mag + lo[i])));
+		} else if (format == K_FP8T) {
+			v = k_e4m3_to_float(k_e4m3_from_float(v * (w->scale[panel * K_PANEL + c] / w->tensor_scale)));
 		}
 		out[c][in] = v;
 	}
@@ -88,7 +91,7 @@ linear_rows(const struct k_linear *a, uint32_t panel, uint32_t row, uint32_t row
 	float weight[32][32], total[ROWS][32] = {{0}};
 
 	for (uint32_t kb = 0; kb < kb_n; kb++) {
-		unpack_block(w, panel * kb_n + kb, a->format == K_BF16, weight);
+		unpack_block(w, panel * kb_n + kb, a->format, weight);
 		for (uint32_t r = 0; r < rows; r++) {
 			const uint16_t *x = a->x + (row + r) * a->ldx + kb * K_BLOCK;
 
@@ -111,7 +114,7 @@ linear_rows(const struct k_linear *a, uint32_t panel, uint32_t row, uint32_t row
 
 			if (a->x_scale != NULL)
 				v = v * a->x_scale[row + r];
-			v = v * w->scale[first + c];
+			v = v * (a->format == K_FP8T ? w->tensor_scale : w->scale[first + c]);
 			y[c] = a->add ? y[c] + v : v;
 		}
 	}

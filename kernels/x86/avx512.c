@@ -32,13 +32,50 @@ magnitude(__m512i code)
 	return _mm512_mask_permutexvar_epi16(normal, _mm512_cmplt_epu16_mask(w, _mm512_set1_epi16(8)), w, subnormal);
 }
 
+/* BF16 magnitudes of E4M3 values, made smaller by 2^-shift (shift << 7 in each
+ * word, less than 2^15) and rounded to E4M3 again. */
+INLINE __m512i
+shrink(__m512i mag, __m512i shift)
+{
+	const __m512i grid = _mm512_castsi128_si512(
+	    _mm_setr_epi16(0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60));
+	const __m512i one = _mm512_set1_epi16(1);
+	__m512i less = _mm512_subs_epu16(mag, shift), exp = _mm512_srli_epi16(less, 7), n, m, q;
+	__mmask32 small = _mm512_cmplt_epu16_mask(less, _mm512_set1_epi16(0x3c80)); /* below 2^-6 */
+
+	/* In units of 2^-9: a significand of 8 bits, shifted right by 125 - exponent. */
+	m = _mm512_or_si512(_mm512_and_si512(less, _mm512_set1_epi16(0x7f)), _mm512_set1_epi16(0x80));
+	n = _mm512_min_epu16(_mm512_sub_epi16(_mm512_set1_epi16(125), exp), _mm512_set1_epi16(15));
+	q = _mm512_add_epi16(m, _mm512_sub_epi16(_mm512_sllv_epi16(one, _mm512_sub_epi16(n, one)), one));
+	q = _mm512_add_epi16(q, _mm512_and_si512(_mm512_srlv_epi16(m, n), one));
+	q = _mm512_srlv_epi16(q, n);
+	m = _mm512_permutexvar_epi16(q, grid);
+	m = _mm512_mask_mov_epi16(m, _mm512_cmpeq_epi16_mask(q, _mm512_set1_epi16(8)), _mm512_set1_epi16(0x3c80));
+	return _mm512_mask_mov_epi16(less, small, m);
+}
+
+/* shift << 7 of 16 channels from `first` on, two words each. */
+INLINE __m512i
+channel_shift(const struct k_weight *w, uint32_t first)
+{
+	__m512i t = _mm512_castps_si512(_mm512_set1_ps(w->tensor_scale));
+	__m512i s = _mm512_srli_epi32(_mm512_sub_epi32(t, _mm512_castps_si512(_mm512_loadu_ps(w->scale + first))), 16);
+
+	return _mm512_or_si512(s, _mm512_slli_epi32(s, 16));
+}
+
 /* One block of 1024 weights to BF16 in the same order. */
 INLINE void
-unpack_block(const struct k_weight *w, uint32_t block, bool bf16, uint16_t out[1024])
+unpack_block(const struct k_weight *w, uint32_t block, enum k_format format, uint16_t out[1024])
 {
+	bool bf16 = format == K_BF16;
+	uint32_t first = block / (w->k_pad / K_BLOCK) * K_PANEL;
+	__m512i shift[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
 	const uint8_t *hi = w->hi + (size_t)block * 1024;
 	const int8_t *lo = w->lo + (size_t)block * 1024;
 
+	if (format == K_FP8T)
+		shift[0] = channel_shift(w, first), shift[1] = channel_shift(w, first + 16);
 	for (uint32_t i = 0; i < 1024; i += 32) {
 		__m512i code = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(const void *)(hi + i)));
 		__m512i mag = magnitude(code), sign = _mm512_slli_epi16(code, 8);
@@ -51,6 +88,8 @@ unpack_block(const struct k_weight *w, uint32_t block, bool bf16, uint16_t out[1
 		if (bf16)
 			mag = _mm512_add_epi16(mag,
 			    _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)(const void *)(lo + i))));
+		if (format == K_FP8T)
+			mag = shrink(mag, shift[i / 512]);
 		/* mag | sign & 0x8000 */
 		mag = _mm512_ternarylogic_epi32(mag, sign, _mm512_set1_epi16((short)0x8000), 0xf8);
 		_mm512_storeu_si512(out + i, mag);
@@ -124,7 +163,8 @@ write_panel(const struct k_linear *a, uint32_t panel, uint32_t row, uint32_t row
 
 			if (a->x_scale != NULL)
 				v = _mm512_mul_ps(v, _mm512_set1_ps(a->x_scale[row + r]));
-			v = _mm512_mul_ps(v, _mm512_loadu_ps(a->w->scale + first + t * 16));
+			v = _mm512_mul_ps(v, a->format == K_FP8T ? _mm512_set1_ps(a->w->tensor_scale)
+			                                         : _mm512_loadu_ps(a->w->scale + first + t * 16));
 			if (a->add)
 				v = _mm512_add_ps(_mm512_maskz_loadu_ps(m, y), v);
 			_mm512_mask_storeu_ps(y, m, v);
@@ -149,7 +189,7 @@ linear_rows(const struct k_linear *a, uint32_t panel, uint32_t row, uint32_t row
 		for (uint32_t b = 0; b < n; b++) {
 			uint32_t block = panel * kb_n + kb + b;
 
-			unpack_block(w, block, bf16, weight[b]);
+			unpack_block(w, block, a->format, weight[b]);
 			if (bf16 && w->flag[block])
 				patch_block(w, panel, block, weight[b]);
 		}

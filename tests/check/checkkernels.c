@@ -140,6 +140,7 @@ make_weights(struct weights *x, uint32_t n, uint32_t k)
 	}
 	x->w.exc = x->exc;
 	x->w.n_exc = n_exc;
+	k_weight_finish(&x->w);
 	free(rows);
 }
 
@@ -159,7 +160,7 @@ make_inputs(uint16_t *x, float *scale, uint32_t rows, uint32_t k, uint32_t k_pad
 		for (uint32_t i = 0; i < k; i++)
 			row[i] = ((float)below(2000001) - 1e6f) * 1e-6f;
 		scale[r] = 1;
-		if (format == K_FP8)
+		if (k_is_w8a8(format))
 			ref->act_fp8(row, k, k_pad, x + (size_t)r * k_pad, &scale[r]);
 		else
 			ref->act_bf16(row, k, k_pad, x + (size_t)r * k_pad);
@@ -176,7 +177,7 @@ linear_agrees(struct weights *w, uint32_t rows, enum k_format format, bool add, 
 	float *scale = guard(&gs, rows * sizeof(*scale), tail), *a = guard(&ga, y_bytes, tail), *b = guard(&gb, y_bytes, tail);
 	uint32_t panels = w->w.n_pad / K_PANEL, cut = below(panels + 1);
 	struct k_linear l = {.w = &w->w, .format = format, .x = x, .rows = rows, .ldx = w->w.k_pad, .ldy = n, .add = add,
-	    .x_scale = format == K_FP8 ? scale : NULL, .panel1 = panels};
+	    .x_scale = k_is_w8a8(format) ? scale : NULL, .panel1 = panels};
 	bool same;
 
 	make_inputs(x, scale, rows, w->w.k, w->w.k_pad, format);
@@ -535,7 +536,7 @@ bench_linear(void *arg)
 static void
 bench_linears(double gbs)
 {
-	static const char *const names[] = {"bf16", "fp8", "fp8w"};
+	static const char *const names[] = {"bf16", "fp8", "fp8w", "fp8t"};
 	static const uint32_t rows[] = {1, 4, 16, 64};
 	struct weights w;
 
@@ -547,7 +548,7 @@ bench_linears(double gbs)
 			uint32_t n = rows[i];
 			uint16_t *x = calloc((size_t)n * w.w.k_pad, sizeof(*x));
 			float *scale = calloc(n, sizeof(*scale)), *y = calloc((size_t)n * w.w.n, sizeof(*y));
-			struct linear_bench b = {{.w = &w.w, .format = f, .x = x, .x_scale = f == K_FP8 ? scale : NULL, .rows = n,
+			struct linear_bench b = {{.w = &w.w, .format = f, .x = x, .x_scale = k_is_w8a8(f) ? scale : NULL, .rows = n,
 			    .ldx = w.w.k_pad, .y = y, .ldy = w.w.n, .panel1 = w.w.n_pad / K_PANEL}};
 			double bytes = (double)w.w.n_pad * w.w.k_pad * (f == K_BF16 ? 2 : 1), t;
 

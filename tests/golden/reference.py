@@ -3,7 +3,7 @@
 """An independent float64 forward pass of a model directory (Llama, Mistral, Qwen2, Qwen3, SmolLM3) under octet's formats.
 Needs numpy.
 
-  reference.py MODEL_DIR --plan bf16|fp8|fp8w|fp8-all|fp8w-all|exact --tokens N [--eos ID] --out FILE PROMPT_IDS...
+  reference.py MODEL_DIR --plan bf16|fp8|fp8w|fp8t|FORMAT-all|exact[+kv8] --tokens N [--eos ID] --out FILE PROMPT_IDS...
 
 Each PROMPT_IDS is a comma list of token ids, one case each. Greedy decoding. Writes one JSON
 object: {"plan", "cases": [{"prompt", "tokens", "margins", "probe": [ids], "logits": [[...] per token]}]}.
@@ -11,7 +11,8 @@ margins: best minus second logit of each step; logits: those of the probe ids, a
 
 Weights are rounded once to BF16. bf16: inputs of linear layers rounded to BF16. fp8w: weights E4M3 at
 a power-of-two scale per output channel, inputs BF16. fp8: the same weights, inputs E4M3 at absmax/448
-per token. q, K, V and the probabilities of a 32-position block are rounded to BF16; all else is float64.
+per token. fp8t: those weights brought to the largest scale of the tensor and rounded to E4M3 again, inputs
+as in fp8. +kv8: K and V E4M3 at absmax/448 per position and head. q, K, V and the probabilities of a 32-position block are rounded to BF16; all else is float64.
 exact: only weights are rounded, for a comparison with other implementations.
 """
 import argparse, json, os, struct
@@ -37,12 +38,24 @@ def e4m3(x):
     return np.sign(x) * POSITIVE[pick]
 
 
-def e4m3_rows(w):
+def e4m3_rows(w, tensor=False):
     absmax = np.abs(w).max(axis=1)
     k = np.where(absmax > 0, np.floor(np.log2(448 / np.where(absmax > 0, absmax, 1))), 0)
     k = np.where(absmax * 2.0**k > 448, k - 1, k)
     k = np.clip(k, -120, 120)[:, None]
-    return e4m3(w * 2.0**k) * 2.0**-k
+    c = e4m3(w * 2.0**k)
+    if tensor:
+        t = k[absmax > 0].min()
+        return e4m3(c * 2.0**(t - k)) * 2.0**-t
+    return c * 2.0**-k
+
+
+def e4m3_heads(x):
+    """[heads, head_dim] at absmax / 448 of each head, in FP32 as the cache stores it."""
+    x = x.astype(np.float32)
+    s = np.abs(x).max(axis=1, keepdims=True) / np.float32(448)
+    s = np.where(s == 0, np.float32(1), s)
+    return e4m3((x / s).astype(np.float64)) * s.astype(np.float64)
 
 
 def safetensors(path):
@@ -107,7 +120,8 @@ class Model:
         self.freq = frequencies(c, self.hd)
         self.window = c.get("sliding_window") if c["architectures"][0] == "MistralForCausalLM" else None
         self.round = (lambda x: x) if plan == "exact" else bf16
-        plan = plan.replace("exact", "bf16")
+        self.kv8 = plan.endswith("+kv8")
+        plan = plan.replace("exact", "bf16").replace("+kv8", "")
         self.embed = w["model.embed_tokens.weight"]
         if c.get("tie_word_embeddings"):
             w["lm_head.weight"] = self.embed
@@ -117,11 +131,11 @@ class Model:
         for name, t in list(w.items()):
             group = next((g for g in GROUPS if name.endswith(g + ".weight")), None)
             if group:
-                self.cooked[name] = t if self.format[group] == "bf16" else e4m3_rows(t)
+                self.cooked[name] = t if self.format[group] == "bf16" else e4m3_rows(t, self.format[group] == "fp8t")
 
     def linear(self, name, x):
         group = next(g for g in GROUPS if name.endswith(g))
-        if self.format[group] == "fp8":
+        if self.format[group] in ("fp8", "fp8t"):
             x32 = x.astype(np.float32)
             s = np.float32(np.abs(x32).max() / np.float32(448))
             s = s if s != 0 else np.float32(1)
@@ -175,8 +189,9 @@ class Model:
             k = self.norm_heads(k.reshape(kv, -1), p + "self_attn.k_norm.weight")
             if c.get("no_rope_layers") is None or c["no_rope_layers"][i]:
                 q, k = self.rope(q, pos), self.rope(k, pos)
-            q, k = self.round(q), self.round(k)
-            v = self.round(self.linear(p + "self_attn.v_proj", h).reshape(kv, -1))
+            stored = e4m3_heads if self.kv8 else self.round
+            q, k = self.round(q), stored(k)
+            v = stored(self.linear(p + "self_attn.v_proj", h).reshape(kv, -1))
             cache[i][0].append(k)
             cache[i][1].append(v)
             K, V = np.stack(cache[i][0]), np.stack(cache[i][1])
