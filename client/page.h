@@ -10,7 +10,7 @@
 #include <stdint.h>
 
 #define PAGE_MAGIC 0x4750434fu /* "OCPG" */
-#define PAGE_VERSION 1u
+#define PAGE_VERSION 2u
 #define PAGE_GROUPS 16u
 #define PAGE_LAYERS 256u
 #define PAGE_FORMATS 8u
@@ -42,6 +42,9 @@ struct octet_page {
 	char format[PAGE_FORMATS][12];
 	uint8_t wanted[PAGE_GROUPS][PAGE_LAYERS];   /* format index or PAGE_NONE */
 	uint8_t executed[PAGE_GROUPS][PAGE_LAYERS];
+	/* What FP8 does, or would do, to a site's inputs: largest magnitude, shares
+	 * that become 0 and the largest code. absmax < 0: not measured yet. */
+	float absmax[PAGE_GROUPS][PAGE_LAYERS], zero[PAGE_GROUPS][PAGE_LAYERS], saturated[PAGE_GROUPS][PAGE_LAYERS];
 	uint64_t epoch, plan_digest, step;
 	char policy[64];       /* "bf16", or "bf16 + 2 changes" */
 	uint64_t weights_bytes, kv_bytes;

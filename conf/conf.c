@@ -71,6 +71,8 @@ static const struct option options[] = {
 	    "time a thread waits awake before it sleeps"},
 	{"engine", "prefix_cache", TYPE_ENUM, AT(prefix_cache), "user", 0, 0, prefix_caches, LIVE, "",
 	    "whether requests share the KV pages of equal beginnings: not, those of one user, or all"},
+	{"engine", "evidence_steps", TYPE_NUMBER, AT(evidence_steps), "64", 0, 1000000, NULL, LIVE, "steps",
+	    "one row of one step in so many is measured for what FP8 does to it; 0: none"},
 	{"precision", "policy", TYPE_STRING, AT(policy), "bf16", 0, 0, NULL, LIVE, "", "the active policy"},
 	{"precision", "on_flip", TYPE_ENUM, AT(on_flip), "switch", 0, 0, on_flips, LIVE, "",
 	    "whether running sequences follow a flip or finish under their plan"},

@@ -38,7 +38,7 @@ struct conf {
 	char *model_path;
 	/* [engine] */
 	uint64_t kv_cache_bytes;
-	uint32_t backend, threads, max_batch_tokens, max_batch, max_context, step_target_ms, spin_us, prefix_cache;
+	uint32_t backend, threads, max_batch_tokens, max_batch, max_context, step_target_ms, spin_us, prefix_cache, evidence_steps;
 	/* [precision] */
 	char *policy;
 	uint32_t on_flip;

@@ -29,6 +29,7 @@ octetd_engine_config(const struct octetd *d, const struct conf *c, struct engine
 		.step_target_ms = (uint32_t)c->step_target_ms,
 		.pin = c->on_flip == CONF_ON_FLIP_PIN,
 		.prefix_cache = c->prefix_cache != CONF_PREFIX_OFF,
+		.evidence_steps = c->evidence_steps,
 		.notify = d->notify,
 		.notify_arg = (void *)(uintptr_t)d,
 	};

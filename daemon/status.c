@@ -10,6 +10,7 @@
 #include <unistd.h>
 
 #include "client/page.h"
+#include "daemon/engine/evidence.h"
 #include "daemon/octetd.h"
 
 #ifndef F_SEAL_FUTURE_WRITE
@@ -69,11 +70,15 @@ fill_plan(struct status *s)
 	const struct octetd *d = s->d;
 	const struct plan *plan = flipper_plan(d->flips);
 	struct octet_page *p = &s->next;
+	struct evidence_site site;
 
 	for (int g = 0; g < N_GROUPS; g++) {
 		for (uint32_t l = 0; l < (g == GROUP_LM_HEAD ? 1 : p->n_layers); l++) {
 			p->wanted[g][l] = (uint8_t)plan_at(plan, g, l);
 			p->executed[g][l] = (uint8_t)engine_executed(d->engine, plan, g, l);
+			engine_evidence(d->engine, g, l, &site);
+			p->absmax[g][l] = site.n > 0 ? site.absmax : -1;
+			p->zero[g][l] = site.zero, p->saturated[g][l] = site.saturated;
 		}
 	}
 	p->epoch = flipper_epoch(d->flips);

@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include "daemon/control.h"
+#include "daemon/engine/evidence.h"
 #include "daemon/engine/kv.h"
 #include "daemon/octetd.h"
 #include "daemon/status.h"
@@ -37,8 +38,24 @@ whole(json_t **reply, struct err *err)
 
 /* ---- status ---- */
 
+/* Lists by layer; null where nothing was measured yet. */
 static json_t *
-groups_json(const struct octetd *d)
+evidence_json(struct octetd *d, enum plan_group g, uint32_t n_layers)
+{
+	json_t *absmax = json_array(), *zero = json_array(), *saturated = json_array();
+	struct evidence_site s;
+
+	for (uint32_t l = 0; l < n_layers; l++) {
+		engine_evidence(d->engine, g, l, &s);
+		json_array_append_new(absmax, s.n > 0 ? json_real(s.absmax) : json_null());
+		json_array_append_new(zero, s.n > 0 ? json_real(s.zero) : json_null());
+		json_array_append_new(saturated, s.n > 0 ? json_real(s.saturated) : json_null());
+	}
+	return json_pack("{s:o,s:o,s:o}", "absmax", absmax, "zero", zero, "saturated", saturated);
+}
+
+static json_t *
+groups_json(struct octetd *d)
 {
 	const struct plan *plan = flipper_plan(d->flips);
 	json_t *groups = json_array();
@@ -50,8 +67,9 @@ groups_json(const struct octetd *d)
 			json_array_append_new(wanted, json_string(plan_format_name(plan_at(plan, g, l))));
 			json_array_append_new(executed, json_string(plan_format_name(engine_executed(d->engine, plan, g, l))));
 		}
-		json_array_append_new(groups, json_pack("{s:s,s:o,s:o}", "name", plan_group_name(g), "wanted", wanted,
-		    "executed", executed));
+		json_array_append_new(groups, json_pack("{s:s,s:o,s:o,s:o}", "name", plan_group_name(g), "wanted", wanted,
+		    "executed", executed, "evidence",
+		    evidence_json(d, g, g == GROUP_LM_HEAD ? 1 : plan->n_layers)));
 	}
 	return groups;
 }

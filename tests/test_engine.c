@@ -726,6 +726,47 @@ test_park_and_cancel(void **state)
 }
 
 static void
+test_evidence(void **state)
+{
+	/* At a scale of 1: 448 and -432 become the largest code, 2^-10 and less become 0, 0 is no loss. */
+	const float x[8] = {448, -432, 431, 0x1p-10f, -0x1p-11f, 0x1.8p-10f, 0, 1};
+	struct evidence_site site;
+	struct evidence *ev;
+	struct fixture f;
+	struct engine_config cfg = config(&f);
+	static struct sunk s;
+	uint32_t ids[128];
+	struct err err;
+
+	(void)state;
+	assert_int_equal(evidence_new(&ev, 3), 0);
+	evidence_read(ev, GROUP_UP, 2, &site);
+	assert_int_equal(site.n, 0);
+	evidence_add(ev, GROUP_UP, 2, x, 8);
+	evidence_read(ev, GROUP_UP, 2, &site);
+	assert_int_equal(site.n, 8);
+	assert_true(site.absmax == 448 && site.zero == 0.25f && site.saturated == 0.25f);
+	for (uint32_t i = 0; i < 64; i++) /* falls out of the window */
+		evidence_next(ev);
+	evidence_read(ev, GROUP_UP, 2, &site);
+	assert_int_equal(site.n, 0);
+	evidence_free(&ev);
+
+	cfg.evidence_steps = 2;
+	start(&f, NULL, 2, &cfg, bf16);
+	assert_int_equal(engine_submit(f.e, make_request(&s, ids, prompt(1, ids), 24, 0), &err), 0);
+	reap_all(&f, 1);
+	for (enum plan_group g = 0; g < N_GROUPS; g++) {
+		for (uint32_t l = 0; l < (g == GROUP_LM_HEAD ? 1 : model->shape.n_layers); l++) {
+			engine_evidence(f.e, g, l, &site);
+			assert_true(site.n > 0 && site.absmax > 0 && site.zero >= 0 && site.zero < 0.5);
+			assert_true(site.saturated > 0 && site.saturated < 0.5);
+		}
+	}
+	stop(&f);
+}
+
+static void
 test_refusals(void **state)
 {
 	struct fixture f;
@@ -854,6 +895,7 @@ main(void)
 		cmocka_unit_test(test_window),
 		cmocka_unit_test(test_pin),
 		cmocka_unit_test(test_park_and_cancel),
+		cmocka_unit_test(test_evidence),
 		cmocka_unit_test(test_refusals),
 	};
 

@@ -76,8 +76,11 @@ struct engine {
 	uint64_t preemptions;
 	double ms_per_row;
 
+	struct evidence *evidence;
+
 	pthread_mutex_t stats_lock;
 	struct engine_stats stats;
+	struct evidence *evidence_seen; /* a copy for others */
 	float step_ms[STEP_WINDOW];
 	uint32_t n_step_ms;
 };
@@ -814,18 +817,33 @@ after_step(struct engine *e, struct seq *s, uint32_t rows, uint32_t *want, uint3
 	return true;
 }
 
+static void
+note_evidence(struct engine *e)
+{
+	evidence_next(e->evidence);
+	pthread_mutex_lock(&e->stats_lock);
+	evidence_copy(e->evidence_seen, e->evidence);
+	pthread_mutex_unlock(&e->stats_lock);
+}
+
 /* Returns false when there was nothing to run. */
 static bool
 run_step(struct engine *e)
 {
 	double start = now_ms();
 	uint32_t rows, prompt_rows = 0, tokens = 0, want = 0;
+	bool sample;
 
 	rows = choose_batch(e);
 	if (rows == 0)
 		return false;
 	e->step++;
+	sample = e->cfg.evidence_steps != 0 && e->step % e->cfg.evidence_steps == 0;
+	if (sample)
+		forward_sample(e->forward, e->evidence, (uint32_t)(e->step / e->cfg.evidence_steps % rows));
 	e->logits = forward_run(e->forward, e->row, rows);
+	if (sample)
+		note_evidence(e);
 	if (e->n_want > 0)
 		team_run(e->team, sample_part, e);
 
@@ -912,6 +930,9 @@ allocate(struct engine *e, struct err *err)
 	e->want = calloc(rows, sizeof(*e->want));
 	e->result = calloc(rows, sizeof(*e->result));
 	e->scratch = calloc(parts, sizeof(*e->scratch));
+	if (evidence_new(&e->evidence, e->m->shape.n_layers) != 0 ||
+	    evidence_new(&e->evidence_seen, e->m->shape.n_layers) != 0)
+		return err_set(err, -ENOMEM, "no memory for evidence");
 	if (e->running == NULL || e->pick == NULL || e->row == NULL || e->want == NULL || e->result == NULL ||
 	    e->scratch == NULL)
 		return err_set(err, -ENOMEM, "no memory for a batch of %u rows", rows);
@@ -984,6 +1005,8 @@ engine_free(struct engine **ep)
 	}
 	forward_free(&e->forward);
 	kv_free(&e->kv);
+	evidence_free(&e->evidence);
+	evidence_free(&e->evidence_seen);
 	for (uint32_t i = 0; e->scratch != NULL && i < team_size(e->team); i++)
 		sample_scratch_free(&e->scratch[i]);
 	plan_unref(&e->plan);
@@ -1150,6 +1173,14 @@ engine_stats(struct engine *e, struct engine_stats *out)
 	out->step_ms_p90 = ms[n * 9 / 10];
 	out->step_ms_p99 = ms[n * 99 / 100];
 	out->step_ms_max = ms[n - 1];
+}
+
+void
+engine_evidence(struct engine *e, enum plan_group g, uint32_t layer, struct evidence_site *out)
+{
+	pthread_mutex_lock(&e->stats_lock);
+	evidence_read(e->evidence_seen, g, layer, out);
+	pthread_mutex_unlock(&e->stats_lock);
 }
 
 enum plan_format

@@ -100,6 +100,7 @@ struct engine_config {
 	uint32_t max_batch_tokens, max_batch, max_queue, step_target_ms;
 	bool pin;                         /* on_flip = pin */
 	bool prefix_cache;
+	uint32_t evidence_steps;          /* one row of one step in so many is measured; 0: none */
 	void (*notify)(void *arg);        /* engine thread: something to reap */
 	void *notify_arg;
 };
@@ -134,6 +135,9 @@ void engine_configure(struct engine *, const struct engine_config *); /* live op
 struct request *engine_reap(struct engine *);  /* list by ->next, or NULL */
 struct flip *engine_reap_flips(struct engine *);
 void engine_stats(struct engine *, struct engine_stats *); /* any thread */
+/* What FP8 would do to the inputs of a site; any thread. */
+struct evidence_site;
+void engine_evidence(struct engine *, enum plan_group, uint32_t layer, struct evidence_site *);
 /* Format that runs at a site under a plan on this backend. */
 enum plan_format engine_executed(const struct engine *, const struct plan *, enum plan_group, uint32_t layer);
 #endif

@@ -39,6 +39,9 @@ struct forward {
 	const struct plan **plan; /* [max_rows] plan of each input row */
 	uint32_t layer;
 
+	struct evidence *evidence; /* NULL: none in this run */
+	uint32_t sample_row;
+
 	/* forward_find_nonfinite(): check after each phase. */
 	bool trace, found;
 	struct forward_site site;
@@ -158,6 +161,9 @@ encode(struct forward *f, uint32_t row, const float *h, uint32_t n, const enum p
 {
 	uint32_t n_pad = (n + K_BLOCK - 1) & ~(uint32_t)(K_BLOCK - 1);
 
+	if (f->evidence != NULL && row == f->sample_row)
+		for (uint32_t i = 0; i < n_groups; i++)
+			evidence_add(f->evidence, group[i], f->layer, h, n);
 	if (any_format(f, row, group, n_groups, false))
 		f->ops->act_bf16(h, n, n_pad, f->in.bf16 + row * f->in.ld);
 	if (any_format(f, row, group, n_groups, true))
@@ -325,6 +331,7 @@ rope_part(void *arg, uint32_t part, uint32_t parts)
 		const float *sin = f->m->rope_sin + (size_t)row->pos * half;
 		float *q = f->q + (size_t)r * s->n_heads * s->head_dim;
 		float *k = f->k + (size_t)r * s->n_kv_heads * s->head_dim;
+		const float *v = f->v + (size_t)r * s->n_kv_heads * s->head_dim;
 		struct k_kv_block block = block_of(f, row, row->pos / KV_PAGE_TOKENS);
 
 		norm_heads(f, q, s->n_heads, layer->q_norm);
@@ -333,8 +340,11 @@ rope_part(void *arg, uint32_t part, uint32_t parts)
 			f->ops->rope(q, s->n_heads, s->head_dim, cos, sin);
 			f->ops->rope(k, s->n_kv_heads, s->head_dim, cos, sin);
 		}
-		f->ops->kv_write(&block, k, f->v + (size_t)r * s->n_kv_heads * s->head_dim, s->n_kv_heads, s->head_dim,
-		    f->kv->hd_pad, row->pos % KV_PAGE_TOKENS);
+		f->ops->kv_write(&block, k, v, s->n_kv_heads, s->head_dim, f->kv->hd_pad, row->pos % KV_PAGE_TOKENS);
+		for (uint32_t h = 0; f->evidence != NULL && r == f->sample_row && h < s->n_kv_heads; h++) {
+			evidence_add(f->evidence, GROUP_KV_CACHE, f->layer, k + h * s->head_dim, s->head_dim);
+			evidence_add(f->evidence, GROUP_KV_CACHE, f->layer, v + h * s->head_dim, s->head_dim);
+		}
 	}
 }
 
@@ -451,13 +461,22 @@ forward_run(struct forward *f, const struct forward_row *row, uint32_t n)
 		run_layer(f, n);
 
 	f->layer = 0; /* lm_head has no layer */
+	f->sample_row = 0;
 	wanted = keep_wanted(f, n);
 	if (wanted > 0) {
 		run_rows(f, wanted, final_norm_part);
 		run_linear(f, (struct site[]){
 		    {GROUP_LM_HEAD, &f->m->lm_head, f->logits, f->m->shape.vocab, false}}, 1, wanted);
 	}
+	f->evidence = NULL;
 	return f->logits;
+}
+
+void
+forward_sample(struct forward *f, struct evidence *e, uint32_t row)
+{
+	f->evidence = e;
+	f->sample_row = row;
 }
 
 bool

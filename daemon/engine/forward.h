@@ -8,6 +8,7 @@
  * thread and its team only. Nothing is allocated after forward_new().
  */
 #include <stdint.h>
+#include "daemon/engine/evidence.h"
 #include "daemon/engine/kv.h"
 #include "daemon/engine/model.h"
 #include "daemon/engine/plan.h"
@@ -34,6 +35,9 @@ void forward_free(struct forward **);
  * [n_wanted, vocab] FP32 of the rows that want them, in row order; valid until
  * the next call. */
 float *forward_run(struct forward *, const struct forward_row *, uint32_t n);
+
+/* The next forward_run() also notes what FP8 would do to the inputs of one of its rows. */
+void forward_sample(struct forward *, struct evidence *, uint32_t row);
 
 /* Runs one row again and tells where it first went non-finite; false if it did not. */
 bool forward_find_nonfinite(struct forward *, const struct forward_row *, struct forward_site *);
