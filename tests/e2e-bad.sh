@@ -49,7 +49,7 @@ long=$(printf 'word %.0s' $(seq 600))
 has "prompt too long" "$(octet complete --raw "$long" 2>&1)" 'prompt of [0-9]+ tokens: .*512|too long'
 ok "the daemon is unharmed" octet complete "It work."
 has "too many clients" "$(octet bench --clients 4 --requests 4 2>&1)" 'too many clients.*3'
-wait_for 10 sh -c "[ \$($builddir/octetctl --json clients | jq length) = 0 ]"
+wait_for 60 sh -c "[ \$($builddir/octetctl --json clients | jq length) = 0 ]"
 has "unknown verb" "$(octetctl nosuch 2>&1)" "unknown verb 'nosuch'"
 has "set: bad selector" "$(octetctl set nosuch=fp8 2>&1)" "nosuch"
 has "set: bad format" "$(octetctl set lm_head=fp9 2>&1)" "fp9"
@@ -63,24 +63,24 @@ has "bad temperature" "$(octet complete --temperature nan x 2>&1)" "temperature"
 is "still epoch 1" "$(epoch)" 1
 
 # A client killed in the middle of a stream leaves nothing behind.
-octet complete --json --ignore-eos --max-tokens 450 x >"$scratch/killed" &
+"$builddir/octet" complete --json --ignore-eos --max-tokens 450 x >"$scratch/killed" &
 victim=$!
-wait_for 10 test -s "$scratch/killed"
+wait_for 60 test -s "$scratch/killed"
 kill -9 $victim
-ok "its pages come back" wait_for 10 sh -c "[ \$($builddir/octetctl --json status | jq .kv.pages_used) = 0 ]"
-ok "and its session" wait_for 10 sh -c "[ \$($builddir/octetctl --json clients | jq length) = 0 ]"
+ok "its pages come back" wait_for 60 sh -c "[ \$($builddir/octetctl --json status | jq .kv.pages_used) = 0 ]"
+ok "and its session" wait_for 60 sh -c "[ \$($builddir/octetctl --json clients | jq length) = 0 ]"
 
 # SIGHUP with a broken file: the old state stays, the message says the line.
 cp "$ini" "$scratch/good.ini"
 echo 'broken line' >>"$ini"
 lines=$(wc -l <"$ini")
 kill -HUP "$daemon"
-ok "SIGHUP with a broken file is reported with its line" wait_for 10 grep -q "octet.ini:$lines:" "$scratch/log"
+ok "SIGHUP with a broken file is reported with its line" wait_for 60 grep -q "octet.ini:$lines:" "$scratch/log"
 has "reload says so too" "$(octetctl reload 2>&1)" "octet.ini:$lines:"
 ok "the daemon goes on" octet complete "It work."
 sed 's/^policy = .*/policy = fp8/' "$scratch/good.ini" >"$ini"
 kill -HUP "$daemon"
-ok "a good file is taken" wait_for 10 sh -c "[ \$($builddir/octetctl --json status | jq -r .policy) = fp8 ]"
+ok "a good file is taken" wait_for 60 sh -c "[ \$($builddir/octetctl --json status | jq -r .policy) = fp8 ]"
 ok "stop" stop
 
 if [ "$(id -u)" = 0 ] && command -v setpriv >/dev/null; then

@@ -30,7 +30,7 @@ while [ $round -lt $rounds ]; do
 		done
 	) &
 	flipper=$!
-	wait_for 10 test -s "$scratch/seen"
+	wait_for 60 test -s "$scratch/seen"
 	sleep "0.$(random 5)$(random 10)"
 	kill -9 "$daemon"
 	wait "$daemon" 2>/dev/null
@@ -38,7 +38,7 @@ while [ $round -lt $rounds ]; do
 	wait "$flipper" 2>/dev/null
 	daemon=
 	# The clients are told, and end by themselves.
-	wait_for 10 sh -c "! kill -0 $bench" || hung=$((hung + 1))
+	wait_for 60 sh -c "! kill -0 $bench" || hung=$((hung + 1))
 	wait "$bench" 2>/dev/null
 	grep -q 'octet: ' "$scratch/bench" || lost=$((lost + 1))
 	rm -f "$scratch/seen.last"

@@ -602,6 +602,37 @@ test_prefix(void **state)
 	stop(&f);
 }
 
+/* A replay whose first segment ends where a cached prefix does. */
+static void
+test_prefix_replay(void **state)
+{
+	struct fixture f;
+	struct engine_config cfg = config(&f);
+	static struct sunk s[3];
+	uint32_t ids[128];
+	struct request *r;
+	struct err err;
+
+	(void)state;
+	assert_int_equal(prompt(2, ids), 75);
+	cfg.prefix_cache = true;
+	start(&f, NULL, 2, &cfg, bf16);
+	for (uint32_t i = 0; i < 3; i++) {
+		r = make_request(&s[i], ids, 75, 24, i);
+		if (i > 0) {
+			r->n_replay = 2;
+			r->replay = calloc(2, sizeof(*r->replay));
+			r->replay[0] = (struct segment){0, plan_ref(bf16), 1};
+			r->replay[1] = (struct segment){64, plan_ref(fp8), 2};
+		}
+		assert_int_equal(engine_submit(f.e, r, &err), 0);
+		reap_all(&f, 1);
+	}
+	assert_int_equal(hits(f.e), 128);
+	assert_same_run(&s[1], &s[2]);
+	stop(&f);
+}
+
 /* A sliding window: pages that fell out of it are given back, and a request of
  * any length fits a cache of window, step and block. */
 static void
@@ -892,6 +923,7 @@ main(void)
 		cmocka_unit_test(test_flips_full),
 		cmocka_unit_test(test_preempt),
 		cmocka_unit_test(test_prefix),
+		cmocka_unit_test(test_prefix_replay),
 		cmocka_unit_test(test_window),
 		cmocka_unit_test(test_pin),
 		cmocka_unit_test(test_park_and_cancel),

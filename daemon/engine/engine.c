@@ -577,14 +577,17 @@ drop_gone(struct engine *e)
 }
 
 /* Rows that a sequence may have in a step: its sink must have room for what the
- * step tells; of a replay that is one new segment at most. */
+ * step tells; of a replay that is two new segments at most. */
 static uint32_t
 pending(const struct seq *s)
 {
-	uint32_t n = s->n_known - s->n_run;
+	uint32_t n = s->n_known - s->n_run, next = s->n_told + 1;
 
-	if (s->n_told + 1 < s->n_seg && s->seg[s->n_told + 1].from - s->n_run < n)
-		n = s->seg[s->n_told + 1].from - s->n_run;
+	/* The prefix cache may have covered the first segment to its end. */
+	while (next < s->n_seg && s->seg[next].from <= s->n_run)
+		next++;
+	if (next < s->n_seg && s->seg[next].from - s->n_run < n)
+		n = s->seg[next].from - s->n_run;
 	if (s->req->sampling.prompt_logprobs && s->state == SEQ_RUNNING) {
 		uint32_t room = s->req->sink.room(s->req->sink.arg);
 		uint32_t most = room > least_room(s) ? (room - least_room(s)) / token_events(s) + 1 : 1;
@@ -831,12 +834,12 @@ static bool
 run_step(struct engine *e)
 {
 	double start = now_ms();
-	uint32_t rows, prompt_rows = 0, tokens = 0, want = 0;
+	uint32_t rows, prompt_rows = 0, tokens = 0, want = 0, running = e->n_running;
 	bool sample;
 
 	rows = choose_batch(e);
 	if (rows == 0)
-		return false;
+		return e->n_running != running; /* who was preempted may be admitted again */
 	e->step++;
 	sample = e->cfg.evidence_steps != 0 && e->step % e->cfg.evidence_steps == 0;
 	if (sample)
