@@ -40,6 +40,7 @@ struct octet_page {
 	int64_t started_us;
 	char group[PAGE_GROUPS][24];
 	char format[PAGE_FORMATS][12];
+	uint32_t possible[PAGE_GROUPS]; /* bit f: the group may have format f */
 	uint8_t wanted[PAGE_GROUPS][PAGE_LAYERS];   /* format index or PAGE_NONE */
 	uint8_t executed[PAGE_GROUPS][PAGE_LAYERS];
 	/* What FP8 does, or would do, to a site's inputs: largest magnitude, shares

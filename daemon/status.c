@@ -59,6 +59,9 @@ fill_fixed(struct status *s)
 		snprintf(p->group[g], sizeof(p->group[g]), "%s", plan_group_name(g));
 	for (int f = 0; f < N_FORMATS; f++)
 		snprintf(p->format[f], sizeof(p->format[f]), "%s", plan_format_name(f));
+	for (int g = 0; g < N_GROUPS; g++)
+		for (int f = 0; f < N_FORMATS; f++)
+			p->possible[g] |= (uint32_t)plan_group_has(g, f) << f;
 	p->weights_bytes = d->model->weights_bytes;
 	memset(p->wanted, PAGE_NONE, sizeof(p->wanted));
 	memset(p->executed, PAGE_NONE, sizeof(p->executed));

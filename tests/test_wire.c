@@ -82,14 +82,15 @@ test_page(void **state)
 	AT(octet_page, octet_version, 24);
 	AT(octet_page, pid, 216);
 	AT(octet_page, group, 240);
-	AT(octet_page, wanted, 720);
-	AT(octet_page, executed, 4816);
-	AT(octet_page, absmax, 8912);
-	AT(octet_page, epoch, 58064);
-	AT(octet_page, policy, 58088);
-	AT(octet_page, history, 58280);
-	AT(octet_page, client, 66216);
-	SIZE(octet_page, 70824);
+	AT(octet_page, possible, 720);
+	AT(octet_page, wanted, 784);
+	AT(octet_page, executed, 4880);
+	AT(octet_page, absmax, 8976);
+	AT(octet_page, epoch, 58128);
+	AT(octet_page, policy, 58152);
+	AT(octet_page, history, 58344);
+	AT(octet_page, client, 66280);
+	SIZE(octet_page, 70888);
 }
 
 /* What apps are compiled against. */

@@ -122,7 +122,7 @@ ask(struct console *c, enum pending what, const json_t *dry, const char *verb)
 	}
 	c->pending = what;
 	c->asked_epoch = c->view.page.epoch;
-	snprintf(c->view.question, sizeof(c->view.question), "%s %d site%s: %.180s ? y/n", verb, (int)sites,
+	snprintf(c->view.question, sizeof(c->view.question), "%s %d site%s (y/n)? %.180s", verb, (int)sites,
 	    sites == 1 ? "" : "s", change != NULL ? change : "");
 }
 
@@ -320,6 +320,7 @@ run_screen(struct console *c)
 {
 	struct sigaction sa = {.sa_handler = on_stop};
 	struct err err;
+	SCREEN *screen;
 
 	if (!isatty(STDIN_FILENO) || !isatty(STDOUT_FILENO)) {
 		fprintf(stderr, "octet-console: no terminal; use --batch\n");
@@ -329,7 +330,11 @@ run_screen(struct console *c)
 		fprintf(stderr, "octet-console: %s\n", err.text);
 		return 1;
 	}
-	if (newterm(NULL, stdout, stdin) == NULL) {
+	screen = newterm(NULL, stdout, stdin);
+	/* One that cannot move its cursor shows no grid. */
+	if (screen == NULL || tigetstr("cup") == NULL) {
+		if (screen != NULL)
+			endwin();
 		fprintf(stderr, "octet-console: terminal '%s' is unknown or cannot do this; use --batch\n",
 		    getenv("TERM") != NULL ? getenv("TERM") : "");
 		return 1;

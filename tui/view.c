@@ -103,7 +103,13 @@ view_next_format(const struct view *v)
 
 	if (v->page.n_formats == 0 || !has_site(v, g, l))
 		return "bf16";
-	return v->page.format[(v->page.wanted[g][l] + 1u) % v->page.n_formats];
+	for (uint32_t i = 1; i < v->page.n_formats; i++) {
+		uint32_t f = (v->page.wanted[g][l] + i) % v->page.n_formats;
+
+		if (v->page.possible[g] >> f & 1)
+			return v->page.format[f];
+	}
+	return v->page.format[v->page.wanted[g][l]];
 }
 
 static void
@@ -122,7 +128,7 @@ draw_header(const struct view *v, struct cells *s)
 	x = cells_put(s, 1, x, ROLE_TITLE, "%s", p->policy);
 	cells_put(s, 1, x, ROLE_TEXT, "  epoch %llu  plan %016llx  %u clients", (unsigned long long)p->epoch,
 	    (unsigned long long)p->plan_digest, p->n_clients);
-	cells_put(s, 2, 0, ROLE_TEXT, "%.1f tokens/s out, %.1f in  step %.2f/%.2f ms p50/p99  run %u queue %u  KV %u/%u pages",
+	cells_put(s, 2, 0, ROLE_TEXT, "%.1f tokens/s out, %.1f in  step %.2f/%.2f ms p50/p99  run %u queue %u  KV %u/%u",
 	    p->tokens_per_s, p->prompt_per_s, p->step_ms_p50, p->step_ms_p99, p->running, p->queued, p->kv_pages_used,
 	    p->kv_pages);
 }
@@ -209,7 +215,7 @@ draw_bottom(const struct view *v, struct cells *s)
 		cells_put(s, y - 1, 0, ROLE_ASK, "%s", v->question);
 	else if (*v->message != '\0')
 		cells_put(s, y - 1, 0, v->message_bad ? ROLE_ERROR : ROLE_TEXT, "%s", v->message);
-	cells_put(s, y, 0, ROLE_DIM, "%s %s  space:%s  tab:cell/row/column/all  u:rollback  ?:help  q:quit",
+	cells_put(s, y, 0, ROLE_DIM, "%s %s  space:%s  tab:select  u:rollback  ?:help  q:quit",
 	    select_name[v->select], selector, view_next_format(v));
 }
 
