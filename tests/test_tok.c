@@ -289,6 +289,102 @@ golden_variants(void **state)
 	assert_int_equal(n_text, 0);
 }
 
+/* ---- the families: tokenizers of their own, many lines, hashes of what Hugging Face makes of them ---- */
+
+static uint64_t
+fnv(uint64_t h, const void *data, size_t n)
+{
+	for (size_t i = 0; i < n; i++)
+		h = (h ^ ((const unsigned char *)data)[i]) * 0x100000001b3u;
+	return h;
+}
+
+/* As families.py makes it; *back: the text came back as it was */
+static uint32_t
+hash_line(const struct tok *t, const char *s, size_t len, bool *back)
+{
+	uint32_t ids[4096], mark = UINT32_MAX;
+	uint64_t h = 0xcbf29ce484222325u;
+	char out[8192];
+	int64_t n = tok_encode(t, s, len, TOK_SPECIAL | TOK_BOS, ids, 4096), k;
+
+	assert_in_range(n, 0, 4096);
+	h = fnv(h, ids, (size_t)n * 4);
+	n = tok_encode(t, s, len, 0, ids, 4096);
+	assert_in_range(n, 0, 4096);
+	h = fnv(fnv(fnv(h, &mark, 4), ids, (size_t)n * 4), &mark, 4);
+	k = tok_decode(t, ids, (size_t)n, false, out, sizeof(out));
+	assert_in_range(k, 0, sizeof(out));
+	h = fnv(h, out, (size_t)k);
+	*back = k == (int64_t)len && !memcmp(out, s, len);
+	return (uint32_t)(h >> 32 ^ h);
+}
+
+static void
+open_family(struct model *m, const char *name)
+{
+	char path[600];
+
+	snprintf(path, sizeof(path), "%s/tests/golden/tok/families/%s.json", srcdir(), name);
+	m->json = slurp(path, &m->n);
+	assert_non_null(m->json);
+	m->vocab = 2048;
+	open_model(m);
+}
+
+static void
+check_family(const char *name, size_t column)
+{
+	/* no normalizer and nothing prepended: any text comes back */
+	bool promised = !strstr("qwen added llama2 mistral", name), back;
+	FILE *lines = open_golden("families/lines.jsonl"), *hashes = open_golden("families/hashes.txt");
+	size_t cap = 0, cap2 = 0, n = 0, bad = 0, lost = 0;
+	char *line = NULL, *row = NULL;
+	struct model m = {0};
+	json_t *j;
+
+	open_family(&m, name);
+	assert_true(getline(&row, &cap2, hashes) > 0);
+	for (; getline(&line, &cap, lines) > 0; n++) {
+		uint32_t got, want;
+
+		j = json_loads(line, JSON_ALLOW_NUL | JSON_DECODE_ANY, NULL);
+		assert_non_null(j);
+		assert_true(getline(&row, &cap2, hashes) >= (ssize_t)(9 * (column + 1)));
+		want = (uint32_t)strtoul(row + 9 * column, NULL, 16);
+		got = hash_line(m.t, json_string_value(j), json_string_length(j), &back);
+		lost += promised && !back;
+		if (got != want && bad++ < 5)
+			print_message("# %s differs at line %zu: %s", name, n + 1, line);
+		json_decref(j);
+	}
+	print_message("# %s: %zu lines, %zu differ, %zu do not come back\n", name, n, bad, lost);
+	assert_true(n >= 2000);
+	assert_int_equal(bad, 0);
+	assert_int_equal(lost, 0);
+	free(line);
+	free(row);
+	fclose(lines);
+	fclose(hashes);
+	close_model(&m);
+}
+
+static void
+golden_families(void **state)
+{
+	FILE *f = open_golden("families/hashes.txt");
+	char *line = NULL, *save, *name;
+	size_t cap = 0, n = 0;
+
+	(void)state;
+	assert_true(getline(&line, &cap, f) > 0);
+	for (name = strtok_r(line, " \n", &save); name; name = strtok_r(NULL, " \n", &save))
+		check_family(name, n++);
+	assert_int_equal(n, 9);
+	free(line);
+	fclose(f);
+}
+
 /* ---- there and back ---- */
 
 /* decode(encode(x)) and a stream of the same ids; fails unless both give want */
@@ -930,6 +1026,7 @@ main(void)
 	const struct CMUnitTest tests[] = {
 	    cmocka_unit_test(golden_proof),
 	    cmocka_unit_test(golden_variants),
+	    cmocka_unit_test(golden_families),
 	    cmocka_unit_test(roundtrip_proof),
 	    cmocka_unit_test(stream_waits_for_characters),
 	    cmocka_unit_test(capacity),
