@@ -77,8 +77,8 @@ add_id(struct cc *c, enum sec s, uint32_t id)
 	tokc_add(c, &c->sec[s], &id, sizeof(id));
 }
 
-static struct span
-add_span(struct cc *c, const char *s, size_t len)
+struct span
+tokc_add_span(struct cc *c, const char *s, size_t len)
 {
 	struct span sp = {(uint32_t)c->sec[S_STR].n, (uint32_t)len};
 
@@ -403,8 +403,8 @@ add_op(struct cc *c, enum sec s, uint32_t kind, uint32_t arg, const char *a, siz
 {
 	struct op o = {.kind = kind, .arg = arg};
 
-	o.a = add_span(c, a, a_len);
-	o.b = add_span(c, b, strlen(b));
+	o.a = tokc_add_span(c, a, a_len);
+	o.b = tokc_add_span(c, b, strlen(b));
 	tokc_add(c, &c->sec[s], &o, sizeof(o));
 	if (c->sec[s].n / sizeof(o) > MAX_OPS)
 		BAD(c, "more than %u %s steps", MAX_OPS, s == S_NOP ? "normalizer" : "pre_tokenizer");
@@ -735,7 +735,7 @@ read_added_token(struct cc *c, const json_t *j, size_t i)
 		BAD(c, "%s: '%s' is there twice", where, tokc_show(s));
 	c->entry[a.id].added = true;
 	c->entry[a.id].special = a.flags & A_SPECIAL;
-	a.key = add_span(c, s, strlen(s));
+	a.key = tokc_add_span(c, s, strlen(s));
 	tokc_add(c, &c->sec[sec], &a, sizeof(a));
 }
 
@@ -887,10 +887,10 @@ make_id_tables(struct cc *c)
 		uint8_t flag = (uint8_t)((en->special ? ID_SPECIAL : 0) | (en->added ? ID_ADDED : 0));
 
 		if (en->s) {
-			piece = text = add_span(c, en->s, en->len);
+			piece = text = tokc_add_span(c, en->s, en->len);
 			id_text(c, en);
 			if (!c->rc && (c->key.n != en->len || memcmp(c->key.p, en->s, en->len)))
-				text = add_span(c, c->key.p, c->key.n);
+				text = tokc_add_span(c, c->key.p, c->key.n);
 		}
 		tokc_add(c, &c->sec[S_PIECE], &piece, sizeof(piece));
 		tokc_add(c, &c->sec[S_TEXT], &text, sizeof(text));
@@ -969,65 +969,13 @@ chat_template(struct cc *c)
 	return json_array_size(j) ? "{{ none of them is the default }}" : NULL;
 }
 
-/* The ids of a template's literal text. Its inner edge must be an added token, or the text beside it could merge with
- * it. */
-static bool
-template_part(struct cc *c, enum sec sec, const char *s, size_t len, bool inner_end)
-{
-	int64_t n = tok_encode(c->t, s, len, TOK_SPECIAL, NULL, 0);
-	uint32_t *ids, edge;
-	size_t key;
-
-	if (n <= 0)
-		return n == 0;
-	ids = tokc_grow(c, &c->sec[sec], (size_t)n * sizeof(*ids));
-	if (!ids || tok_encode(c->t, s, len, TOK_SPECIAL, ids, (size_t)n) != n)
-		return false;
-	edge = ids[inner_end ? n - 1 : 0];
-	key = c->entry[edge].len;
-	return c->entry[edge].added && key <= len && !memcmp(inner_end ? s + len - key : s, c->entry[edge].s, key);
-}
-
-/* A loop that writes literal text, message['content'] and literal text: what the proof model has */
-static bool
-read_loop_template(struct cc *c, const char *s)
-{
-	static const char re_text[] = "^\\{%\\s*for\\s+message\\s+in\\s+messages\\s*%\\}((?:(?!\\{[{%#]).)*)"
-				      "\\{\\{\\s*message(?:\\['content'\\]|\\[\"content\"\\]|\\.content)\\s*\\}\\}"
-				      "((?:(?!\\{[{%#]).)*)\\{%\\s*endfor\\s*%\\}\\n?\\z";
-	pcre2_code *re = tok_regex_new(re_text, sizeof(re_text) - 1, PCRE2_DOTALL, c->e);
-	pcre2_match_data *md = re ? pcre2_match_data_create_from_pattern(re, NULL) : NULL;
-	PCRE2_SIZE *ov;
-	bool ok = false;
-	size_t p, q, end;
-
-	if (md && pcre2_match(re, (PCRE2_SPTR)s, strlen(s), 0, 0, md, NULL) > 0) {
-		ov = pcre2_get_ovector_pointer(md);
-		p = ov[2] +
-		    (ov[2] < ov[3] &&
-			s[ov[2]] == '\n'); /* Jinja's trim_blocks and lstrip_blocks, as chat templates are run */
-		for (q = end = ov[5]; q > ov[4] && strchr(" \t", s[q - 1]); q--)
-			;
-		if (q > ov[4] && s[q - 1] == '\n')
-			end = q;
-		ok = template_part(c, S_TPRE, s + p, ov[3] - p, true) &&
-		     template_part(c, S_TSUF, s + ov[4], end - ov[4], false);
-	}
-	pcre2_match_data_free(md);
-	pcre2_code_free(re);
-	return ok;
-}
-
 static void
-read_template(struct cc *c)
+read_template(struct cc *c, const struct tok_source *src)
 {
-	const char *s = c->rc ? NULL : chat_template(c);
+	const char *s = c->rc ? NULL : src->chat_template ? c->jinja : chat_template(c);
 
-	if (c->rc || !s)
-		return;
-	c->head.template = read_loop_template(c, s) ? T_PROOF : T_UNKNOWN;
-	if (c->head.template == T_UNKNOWN)
-		c->sec[S_TPRE].n = c->sec[S_TSUF].n = 0;
+	if (!c->rc && s)
+		tokc_template(c, s);
 }
 
 /* ---- putting it together ---- */
@@ -1091,11 +1039,11 @@ normalize_key(struct cc *c, struct added *a)
 	} else if (!n) {
 		BAD(c, "added token '%s' is empty once normalized", tokc_show(en.s));
 	} else {
-		a->key = add_span(c, s, n);
+		a->key = tokc_add_span(c, s, n);
 		en.s = s;
 		en.len = (uint32_t)n;
 		id_text(c, &en);
-		text = add_span(c, c->key.p, c->key.n);
+		text = tokc_add_span(c, c->key.p, c->key.n);
 		memcpy(c->sec[S_TEXT].p + a->id * sizeof(text), &text, sizeof(text));
 	}
 	free(s);
@@ -1113,7 +1061,7 @@ normalize_keys(struct cc *c, struct buf *added)
 }
 
 static void
-compile(struct cc *c)
+compile(struct cc *c, const struct tok_source *src)
 {
 	struct buf norm;
 	const char *v;
@@ -1139,13 +1087,21 @@ compile(struct cc *c)
 	normalize_keys(c, &norm);
 	free(norm.p);
 	link_blob(c); /* now it can encode */
-	read_template(c);
+	read_template(c, src);
 	link_blob(c);
 }
 
+static int
+read_jinja(struct cc *c, const struct tok_source *src)
+{
+	if (!src->chat_template)
+		return 0;
+	c->jinja = strndup(src->chat_template, src->chat_template_len);
+	return c->jinja ? 0 : FAIL(c, -ENOMEM, "tokenizer: out of memory");
+}
+
 int
-tok_compile(const char *tokenizer_json, size_t n, const char *tokenizer_config_json, size_t n2, uint32_t vocab_size,
-    void **blob, size_t *blob_len, struct err *e)
+tok_compile_source(const struct tok_source *src, uint32_t vocab_size, void **blob, size_t *blob_len, struct err *e)
 {
 	struct cc c = {.e = e};
 
@@ -1161,11 +1117,11 @@ tok_compile(const char *tokenizer_json, size_t n, const char *tokenizer_config_j
 	c.entry = calloc(vocab_size, sizeof(*c.entry));
 	if (!c.entry)
 		return err_set(e, -ENOMEM, "tokenizer: out of memory");
-	c.root = parse(&c, "tokenizer.json", tokenizer_json, n);
-	if (tokenizer_config_json && !c.rc)
-		c.config = parse(&c, "tokenizer_config.json", tokenizer_config_json, n2);
-	if (!c.rc)
-		compile(&c);
+	c.root = parse(&c, "tokenizer.json", src->tokenizer, src->tokenizer_len);
+	if (src->config && !c.rc)
+		c.config = parse(&c, "tokenizer_config.json", src->config, src->config_len);
+	if (!c.rc && !read_jinja(&c, src))
+		compile(&c, src);
 	tok_free(&c.t);
 	if (!c.rc) {
 		*blob = c.blob;
@@ -1177,7 +1133,18 @@ tok_compile(const char *tokenizer_json, size_t n, const char *tokenizer_config_j
 		free(c.sec[i].p);
 	free(c.key.p);
 	free(c.entry);
+	free(c.jinja);
 	json_decref(c.root);
 	json_decref(c.config);
 	return c.rc;
+}
+
+int
+tok_compile(const char *tokenizer_json, size_t n, const char *tokenizer_config_json, size_t n2, uint32_t vocab_size,
+    void **blob, size_t *blob_len, struct err *e)
+{
+	struct tok_source src = {.tokenizer = tokenizer_json, .tokenizer_len = n, .config = tokenizer_config_json,
+	    .config_len = n2};
+
+	return tok_compile_source(&src, vocab_size, blob, blob_len, e);
 }

@@ -31,6 +31,7 @@ struct cc {
 	bool dec_byte_level, dec_byte_fallback, dec_fuse;
 	const char *rep[8][2]; /* Replace of the decoder */
 	size_t n_rep;
+	char *jinja; /* chat_template.jinja, NULL: none */
 	char *blob;
 	struct tok *t; /* the blob as it is so far */
 };
@@ -44,6 +45,11 @@ const char *tokc_show(const char *s);
 void *tokc_grow(struct cc *c, struct buf *b, size_t len); /* room at the end for len bytes; NULL: failed */
 void tokc_add(struct cc *c, struct buf *b, const void *s, size_t len);
 void tokc_add_text(struct cc *c, struct buf *b, const char *s);
+
+struct span tokc_add_span(struct cc *c, const char *s, size_t len);
+
+/* Takes a chat template apart: head.template, head.chat, S_CHAT. Needs the added tokens. */
+void tokc_template(struct cc *c, const char *template);
 
 /* A regular expression of a pre_tokenizer, from Oniguruma's dialect (Ruby syntax) to PCRE2's, appended to out */
 void tokc_regex(struct cc *c, const char *re, struct buf *out);

@@ -71,6 +71,7 @@ struct enc {
 	pcre2_match_data *md;
 	pcre2_match_context *mc;
 	uint64_t work;
+	bool chat; /* special and control tokens are text, and cannot come of text */
 };
 
 /* Makes room for need elements; false: out of memory, e->rc is set */
@@ -120,6 +121,8 @@ put_piece(struct enc *e, struct pieces *v, size_t off, size_t len)
 static void
 emit(struct enc *e, uint32_t id)
 {
+	if (e->chat && id != e->t->h->unk && (e->t->id_flag[id] & ID_SPECIAL))
+		e->rc = e->rc ? e->rc : -EINVAL;
 	if ((uint64_t)e->n < e->cap)
 		e->ids[e->n] = id;
 	e->n++;
@@ -338,7 +341,7 @@ bpe(struct enc *e, const char *s, size_t len)
 	if (e->t->h->flags & F_IGNORE_MERGES) {
 		uint32_t id = find_whole(e, s, len);
 
-		if (id != NONE) {
+		if (id != NONE && !(e->chat && (e->t->id_flag[id] & ID_SPECIAL))) {
 			emit(e, id);
 			return;
 		}
@@ -771,7 +774,7 @@ cut_added(struct enc *e, const struct addset *set, const char *s, size_t len, bo
 		size_t from = pos, to = pos + (a ? a->key.len : 1);
 
 		pos = to;
-		if (!a || ((a->flags & A_SPECIAL) && !(e->flags & TOK_SPECIAL)))
+		if (!a || ((a->flags & A_SPECIAL) && !(e->flags & TOK_SPECIAL)) || (e->chat && (a->flags & A_CONTROL)))
 			continue;
 		if ((a->flags & A_WORD) && (is_word(char_before(s, from)) || is_word(char_after(s + to, len - to))))
 			continue;
@@ -866,34 +869,54 @@ tok_normalize(const struct tok *t, const char *s, size_t len, char **out, size_t
 	return e.rc;
 }
 
-static const char *
-encode_error(int rc)
+int64_t
+tok_encode_run(const struct tok *t, const char *s, size_t len, bool first, uint32_t *ids, size_t cap)
 {
-	return rc == -E2BIG ? "it is too long"
-	       : rc == -EIO ? "the tokenizer's regular expression gave up on it"
-			    : strerror(-rc);
+	struct enc e;
+
+	enc_init(&e, t, len);
+	e.chat = true;
+	e.ids = ids;
+	e.cap = ids ? cap : 0;
+	if (len && !e.rc)
+		cut_added(&e, &t->raw, s, len, first, encode_plain);
+	enc_clear(&e);
+	return e.rc ? e.rc : e.n;
 }
 
-int64_t
-tok_template(const struct tok *t, const char *user_text, size_t len, uint32_t *ids, size_t cap, struct err *e)
+const char *
+tok_encode_error(int rc)
 {
-	const struct head *h = t->h;
-	uint64_t n_pre = h->sec[S_TPRE].n, n_suf = h->sec[S_TSUF].n, body, at;
-	int64_t n;
+	return rc == -E2BIG    ? "it is too long"
+	       : rc == -EIO    ? "the tokenizer's regular expression gave up on it"
+	       : rc == -EINVAL ? "its letters spell a special token"
+			       : strerror(-rc);
+}
 
-	if (h->template == T_UNKNOWN)
-		return err_set(e, -ENOTSUP,
-		    "this model's chat template is not one that octet knows: use --raw and write the whole prompt");
-	if (h->template == T_NONE)
-		n_pre = n_suf = 0;
-	at = n_pre < cap && ids ? n_pre : 0;
-	body = at || !n_pre ? cap - at : 0;
-	n = tok_encode(t, user_text, len, h->template == T_NONE ? TOK_BOS : 0, body ? ids + at : NULL, body);
-	if (n < 0)
-		return err_set(e, (int)n, "cannot tokenize this text: %s", encode_error((int)n));
-	for (uint64_t i = 0; i < n_pre && i < cap && ids; i++)
-		ids[i] = ((const uint32_t *)section(h, S_TPRE))[i];
-	for (uint64_t i = 0; i < n_suf && n_pre + (uint64_t)n + i < cap && ids; i++)
-		ids[n_pre + (uint64_t)n + i] = ((const uint32_t *)section(h, S_TSUF))[i];
-	return (int64_t)(n_pre + (uint64_t)n + n_suf);
+static bool
+python_space(int32_t c)
+{
+	return space_len(c) || (c >= 0x1c && c <= 0x1f);
+}
+
+size_t
+tok_space_before(const char *s, size_t len)
+{
+	size_t n = 0;
+	int32_t c;
+
+	while (n < len && python_space(c = char_after(s + n, len - n)))
+		n += space_len(c) ? space_len(c) : 1;
+	return n;
+}
+
+size_t
+tok_space_after(const char *s, size_t len)
+{
+	size_t n = 0;
+	int32_t c;
+
+	while (n < len && python_space(c = char_before(s, len - n)))
+		n += space_len(c) ? space_len(c) : 1;
+	return n;
 }

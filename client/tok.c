@@ -9,7 +9,8 @@
 #include <errno.h>
 #include <stdlib.h>
 
-static const char *const template_names[T_COUNT] = {"none", "proof", "unknown"};
+static const char *const template_names[T_COUNT] = {"none", "proof", "chatml", "qwen3", "llama3", "llama2", "mistral",
+    "zephyr", "unknown"};
 const uint32_t tok_sec_size[S_COUNT] = {
     [S_STR] = 1,
     [S_PIECE] = sizeof(struct span),
@@ -24,8 +25,7 @@ const uint32_t tok_sec_size[S_COUNT] = {
     [S_PREFIX] = 4,
     [S_SUFFIX] = 4,
     [S_EOS] = 4,
-    [S_TPRE] = 4,
-    [S_TSUF] = 4,
+    [S_CHAT] = sizeof(struct chat_item),
 };
 
 /* Bytes of the first character: 1 to 4; 0: its start, cut short; -1: not UTF-8 (Unicode 15, table 3-7). n > 0. */
@@ -77,6 +77,23 @@ ids_ok(const struct head *h, enum sec s)
 }
 
 static bool
+chat_ok(const struct head *h)
+{
+	const struct chat_item *v = section(h, S_CHAT);
+
+	for (size_t i = 0; i < h->sec[S_CHAT].n; i++) {
+		bool text = v[i].id == NONE;
+
+		if (v[i].part >= C_COUNT || (i && v[i].part < v[i - 1].part) || (text && !span_ok(h, v[i].text)) ||
+		    (!text && v[i].id != CHAT_DATE && v[i].id >= h->vocab))
+			return false;
+		if ((v[i].part == C_FOLD_PRE || v[i].part == C_FOLD_POST) && !text)
+			return false;
+	}
+	return true;
+}
+
+static bool
 power_of_two(uint64_t n)
 {
 	return n && !(n & (n - 1));
@@ -88,7 +105,7 @@ head_ok(const struct head *h, size_t len)
 	if (len < sizeof(*h) || memcmp(h->magic, MAGIC, sizeof(h->magic)) || h->version != VERSION || h->len != len)
 		return false;
 	if (h->flags & ~(uint32_t)F_ALL || !h->vocab || h->vocab > MAX_VOCAB || h->template >= T_COUNT ||
-	    h->strip > 127)
+	    h->strip > 127 || h->chat & ~(uint32_t)CF_ALL)
 		return false;
 	if (h->unk != NONE && h->unk >= h->vocab)
 		return false;
@@ -124,7 +141,7 @@ tables_ok(const struct head *h)
 	for (size_t i = 0; i < h->sec[S_MERGE].n; i++)
 		if (m[i].rank != NONE && m[i].id >= h->vocab)
 			return false;
-	return ids_ok(h, S_PREFIX) && ids_ok(h, S_SUFFIX) && ids_ok(h, S_EOS) && ids_ok(h, S_TPRE) && ids_ok(h, S_TSUF);
+	return ids_ok(h, S_PREFIX) && ids_ok(h, S_SUFFIX) && ids_ok(h, S_EOS) && chat_ok(h);
 }
 
 static int

@@ -4,6 +4,7 @@
 
 usage: make.py PROOF_DIR STORIES_DIR [OUT_DIR]
        make.py families [OUT_DIR]      see families.py
+       make.py chats [OUT_DIR]         see chats.py
 
 proof.jsonl, stories260k.jsonl: {"text", "ids", "plain"?, "bos"?}: ids with special tokens recognised; "plain" where they are not and it
 differs; "bos" what add_special_tokens puts around it, where it differs.
@@ -197,9 +198,8 @@ def write_variants(proof_dir, stories_dir, path):
 
 
 def main():
-    if sys.argv[1] == "families":
-        import families
-        families.write(sys.argv[2] if len(sys.argv) > 2 else ".")
+    if sys.argv[1] in ("families", "chats"):
+        __import__(sys.argv[1]).write(sys.argv[2] if len(sys.argv) > 2 else ".")
         return
     proof, stories = sys.argv[1:3]
     out = sys.argv[3] if len(sys.argv) > 3 else "."
