@@ -245,6 +245,7 @@ canonical(struct cc *c, const char *s, struct buf *out)
 #define Q(s) "\\Q" s "\\E"
 #define TEXT "(?:[^'\\\\]|\\\\.)*?"
 #define GAP ".*?"
+#define TAGS "(?:\\{%(?:(?!%\\}).)*%\\})*?" /* statements that write nothing */
 #define NO_GENERATE                                                                                                    \
 	"(?:" Q("{%ifnotadd_generation_promptisdefined%}{%setadd_generation_prompt=") "[fF]" Q("alse%}{%endif%}") ")?"
 #define BOS "(?<bos>" Q("{{bos_token}}") ")?"
@@ -291,10 +292,10 @@ static const struct family {
 	    "<|im_start|>user\n", "<|im_end|>\n", "<|im_start|>assistant\n", "<|im_end|>\n", "<|im_start|>assistant\n"}},
     {T_QWEN3, CF_SYS_TURN | CF_SYS_ANYWHERE | CF_NO_THOUGHTS,
 	Q("{%iftools%}") GAP Q("{%else%}{%ifmessages[0].role=='system'%}{{'<|im_start|>system\\n'+messages[0].content+"
-	    "'<|im_end|>\\n'}}{%endif%}{%endif%}{%setns=namespace(multi_step_tool=true,last_query_index=") GAP
-	    Q("{%formessageinmessages%}") GAP Q("{%if(message.role=='user')or(message.role=='system'andnotloop.first)%}"
+	    "'<|im_end|>\\n'}}{%endif%}{%endif%}{%setns=namespace(multi_step_tool=true,last_query_index=messages|length-1)%}") TAGS
+	    Q("{%formessageinmessages%}") TAGS Q("{%if(message.role=='user')or(message.role=='system'andnotloop.first)%}"
 	    "{{'<|im_start|>'+message.role+'\\n'+") "(?:message\\.)?" Q("content+'<|im_end|>\\n'}}"
-	    "{%elifmessage.role=='assistant'%}") GAP Q("content.split('</think>')[-1].lstrip('\\n')%}") GAP
+	    "{%elifmessage.role=='assistant'%}") TAGS "(?:\\{%setcontent=)(?:message\\.)?" Q("content.split('</think>')[-1].lstrip('\\n')%}") GAP
 	    Q("{%else%}{{'<|im_start|>'+message.role+'\\n'+content}}{%endif%}") GAP Q("{{'<|im_end|>\\n'}}") GAP
 	    Q("{%endfor%}{%ifadd_generation_prompt%}{{'<|im_start|>assistant\\n'}}") "(?:" Q(
 		"{%ifenable_thinkingisdefinedandenable_thinkingisfalse%}{{'<think>\\n\\n</think>\\n\\n'}}{%endif%}") ")?" Q(
@@ -309,10 +310,10 @@ static const struct family {
 	{"%b", "", L3("system", "\n"), "<|eot_id|>", "", "", L3("user", "\n"), "<|eot_id|>", L3("assistant", "\n"), "<|eot_id|>",
 	    L3("assistant", "\n")}},
     {T_LLAMA3, CF_SYS_TURN | CF_TRIM_SYS | CF_TRIM_USER | CF_TRIM_ASST,
-	Q("{{bos_token}}{%ifcustom_toolsisdefined%}{%settools=custom_tools%}{%endif%}") GAP Q(
+	Q("{{bos_token}}{%ifcustom_toolsisdefined%}{%settools=custom_tools%}{%endif%}") TAGS Q(
 	    "{%ifnotdate_stringisdefined%}") "(?:" Q("{%setdate_string='") "(?<date>" TEXT ")" Q("'%}") "|" Q(
 	    "{%ifstrftime_nowisdefined%}{%setdate_string=strftime_now('%d %b %Y')%}{%else%}{%setdate_string='") TEXT Q(
-	    "'%}{%endif%}") ")" Q("{%endif%}") GAP Q("{%ifmessages[0].role=='system'%}{%setsystem_message="
+	    "'%}{%endif%}") ")" Q("{%endif%}") TAGS Q("{%ifmessages[0].role=='system'%}{%setsystem_message="
 	    "messages[0].content|trim%}{%setmessages=messages[1:]%}{%else%}{%setsystem_message=''%}{%endif%}{{'" L3(
 		"system", "\\n") "'}}{%if") "(?:(?!" Q("{%endif%}") ").)*tools(?:(?!" Q("{%endif%}") ").)*" Q("{%endif%}") GAP Q(
 	    "{{'Cutting Knowledge Date: December 2023\\nToday Date: '+date_string+'\\n\\n'}}{%iftoolsisnotnone") GAP Q(
@@ -345,7 +346,7 @@ static const struct family {
 	    REFUSE,
 	{"%b", "", "", "", "", "\n\n", "%u", "%v", "%a", "%e%c", ""}},
     {T_MISTRAL, CF_ALTERNATE | CF_FOLD_LAST,
-	SYSTEM_APART Q("{%ifnottoolsisdefined%}{%settools=none%}{%endif%}") GAP ALTERNATE("ns.index") GAP Q(
+	SYSTEM_APART Q("{%ifnottoolsisdefined%}{%settools=none%}{%endif%}") TAGS ALTERNATE("ns.index") TAGS Q(
 	    "{%endfor%}{{bos_token}}{%formessageinloop_messages%}{%ifmessage.role=='user'%}{%iftoolsisnotnoneand") GAP Q(
 	    "{%endif%}{%ifloop.lastandsystem_messageisdefined%}{{'") "(?<upre> ?\\[INST\\] ?)" Q(
 	    "'+system_message+'\\n\\n'+message.content+'") "(?<upost> ?\\[/INST\\])" Q("'}}{%else%}{{'") "\\k<upre>" Q(
