@@ -1,6 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include <errno.h>
-#include <getopt.h>
 #include <jansson.h>
 #include <signal.h>
 #include <stdbool.h>
@@ -10,13 +9,8 @@
 
 #include "client/cmd.h"
 
-#define MAX_STOPS 16
-#define MAX_BIAS 1024
-
 struct complete {
-	struct octet_sampling sampling;
-	const char *stop[MAX_STOPS];
-	size_t n_stops;
+	struct cmd_sampling sampling;
 	bool raw, json;
 	const char *prompt_arg;
 
@@ -29,7 +23,6 @@ struct complete {
 	size_t text_len, text_cap;
 	json_t *tokens, *segments, *logprobs, *prompt_logprobs;
 	json_t *held;          /* token or prompt event that waits for its alternatives; NULL: none */
-	struct octet_bias bias[MAX_BIAS];
 	const char *replay_file;
 	struct octet_segment *replay;
 	json_t *replayed;      /* the summary that is run again */
@@ -49,87 +42,30 @@ on_interrupt(int sig)
 	interrupted = 1;
 }
 
-/* ID=VALUE */
-static int
-parse_bias(struct complete *c, char *arg)
-{
-	struct octet_bias *b = &c->bias[c->sampling.n_bias];
-	char *equals = strchr(arg, '=');
-	uint64_t id;
-	int rc;
-
-	if (c->sampling.n_bias == MAX_BIAS)
-		return cmd_usage(&cmd_complete, "more than %d --logit-bias", MAX_BIAS);
-	if (equals == NULL)
-		return cmd_usage(&cmd_complete, "--logit-bias '%s' is not ID=VALUE", arg);
-	*equals = '\0';
-	if ((rc = cmd_u64(&cmd_complete, "--logit-bias", arg, 0, UINT32_MAX, &id)) != 0 ||
-	    (rc = cmd_float(&cmd_complete, "--logit-bias", equals + 1, -100, 100, &b->value)) != 0)
-		return rc;
-	b->id = (uint32_t)id;
-	c->sampling.bias = c->bias;
-	c->sampling.n_bias++;
-	return 0;
-}
-
 static int
 parse(struct complete *c, int argc, char **argv)
 {
-	static const struct option longs[] = {
-		{"max-tokens", required_argument, NULL, 'm'}, {"temperature", required_argument, NULL, 't'},
-		{"top-p", required_argument, NULL, 'p'}, {"top-k", required_argument, NULL, 'k'},
-		{"seed", required_argument, NULL, 's'}, {"stop", required_argument, NULL, 'x'},
-		{"min-p", required_argument, NULL, 'n'}, {"repetition-penalty", required_argument, NULL, 'R'},
-		{"presence-penalty", required_argument, NULL, 'P'}, {"frequency-penalty", required_argument, NULL, 'F'},
-		{"logit-bias", required_argument, NULL, 'b'}, {"prompt-logprobs", no_argument, NULL, 'L'},
-		{"policy", required_argument, NULL, 'o'}, {"replay", required_argument, NULL, 'y'},
-		{"ignore-eos", no_argument, NULL, 'e'}, {"logprobs", required_argument, NULL, 'l'},
-		{"raw", no_argument, NULL, 'r'}, {"json", no_argument, NULL, 'j'}, {NULL, 0, NULL, 0}};
+	static const struct option longs[] = {CMD_SAMPLING_LONGS, {"prompt-logprobs", no_argument, NULL, 'L'},
+	    {"replay", required_argument, NULL, 'y'}, {"logprobs", required_argument, NULL, 'l'},
+	    {"raw", no_argument, NULL, 'r'}, {"json", no_argument, NULL, 'j'}, {NULL, 0, NULL, 0}};
 	uint64_t n = 0;
 	int rc = 0, ch;
 
 	optind = 1;
 	while (rc == 0 && (ch = getopt_long(argc, argv, "", longs, NULL)) != -1) {
+		rc = cmd_sampling_option(&cmd_complete, &c->sampling, ch, optarg);
+		if (rc >= 0)
+			continue;
+		rc = 0;
 		switch (ch) {
-		case 'm':
-			rc = cmd_u64(&cmd_complete, "--max-tokens", optarg, 1, UINT32_MAX, &n);
-			c->sampling.max_tokens = (uint32_t)n;
-			break;
-		case 't': rc = cmd_float(&cmd_complete, "--temperature", optarg, 0, 100, &c->sampling.temperature); break;
-		case 'p': rc = cmd_float(&cmd_complete, "--top-p", optarg, 1e-9, 1, &c->sampling.top_p); break;
-		case 'k':
-			rc = cmd_u64(&cmd_complete, "--top-k", optarg, 0, UINT32_MAX, &n);
-			c->sampling.top_k = (uint32_t)n;
-			break;
-		case 's': rc = cmd_u64(&cmd_complete, "--seed", optarg, 0, UINT64_MAX, &c->sampling.seed); break;
-		case 'x':
-			if (*optarg == '\0')
-				return cmd_usage(&cmd_complete, "--stop is empty");
-			if (c->n_stops == MAX_STOPS)
-				return cmd_usage(&cmd_complete, "more than %d --stop strings", MAX_STOPS);
-			c->stop[c->n_stops++] = optarg;
-			break;
-		case 'e': c->sampling.ignore_eos = 1; break;
-		case 'n': rc = cmd_float(&cmd_complete, "--min-p", optarg, 0, 1, &c->sampling.min_p); break;
-		case 'R':
-			rc = cmd_float(&cmd_complete, "--repetition-penalty", optarg, 0.01, 100, &c->sampling.repetition_penalty);
-			break;
-		case 'P':
-			rc = cmd_float(&cmd_complete, "--presence-penalty", optarg, -100, 100, &c->sampling.presence_penalty);
-			break;
-		case 'F':
-			rc = cmd_float(&cmd_complete, "--frequency-penalty", optarg, -100, 100, &c->sampling.frequency_penalty);
-			break;
-		case 'b': rc = parse_bias(c, optarg); break;
-		case 'o': c->sampling.policy = optarg; break;
 		case 'y': c->replay_file = optarg; break;
 		case 'l':
 			/* The chosen token's, and those of the N most likely. */
 			rc = cmd_u64(&cmd_complete, "--logprobs", optarg, 0, 20, &n);
-			c->sampling.logprobs = 1;
-			c->sampling.top_logprobs = (int)n;
+			c->sampling.s.logprobs = 1;
+			c->sampling.s.top_logprobs = (int)n;
 			break;
-		case 'L': c->sampling.prompt_logprobs = 1; break;
+		case 'L': c->sampling.s.prompt_logprobs = 1; break;
 		case 'r': c->raw = true; break;
 		case 'j': c->json = true; break;
 		default: return 2;
@@ -138,7 +74,7 @@ parse(struct complete *c, int argc, char **argv)
 	if (rc == 0 && argc - optind > 1)
 		return cmd_usage(&cmd_complete, "more than one PROMPT: put it in quotes");
 	c->prompt_arg = optind < argc ? argv[optind] : NULL;
-	if (rc == 0 && c->replay_file != NULL && (c->prompt_arg != NULL || c->sampling.policy != NULL))
+	if (rc == 0 && c->replay_file != NULL && (c->prompt_arg != NULL || c->sampling.s.policy != NULL))
 		return cmd_usage(&cmd_complete, "--replay brings its own prompt and plans");
 	if (rc == 0 && c->replay_file == NULL && c->prompt_arg == NULL && isatty(STDIN_FILENO))
 		return cmd_usage(&cmd_complete, "PROMPT is missing");
@@ -313,13 +249,13 @@ take_token(struct complete *c, octet_text *t, const struct octet_event *ev)
 		return -ENOMEM;
 	c->n_output++;
 	json_array_append_new(c->tokens, json_integer(ev->token));
-	if (c->sampling.logprobs)
+	if (c->sampling.s.logprobs)
 		json_array_append_new(c->logprobs, json_real(ev->logprob));
 	if (c->json) {
 		json_t *j = json_pack("{s:s,s:i,s:i,s:o}", "event", "token", "id", (int)ev->token, "position",
 		    (int)ev->position, "text", json_text(s, n));
 
-		if (c->sampling.logprobs)
+		if (c->sampling.s.logprobs)
 			json_object_set_new(j, "logprob", json_real(ev->logprob));
 		c->held = j;
 	}
@@ -423,10 +359,10 @@ print_summary(struct complete *c)
 	    "ttft_ms", c->first > 0 ? c->first - c->start : end - c->start, "total_ms", end - c->start);
 
 	json_object_set_new(j, "prompt_ids", ids_json(c->ids, (size_t)c->n_ids));
-	json_object_set_new(j, "sampling", sampling_json(&c->sampling));
-	if (c->sampling.logprobs)
+	json_object_set_new(j, "sampling", sampling_json(&c->sampling.s));
+	if (c->sampling.s.logprobs)
 		json_object_set(j, "logprobs", c->logprobs);
-	if (c->sampling.prompt_logprobs)
+	if (c->sampling.s.prompt_logprobs)
 		json_object_set(j, "prompt_logprobs", c->prompt_logprobs);
 	if (c->stopped)
 		json_object_set_new(j, "stopped", json_true());
@@ -482,7 +418,7 @@ read_ids(const json_t *list, uint32_t **out, int64_t *n)
 static bool
 read_sampling(struct complete *c, json_t *from)
 {
-	struct octet_sampling *s = &c->sampling;
+	struct octet_sampling *s = &c->sampling.s;
 	const char *seed;
 	json_t *bias, *pair;
 	double temperature, top_p, min_p, repetition, presence, frequency;
@@ -492,17 +428,17 @@ read_sampling(struct complete *c, json_t *from)
 	if (json_unpack(from, "{s:I,s:F,s:F,s:I,s:s,s:b,s:F,s:F,s:F,s:F,s:o}", "max_tokens", &max_tokens, "temperature",
 	    &temperature, "top_p", &top_p, "top_k", &top_k, "seed", &seed, "ignore_eos", &s->ignore_eos, "min_p", &min_p,
 	    "repetition_penalty", &repetition, "presence_penalty", &presence, "frequency_penalty", &frequency, "logit_bias",
-	    &bias) != 0 || json_array_size(bias) > MAX_BIAS)
+	    &bias) != 0 || json_array_size(bias) > CMD_MAX_BIAS)
 		return false;
 	s->max_tokens = (uint32_t)max_tokens, s->top_k = (uint32_t)top_k, s->seed = strtoull(seed, NULL, 10);
 	s->temperature = (float)temperature, s->top_p = (float)top_p, s->min_p = (float)min_p;
 	s->repetition_penalty = (float)repetition;
 	s->presence_penalty = (float)presence, s->frequency_penalty = (float)frequency;
 	json_array_foreach(bias, i, pair) {
-		c->bias[i].id = (uint32_t)json_integer_value(json_array_get(pair, 0));
-		c->bias[i].value = (float)json_number_value(json_array_get(pair, 1));
+		c->sampling.bias[i].id = (uint32_t)json_integer_value(json_array_get(pair, 0));
+		c->sampling.bias[i].value = (float)json_number_value(json_array_get(pair, 1));
 	}
-	s->bias = c->bias;
+	s->bias = c->sampling.bias;
 	s->n_bias = json_array_size(bias);
 	return true;
 }
@@ -510,7 +446,7 @@ read_sampling(struct complete *c, json_t *from)
 static bool
 read_segments(struct complete *c, const json_t *list)
 {
-	struct octet_sampling *s = &c->sampling;
+	struct octet_sampling *s = &c->sampling.s;
 	json_t *at;
 	size_t i;
 
@@ -543,7 +479,7 @@ load_replay(struct complete *c)
 		return cmd_fail("%s: its summary is incomplete", c->replay_file);
 	/* A stop string ended it where the tokens end. */
 	if (json_array_size(json_object_get(j, "tokens")) > 0 && json_object_get(j, "stopped") != NULL)
-		c->sampling.max_tokens = (uint32_t)json_array_size(json_object_get(j, "tokens"));
+		c->sampling.s.max_tokens = (uint32_t)json_array_size(json_object_get(j, "tokens"));
 	return 0;
 }
 
@@ -561,8 +497,8 @@ compare_replay(const struct complete *c)
 		return cmd_fail("replay: token %zu differs: %lld then, %lld now", at + 1,
 		    at < n ? (long long)json_integer_value(json_array_get(want, at)) : -1LL,
 		    at < got ? (long long)json_integer_value(json_array_get(c->tokens, at)) : -1LL);
-	fprintf(stderr, "replay: the same %zu tokens under %zu segment%s\n", n, c->sampling.n_replay,
-	    c->sampling.n_replay == 1 ? "" : "s");
+	fprintf(stderr, "replay: the same %zu tokens under %zu segment%s\n", n, c->sampling.s.n_replay,
+	    c->sampling.s.n_replay == 1 ? "" : "s");
 	return 0;
 }
 
@@ -576,10 +512,10 @@ complete(struct complete *c, octet *o)
 
 	if (rc != 0)
 		return rc;
-	if (octet_text_new(&t, o, c->replay_file != NULL || c->prompt_len > 0, c->stop, c->n_stops) != 0)
+	if (octet_text_new(&t, o, c->replay_file != NULL || c->prompt_len > 0, c->sampling.stop, c->sampling.n_stops) != 0)
 		return cmd_fail("out of memory");
 	c->start = cmd_now_ms();
-	request = octet_submit(o, c->ids, (size_t)c->n_ids, &c->sampling);
+	request = octet_submit(o, c->ids, (size_t)c->n_ids, &c->sampling.s);
 	if (request < 0) {
 		rc = cmd_fail("%s", octet_error(o));
 		octet_text_free(&t);
@@ -603,7 +539,7 @@ complete(struct complete *c, octet *o)
 static int
 run(int argc, char **argv, const char *socket)
 {
-	struct complete c = {.sampling = {.max_tokens = 256, .top_p = 1}, .finish = "error"};
+	struct complete c = {.sampling.s = {.max_tokens = 256, .top_p = 1}, .finish = "error"};
 	struct sigaction sa = {.sa_handler = on_interrupt};
 	octet *o;
 	int rc = parse(&c, argc, argv);
@@ -629,8 +565,5 @@ run(int argc, char **argv, const char *socket)
 }
 
 const struct cmd cmd_complete = {"complete",
-    "[--max-tokens N] [--temperature T] [--top-p P] [--top-k K]\n"
-    "            [--min-p P] [--repetition-penalty R] [--presence-penalty A] [--frequency-penalty A]\n"
-    "            [--logit-bias ID=A]... [--seed S] [--stop STR]... [--ignore-eos] [--logprobs N]\n"
-    "            [--prompt-logprobs] [--policy NAME] [--raw] [--json] [--replay FILE | PROMPT | -]",
+    CMD_SAMPLING_ARGS "\n            [--logprobs N] [--prompt-logprobs] [--raw] [--json] [--replay FILE | PROMPT | -]",
     "streams the model's answer to a prompt", run};

@@ -712,6 +712,33 @@ octet_template(octet *o, const char *text, size_t len, uint32_t *ids, size_t cap
 	return n < 0 ? fail(o, (int)n, "%.250s", *err.text != '\0' ? err.text : strerror((int)-n)) : n;
 }
 
+_Static_assert((int)OCTET_SYSTEM == TOK_SYSTEM && (int)OCTET_USER == TOK_USER && (int)OCTET_ASSISTANT == TOK_ASSISTANT,
+    "the roles are those of tok.h");
+_Static_assert((int)OCTET_CHAT_NONE == TOK_CHAT_NONE && (int)OCTET_CHAT_TURNS == TOK_CHAT_TURNS,
+    "the kinds are those of tok.h");
+
+int64_t
+octet_chat_tokens(octet *o, const struct octet_message *msgs, size_t n, int add_generation_prompt, uint32_t *ids,
+    size_t cap)
+{
+	struct tok_message *m = calloc(n > 0 ? n : 1, sizeof(*m));
+	struct err err = {""};
+	int64_t got = -ENOMEM;
+
+	for (size_t i = 0; m != NULL && i < n; i++)
+		m[i] = (struct tok_message){(enum tok_role)msgs[i].role, msgs[i].text, msgs[i].len};
+	if (m != NULL)
+		got = tok_chat(o->tok, m, n, add_generation_prompt != 0, time(NULL), ids, cap, &err);
+	free(m);
+	return got < 0 ? fail(o, (int)got, "%.250s", *err.text != '\0' ? err.text : strerror((int)-got)) : got;
+}
+
+enum octet_chat
+octet_chat_kind(const octet *o)
+{
+	return (enum octet_chat)tok_chat_kind(o->tok);
+}
+
 int64_t
 octet_detokenize(octet *o, const uint32_t *ids, size_t n, int skip_special, char *out, size_t cap)
 {

@@ -115,6 +115,24 @@ enum { OCTET_SPECIAL = 1, OCTET_BOS = 2 };
 int64_t octet_tokenize(octet *o, const char *text, size_t len, unsigned flags, uint32_t *ids, size_t cap);
 /* One user message through the model's chat template. -ENOTSUP: unknown template. */
 int64_t octet_template(octet *o, const char *text, size_t len, uint32_t *ids, size_t cap);
+
+/* A conversation through the model's chat template. The template's special
+ * tokens are ids; a message is text, whatever special tokens it spells. With
+ * add_generation_prompt it ends with what comes before an answer. Counts as
+ * octet_tokenize does; -ENOTSUP: no template or an unknown one; -EINVAL: the
+ * template does not take such messages, octet_error() says why. */
+enum octet_role { OCTET_SYSTEM, OCTET_USER, OCTET_ASSISTANT };
+struct octet_message {
+	enum octet_role role;
+	const char *text;
+	size_t len;
+};
+int64_t octet_chat_tokens(octet *o, const struct octet_message *msgs, size_t n, int add_generation_prompt,
+    uint32_t *ids, size_t cap);
+/* What the model's template takes: OCTET_CHAT_SINGLE is one user message alone. */
+enum octet_chat { OCTET_CHAT_NONE, OCTET_CHAT_UNKNOWN, OCTET_CHAT_SINGLE, OCTET_CHAT_TURNS };
+enum octet_chat octet_chat_kind(const octet *o);
+
 int64_t octet_detokenize(octet *o, const uint32_t *ids, size_t n, int skip_special, char *out, size_t cap);
 const char *octet_piece(octet *o, uint32_t id, size_t *len);
 

@@ -30,6 +30,7 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <sys/types.h>
+#include <time.h>
 
 #include "err.h"
 
@@ -43,10 +44,17 @@ struct tok;
 struct tok_stream;
 
 /*
- * Parses and checks a tokenizer.json (and tokenizer_config.json, which may be NULL) for a model of vocab_size ids and
+ * Parses and checks a tokenizer.json (with tokenizer_config.json and chat_template.jinja) for a model of vocab_size ids and
  * makes a position-independent blob; the caller frees *blob with free(). -EINVAL: the file is wrong, -ENOTSUP: it asks
  * for something not supported, -ENOMEM; the message names the key.
  */
+struct tok_source {
+	const char *tokenizer, *config, *chat_template; /* the last two may be NULL. chat_template.jinja wins over config's */
+	size_t tokenizer_len, config_len, chat_template_len;
+};
+int tok_compile_source(
+    const struct tok_source *src, uint32_t vocab_size, void **blob, size_t *blob_len, struct err *e);
+/* The same without a chat_template.jinja */
 int tok_compile(const char *tokenizer_json, size_t n, const char *tokenizer_config_json, size_t n2, uint32_t vocab_size,
     void **blob, size_t *blob_len, struct err *e);
 
@@ -94,11 +102,33 @@ uint32_t tok_n_eos(const struct tok *t);      /* ids that end a text: eos_token 
 const uint32_t *tok_eos(const struct tok *t); /* [tok_n_eos] */
 
 /*
- * The model's chat template around one user message, in which special tokens are text. Returns as tok_encode does;
- * -ENOTSUP when the template is not one of those known. Without a template ("none") it is tok_encode with TOK_BOS.
+ * A conversation through the model's chat template. What the template itself writes becomes the template's special
+ * tokens; the messages are text: a special token that is spelled in one of them stays the letters it is spelled with
+ * (Llama 2's [INST] is no special token but letters, which nobody can tell from letters in a message). Otherwise the
+ * ids are those of the rendered text.
  */
+enum tok_role { TOK_SYSTEM, TOK_USER, TOK_ASSISTANT };
+struct tok_message {
+	enum tok_role role;
+	const char *text;
+	size_t len;
+};
+enum tok_chat_kind {
+	TOK_CHAT_NONE,    /* the model has no template */
+	TOK_CHAT_UNKNOWN, /* it has one that is not known */
+	TOK_CHAT_SINGLE,  /* one user message, no more */
+	TOK_CHAT_TURNS
+};
+enum tok_chat_kind tok_chat_kind(const struct tok *t);
+const char *tok_template_name(const struct tok *t); /* "none", "unknown" or a family: "chatml", "llama3", ... */
+/*
+ * generate: end with what comes before an answer. now: the day for a template that names it, in local time. Returns as
+ * tok_encode does; -ENOTSUP no template or an unknown one, -EINVAL messages that this template does not take.
+ */
+int64_t tok_chat(const struct tok *t, const struct tok_message *m, size_t n, bool generate, time_t now, uint32_t *ids,
+    size_t cap, struct err *e);
+/* tok_chat of one user message, today. Without a template ("none") it is tok_encode with TOK_BOS. */
 int64_t tok_template(const struct tok *t, const char *user_text, size_t len, uint32_t *ids, size_t cap, struct err *e);
-const char *tok_template_name(const struct tok *t); /* "none", "proof" or "unknown" */
 
 /* For tests: the steps (symbols, heap and hash operations) of this thread's last tok_encode. */
 uint64_t tok_last_work(void);

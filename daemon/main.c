@@ -141,11 +141,12 @@ static int
 load_tokenizer(struct octetd *d, struct err *err)
 {
 	const struct model *m = d->model;
+	const struct tok_source src = {m->tokenizer_json, m->tokenizer_config_json, m->chat_template, m->tokenizer_json_len,
+	    m->tokenizer_config_json_len, m->chat_template_len};
 	struct tok *tok = NULL;
 	int rc;
 
-	rc = tok_compile(m->tokenizer_json, m->tokenizer_json_len, m->tokenizer_config_json, m->tokenizer_config_json_len,
-	    m->shape.vocab, &d->tok_blob, &d->tok_len, err);
+	rc = tok_compile_source(&src, m->shape.vocab, &d->tok_blob, &d->tok_len, err);
 	if (rc == 0)
 		rc = tok_open(&tok, d->tok_blob, d->tok_len, err);
 	if (rc != 0)

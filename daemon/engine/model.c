@@ -681,7 +681,8 @@ load_files(struct model *m, uint32_t max_context, char **config, size_t *len, st
 		m->shape.max_context = max_context;
 	if ((rc = config_read_file(m->path, "tokenizer.json", false, &m->tokenizer_json, &m->tokenizer_json_len, err)) != 0 ||
 	    (rc = config_read_file(m->path, "tokenizer_config.json", true, &m->tokenizer_config_json,
-	         &m->tokenizer_config_json_len, err)) != 0)
+	         &m->tokenizer_config_json_len, err)) != 0 ||
+	    (rc = config_read_file(m->path, "chat_template.jinja", true, &m->chat_template, &m->chat_template_len, err)) != 0)
 		return rc;
 	return shards_open(st, m->path, err);
 }
@@ -744,6 +745,7 @@ model_free(struct model **mp)
 		munmap(m->arena, m->arena_bytes);
 	free(m->tokenizer_json);
 	free(m->tokenizer_config_json);
+	free(m->chat_template);
 	free(m->path);
 	free(m->name);
 	free(m);

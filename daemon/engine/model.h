@@ -34,8 +34,8 @@ struct model {
 	uint64_t weights_bytes;      /* planes, scales, flags, exceptions, embedding, norms, biases */
 	uint64_t n_exceptions;
 	void *arena; size_t arena_bytes;
-	char *tokenizer_json, *tokenizer_config_json; /* whole files; config may be NULL */
-	size_t tokenizer_json_len, tokenizer_config_json_len;
+	char *tokenizer_json, *tokenizer_config_json, *chat_template; /* whole files; the last two may be NULL */
+	size_t tokenizer_json_len, tokenizer_config_json_len, chat_template_len;
 };
 
 /* Bytes the weights will take, from config.json alone. */

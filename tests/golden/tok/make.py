@@ -3,6 +3,8 @@
 """Writes the tokenizer goldens with Hugging Face `tokenizers` (0.23.3 made the committed ones).
 
 usage: make.py PROOF_DIR STORIES_DIR [OUT_DIR]
+       make.py families [OUT_DIR]      see families.py
+       make.py chats [OUT_DIR]         see chats.py
 
 proof.jsonl, stories260k.jsonl: {"text", "ids", "plain"?, "bos"?}: ids with special tokens recognised; "plain" where they are not and it
 differs; "bos" what add_special_tokens puts around it, where it differs.
@@ -196,6 +198,9 @@ def write_variants(proof_dir, stories_dir, path):
 
 
 def main():
+    if sys.argv[1] in ("families", "chats"):
+        __import__(sys.argv[1]).write(sys.argv[2] if len(sys.argv) > 2 else ".")
+        return
     proof, stories = sys.argv[1:3]
     out = sys.argv[3] if len(sys.argv) > 3 else "."
     golden(proof, out + "/proof.jsonl", 1)
