@@ -155,7 +155,9 @@ main(int argc, char **argv)
 		return 2;
 	}
 	for (size_t c = 0; c < sizeof(cmds) / sizeof(*cmds); c++)
-		if (strcmp(argv[i], cmds[c]->name) == 0)
+		if (strcmp(argv[i], cmds[c]->name) == 0 && i + 1 < argc && strcmp(argv[i + 1], "--help") == 0)
+			return printf("usage: octet %s %s\n", cmds[c]->name, cmds[c]->args) < 0;
+		else if (strcmp(argv[i], cmds[c]->name) == 0)
 			return cmds[c]->run(argc - i, argv + i, socket);
 	fprintf(stderr, "octet: unknown verb '%s'\n", argv[i]);
 	usage(stderr);
