@@ -481,30 +481,77 @@ outcome_of(const struct journal *j, uint64_t epoch)
 	return NULL;
 }
 
-static bool
-has_intent(const struct journal *j, uint64_t epoch)
+/* A record and where it stands; for sorting. */
+struct place {
+	uint64_t epoch;
+	size_t at;
+};
+
+static int
+by_epoch(const void *pa, const void *pb)
 {
-	for (size_t i = 0; i < j->n; i++)
-		if (j->rec[i].epoch == epoch && j->rec[i].kind == JOURNAL_INTENT)
-			return true;
-	return false;
+	const struct place *a = pa, *b = pb;
+
+	if (a->epoch != b->epoch)
+		return a->epoch < b->epoch ? -1 : 1;
+	return a->at < b->at ? -1 : a->at > b->at;
+}
+
+/* For each record the one that has its outcome: of an intent its last APPLIED
+ * or FAILED (n: none yet), itself otherwise; n + 1: it belongs to an intent. */
+static bool
+find_outcomes(const struct journal *j, size_t *outcome)
+{
+	size_t n = j->n;
+	struct place *p = malloc((n + 1) * sizeof(*p));
+
+	if (p == NULL)
+		return false;
+	for (size_t i = 0; i < n; i++)
+		p[i] = (struct place){j->rec[i].epoch, i};
+	qsort(p, n, sizeof(*p), by_epoch);
+	for (size_t i = 0, end; i < n; i = end) {
+		size_t last = n;
+		bool intent = false;
+
+		for (end = i; end < n && p[end].epoch == p[i].epoch; end++) {
+			enum journal_kind kind = j->rec[p[end].at].kind;
+
+			intent |= kind == JOURNAL_INTENT;
+			if (kind == JOURNAL_APPLIED || kind == JOURNAL_FAILED)
+				last = p[end].at;
+		}
+		for (size_t k = i; k < end; k++) {
+			enum journal_kind kind = j->rec[p[k].at].kind;
+
+			outcome[p[k].at] = kind == JOURNAL_INTENT ? last : intent && kind != JOURNAL_START ? n + 1 : p[k].at;
+		}
+	}
+	free(p);
+	return true;
 }
 
 uint32_t
 journal_history(struct journal *j, struct journal_entry **out)
 {
+	size_t *outcome;
 	uint32_t n = 0;
 
 	pthread_mutex_lock(&j->lock);
 	*out = calloc(j->n + 1, sizeof(**out));
+	outcome = malloc((j->n + 1) * sizeof(*outcome));
+	if (*out == NULL || outcome == NULL || !find_outcomes(j, outcome)) {
+		free(*out);
+		*out = NULL;
+	}
 	for (size_t i = 0; *out != NULL && i < j->n; i++) {
-		const struct journal_record *r = &j->rec[i], *o = r->kind == JOURNAL_INTENT ? outcome_of(j, r->epoch) : r;
+		const struct journal_record *o = outcome[i] < j->n ? &j->rec[outcome[i]] : NULL;
 		struct journal_entry *e = &(*out)[n];
 
 		/* A change stands where its intent does; one without an intent where it was applied. */
-		if (r->kind != JOURNAL_INTENT && r->kind != JOURNAL_START && has_intent(j, r->epoch))
+		if (outcome[i] == j->n + 1)
 			continue;
-		e->r = *r;
+		e->r = j->rec[i];
 		if (o == NULL)
 			snprintf(e->outcome, sizeof(e->outcome), "pending");
 		else if (o->kind == JOURNAL_FAILED)
@@ -517,8 +564,18 @@ journal_history(struct journal *j, struct journal_entry **out)
 		}
 		n++;
 	}
+	free(outcome);
 	pthread_mutex_unlock(&j->lock);
 	return n;
+}
+
+void
+journal_keep(struct journal *j, const struct plan *plan)
+{
+	pthread_mutex_lock(&j->lock);
+	if (find_plan(j, plan->digest) == NULL)
+		add_plan(j, plan->digest, plan_ref((struct plan *)(uintptr_t)plan), false);
+	pthread_mutex_unlock(&j->lock);
 }
 
 struct plan *

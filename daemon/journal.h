@@ -50,6 +50,8 @@ void journal_close(struct journal **);
 int journal_append(struct journal *, const struct journal_record *, const struct plan *, struct err *);
 /* Retry path: add to memory only, marked unjournaled. */
 void journal_remember(struct journal *, const struct journal_record *, const struct plan *);
+/* Keeps a plan that only some requests run: known at once, written with the next record. */
+void journal_keep(struct journal *, const struct plan *);
 /* Any thread, under the journal's own lock; copies out. Effective history, oldest first: each change
  * merged with its outcome (result "applied", "failed: ...", "not applied"). */
 struct journal_entry { struct journal_record r; char outcome[80]; };
