@@ -503,7 +503,7 @@ explain(const octet *o, uint64_t detail, struct octet_event *ev)
 		    "KV cache", o->info.max_context);
 		break;
 	case ESHUTDOWN:
-		snprintf(ev->message, sizeof(ev->message), "octetd is shutting down");
+		snprintf(ev->message, sizeof(ev->message), "octetd takes no new requests: it is drained or stopping");
 		break;
 	case EACCES:
 		snprintf(ev->message, sizeof(ev->message), "this client may not choose a policy");

@@ -7,15 +7,17 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "client/ctl.h"
 
 #define FLIP_TIMEOUT_MS 60000
+#define DRAIN_POLL_MS 50
 
 struct options {
 	const char *socket;
 	bool json, ini, dry_run;
-	int64_t if_epoch, to, limit; /* -1: not given */
+	int64_t if_epoch, to, limit, confirm, timeout; /* -1: not given */
 };
 
 /* One verb: how the command line becomes a request, how its reply is shown. */
@@ -160,7 +162,7 @@ show_history(const json_t *r, const struct options *o)
 	json_array_foreach((json_t *)(uintptr_t)list, i, h) {
 		if (o->limit >= 0 && i + (size_t)o->limit < n)
 			continue;
-		printf("%-6" JSON_INTEGER_FORMAT " %-19.19sZ %-6" JSON_INTEGER_FORMAT " %-16.16s %-9.20s %s%s%s\n",
+		printf("%-6" JSON_INTEGER_FORMAT " %-19.19sZ %-6" JSON_INTEGER_FORMAT " %-16.16s %-9s %s%s%s\n",
 		    num(h, "epoch"), str(h, "time"), num(h, "uid"), str(h, "program"), str(h, "why"), str(h, "result"),
 		    *str(h, "change") != '\0' ? ": " : "", str(h, "change"));
 	}
@@ -197,16 +199,44 @@ show_clients(const json_t *r, const struct options *o)
 		    num(c, "running"), num(c, "queued"), num(c, "requests"), num(c, "tokens"));
 }
 
+static void
+show_confirm(const json_t *r, const struct options *o)
+{
+	(void)o;
+	printf("epoch %" JSON_INTEGER_FORMAT " stays\n", num(r, "epoch"));
+}
+
+static void
+show_save(const json_t *r, const struct options *o)
+{
+	(void)o;
+	printf("policy %s is in %s; 'octetctl reload' makes it known\n", str(r, "policy"), str(r, "file"));
+}
+
+static void
+show_drain(const json_t *r, const struct options *o)
+{
+	(void)o;
+	if (json_is_true(json_object_get(r, "draining")))
+		printf("no new requests; %" JSON_INTEGER_FORMAT " still run\n", num(r, "in_flight"));
+	else
+		printf("requests are taken again\n");
+}
+
 static const struct verb verbs[] = {
 	{"status", "", "what runs, where, in which formats", "", 0, 0, NULL, show_status},
 	{"plan", "[--ini]", "the active plan; --ini: as a policy section to paste", "i", 0, 0, NULL, show_plan},
-	{"set", "[--dry-run] [--if-epoch N] SELECTOR=FORMAT...", "flip sites on top of the active plan", "de", 1, -1, NULL,
-	    show_flip},
-	{"use", "[--dry-run] [--if-epoch N] POLICY", "make a policy active", "de", 1, 1, NULL, show_flip},
+	{"set", "[--dry-run] [--if-epoch N] [--confirm SECONDS] SELECTOR=FORMAT...", "flip sites on top of the active plan",
+	    "dec", 1, -1, NULL, show_flip},
+	{"use", "[--dry-run] [--if-epoch N] [--confirm SECONDS] POLICY", "make a policy active", "dec", 1, 1, NULL, show_flip},
+	{"confirm", "[EPOCH]", "a change made with --confirm is to stay", "", 0, 1, NULL, show_confirm},
 	{"rollback", "[--dry-run] [--to EPOCH]", "undo the last change; repeated, walk further back", "dt", 0, 0, NULL,
 	    show_flip},
 	{"history", "[-n COUNT]", "every change: who, why, what, result", "n", 0, 0, "history", show_history},
 	{"reload", "", "read the configuration file again", "", 0, 0, NULL, show_reload},
+	{"save", "NAME", "keep the active plan as a policy", "", 1, 1, NULL, show_save},
+	{"drain", "[--timeout SECONDS]", "take no new requests; wait for those that run", "s", 0, 0, NULL, show_drain},
+	{"resume", "", "take requests again", "", 0, 0, NULL, show_drain},
 	{"clients", "", "who is connected", "", 0, 0, "clients", show_clients},
 };
 
@@ -217,7 +247,7 @@ usage(FILE *to)
 	for (size_t i = 0; i < sizeof(verbs) / sizeof(*verbs); i++) {
 		int n = fprintf(to, "  %s %s", verbs[i].name, verbs[i].args);
 
-		fprintf(to, "%*s%s\n", n < 56 ? 56 - n : 1, "", verbs[i].help);
+		fprintf(to, n < 56 ? "%*s%s\n" : "\n%*s%s\n", n < 56 ? 56 - n : 56, "", verbs[i].help);
 	}
 	fprintf(to, "A selector is GROUP[@LAYERS]: attention.*, mlp.down_proj@0-3,-1, lm_head. See octetctl(1).\n");
 }
@@ -241,7 +271,8 @@ parse_number(const char *s, int64_t *out)
 	return errno == 0 && end != s && *end == '\0' && *out >= 0;
 }
 
-enum { OPT_SOCKET = 256, OPT_INI, OPT_DRY, OPT_EPOCH, OPT_TO, OPT_HELP, OPT_VERSION, OPT_JSON };
+enum { OPT_SOCKET = 256, OPT_INI, OPT_DRY, OPT_EPOCH, OPT_TO, OPT_HELP, OPT_VERSION, OPT_JSON, OPT_CONFIRM,
+	OPT_TIMEOUT };
 
 /* Options may stand before or after the verb. Returns -1 to go on, or an exit status. */
 static int
@@ -251,6 +282,7 @@ parse(int argc, char **argv, struct options *o, char *used, size_t used_len)
 		{"json", no_argument, NULL, OPT_JSON}, {"socket", required_argument, NULL, OPT_SOCKET},
 		{"ini", no_argument, NULL, OPT_INI}, {"dry-run", no_argument, NULL, OPT_DRY},
 		{"if-epoch", required_argument, NULL, OPT_EPOCH}, {"to", required_argument, NULL, OPT_TO},
+		{"confirm", required_argument, NULL, OPT_CONFIRM}, {"timeout", required_argument, NULL, OPT_TIMEOUT},
 		{"help", no_argument, NULL, OPT_HELP}, {"version", no_argument, NULL, OPT_VERSION}, {NULL, 0, NULL, 0}};
 	size_t n = 0;
 	int c;
@@ -266,6 +298,8 @@ parse(int argc, char **argv, struct options *o, char *used, size_t used_len)
 		case OPT_DRY: o->dry_run = true; letter = 'd'; break;
 		case OPT_EPOCH: number = &o->if_epoch; letter = 'e'; break;
 		case OPT_TO: number = &o->to; letter = 't'; break;
+		case OPT_CONFIRM: number = &o->confirm; letter = 'c'; break;
+		case OPT_TIMEOUT: number = &o->timeout; letter = 's'; break;
 		case 'n': number = &o->limit; letter = 'n'; break;
 		case 'h':
 		case OPT_HELP: usage(stdout); return 0;
@@ -285,6 +319,7 @@ static json_t *
 make_request(const struct verb *v, const struct options *o, char **args, int n)
 {
 	json_t *r = json_pack("{s:s}", "verb", v->name);
+	int64_t epoch;
 
 	if (strcmp(v->name, "set") == 0) {
 		json_t *rules = json_array();
@@ -292,8 +327,12 @@ make_request(const struct verb *v, const struct options *o, char **args, int n)
 		for (int i = 0; i < n; i++)
 			json_array_append_new(rules, json_string(args[i]));
 		json_object_set_new(r, "rules", rules);
-	} else if (strcmp(v->name, "use") == 0)
+	} else if (strcmp(v->name, "use") == 0 || strcmp(v->name, "save") == 0)
 		json_object_set_new(r, "policy", json_string(args[0]));
+	else if (strcmp(v->name, "confirm") == 0 && n == 1 && parse_number(args[0], &epoch))
+		json_object_set_new(r, "epoch", json_integer(epoch));
+	if (o->confirm >= 0)
+		json_object_set_new(r, "confirm", json_integer(o->confirm));
 	if (o->dry_run)
 		json_object_set_new(r, "dry_run", json_true());
 	if (o->if_epoch >= 0)
@@ -313,6 +352,17 @@ call(const struct verb *v, const struct options *o, char **args, int n)
 
 	if (rc == 0)
 		rc = ctl_call(ctl, request, &reply, FLIP_TIMEOUT_MS, &err);
+	/* drain, said again until nothing runs. */
+	for (int64_t waited = 0; rc == 0 && o->timeout > 0 && num(reply, "in_flight") > 0; waited += DRAIN_POLL_MS) {
+		if (waited >= o->timeout * 1000) {
+			rc = err_set(&err, -ETIMEDOUT, "%d requests still run", (int)num(reply, "in_flight"));
+			break;
+		}
+		usleep(DRAIN_POLL_MS * 1000);
+		json_decref(reply);
+		reply = NULL;
+		rc = ctl_call(ctl, request, &reply, FLIP_TIMEOUT_MS, &err);
+	}
 	if (rc != 0)
 		fprintf(stderr, "octetctl: %s\n", err.text);
 	else if (o->json) {
@@ -330,7 +380,7 @@ call(const struct verb *v, const struct options *o, char **args, int n)
 int
 main(int argc, char **argv)
 {
-	struct options o = {.if_epoch = -1, .to = -1, .limit = -1};
+	struct options o = {.if_epoch = -1, .to = -1, .limit = -1, .confirm = -1, .timeout = -1};
 	const struct verb *v = NULL;
 	char used[32];
 	int rc = parse(argc, argv, &o, used, sizeof(used)), n;

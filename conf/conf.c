@@ -43,6 +43,8 @@ static const struct option options[] = {
 	    "socket of octetctl and octet-console"},
 	{"daemon", "control_mode", TYPE_MODE, AT(control_mode), "0660", 0, 0777, NULL, RESTART, "octal", "its permissions"},
 	{"daemon", "state_dir", TYPE_PATH, AT(state_dir), NULL, 0, 0, NULL, RESTART, "", "journal and stored results"},
+	{"daemon", "policies_file", TYPE_PATH, AT(policies_file), NULL, 0, 0, NULL, RESTART, "",
+	    "policies that octetctl save keeps; read after this file"},
 	{"daemon", "max_clients", TYPE_NUMBER, AT(max_clients), "64", 1, 4096, NULL, LIVE, "", "sessions at a time"},
 	{"daemon", "max_requests", TYPE_NUMBER, AT(max_requests), "32", 1, 64, NULL, LIVE, "",
 	    "requests in flight of one session"},
@@ -269,6 +271,7 @@ struct reader {
 	int line[N_OPTIONS]; /* where it was set, 0: not */
 	struct err *err;
 	int rc, bad_line;    /* the first error of ours */
+	bool saved;          /* reads the policies file */
 };
 
 /* Letters to change to turn one word into the other; for "did you mean". */
@@ -395,10 +398,45 @@ set_rule(struct reader *r, const char *name, const char *selector, const char *f
 	else if (p->line == 0) {
 		clear_rules(p); /* the file redefines a built-in one */
 		p->line = line;
-	}
+	} else if (r->saved && !p->saved)
+		return err_set(r->err, -EEXIST, "policy '%s' is defined in %s, line %d", name, r->c->file, p->line);
+	if (p != NULL)
+		p->saved = r->saved;
 	if (p == NULL || add_rule(p, selector, format, line) != 0)
 		return err_set(r->err, -ENOMEM, "out of memory");
 	return 0;
+}
+
+/* inih ends a key at ':' too, so "user:NAME = POLICY" arrives as "user" and "NAME = POLICY". */
+static int
+add_client(struct reader *r, const char *key, const char *value, int line)
+{
+	struct conf *c = r->c;
+	struct conf_client *more = realloc(c->clients, (c->n_clients + 1) * sizeof(*more)), *cl;
+	const char *equals = strchr(value, '=');
+	int rc;
+
+	if (more == NULL)
+		return err_set(r->err, -ENOMEM, "out of memory");
+	c->clients = more;
+	cl = &c->clients[c->n_clients];
+	*cl = (struct conf_client){.line = line};
+	if (strcmp(key, "*") == 0)
+		rc = asprintf(&cl->who, "*");
+	else if (equals == NULL)
+		return err_set(r->err, -EINVAL, "'%s' in [clients]: write user:NAME, group:NAME, uid:N, gid:N or * = POLICY", key);
+	else {
+		int n = (int)(equals - value);
+
+		while (n > 0 && (value[n - 1] == ' ' || value[n - 1] == '\t'))
+			n--;
+		rc = asprintf(&cl->who, "%s:%.*s", key, n, value);
+		for (value = equals + 1; *value == ' ' || *value == '\t';)
+			value++;
+	}
+	cl->policy = strdup(value);
+	c->n_clients++;
+	return rc < 0 || cl->policy == NULL ? err_set(r->err, -ENOMEM, "out of memory") : 0;
 }
 
 static int
@@ -406,6 +444,10 @@ take(struct reader *r, const char *section, const char *key, const char *value, 
 {
 	if (strncmp(section, "policy ", 7) == 0 || strcmp(section, "policy") == 0)
 		return set_rule(r, section + 6, key, value, line);
+	if (r->saved)
+		return err_set(r->err, -EINVAL, "only [policy NAME] sections stand in this file");
+	if (strcmp(section, "clients") == 0)
+		return add_client(r, key, value, line);
 	for (size_t i = 0; i < N_OPTIONS; i++) {
 		if (strcmp(options[i].section, section) != 0 || strcmp(options[i].key, key) != 0)
 			continue;
@@ -553,6 +595,15 @@ defaults(struct conf *c, struct err *err)
 	return add_builtin_policies(c);
 }
 
+static char *
+beside(const char *path, const char *name)
+{
+	const char *slash = strrchr(path, '/');
+	char *out;
+
+	return asprintf(&out, "%.*s%s", slash == NULL ? 0 : (int)(slash - path + 1), path, name) < 0 ? NULL : out;
+}
+
 static int
 fill_paths(struct conf *c, const char *path, struct err *err)
 {
@@ -564,7 +615,9 @@ fill_paths(struct conf *c, const char *path, struct err *err)
 		c->control_socket = default_control(c->socket);
 	if (c->state_dir == NULL)
 		c->state_dir = default_state_dir();
-	if (c->socket == NULL || c->control_socket == NULL || c->state_dir == NULL)
+	if (c->policies_file == NULL)
+		c->policies_file = beside(path, "policies.ini");
+	if (c->socket == NULL || c->control_socket == NULL || c->state_dir == NULL || c->policies_file == NULL)
 		return err_set(err, -ENOMEM, "out of memory");
 	if (strcmp(c->socket, c->control_socket) == 0)
 		return err_set(err, -EINVAL, "%s: socket and control_socket are the same path", path);
@@ -586,6 +639,11 @@ conf_load(struct conf **out, const char *path, struct err *err)
 		rc = parse_file(&r, path);
 	if (rc == 0)
 		rc = fill_paths(c, path, err);
+	if (rc == 0 && access(c->policies_file, F_OK) == 0) {
+		struct reader saved = {.c = c, .err = err, .saved = true};
+
+		rc = parse_file(&saved, c->policies_file);
+	}
 	if (rc != 0) {
 		conf_free(&c);
 		return rc;
@@ -609,6 +667,11 @@ conf_free(struct conf **cp)
 		free(c->policies[i].name);
 	}
 	free(c->policies);
+	for (size_t i = 0; i < c->n_clients; i++) {
+		free(c->clients[i].who);
+		free(c->clients[i].policy);
+	}
+	free(c->clients);
 	free(c->file);
 	free(c);
 	*cp = NULL;

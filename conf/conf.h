@@ -21,7 +21,14 @@ struct conf_policy {
 	char *name;
 	struct conf_rule *rules;
 	size_t n_rules;
-	int line; /* 0: built in */
+	int line;   /* 0: built in */
+	bool saved; /* from the policies file */
+};
+
+/* [clients]: "user:NAME = POLICY"; the first that matches counts. */
+struct conf_client {
+	char *who, *policy;
+	int line;
 };
 
 enum conf_backend { CONF_BACKEND_AUTO, CONF_BACKEND_CPU, CONF_BACKEND_CUDA };
@@ -31,7 +38,7 @@ enum conf_on_flip { CONF_ON_FLIP_SWITCH, CONF_ON_FLIP_PIN };
 struct conf {
 	char *file;
 	/* [daemon] */
-	char *socket, *control_socket, *state_dir;
+	char *socket, *control_socket, *state_dir, *policies_file;
 	uint32_t socket_mode, control_mode, max_clients, max_requests, max_queue, handshake_timeout_ms, drain_timeout_s;
 	char *log_level; /* error, warn, info, debug */
 	/* [model] */
@@ -47,6 +54,8 @@ struct conf {
 	/* [policy NAME], the built-in ones first unless the file redefines them */
 	struct conf_policy *policies;
 	size_t n_policies;
+	struct conf_client *clients;
+	size_t n_clients;
 };
 
 /* Errors name FILE:LINE. *out is untouched on failure. */

@@ -55,7 +55,7 @@ struct control {
 };
 
 static const struct verb *const verbs[] = {&verb_status, &verb_plan, &verb_set, &verb_use, &verb_rollback, &verb_history,
-    &verb_reload, &verb_clients, &verb_page};
+    &verb_reload, &verb_clients, &verb_page, &verb_confirm, &verb_drain, &verb_resume, &verb_save};
 
 static void conn_run(struct conn *);
 

@@ -47,5 +47,5 @@ void call_refuse(struct call *, int code, const char *why);
 void call_watch(struct call *, int fd);
 
 extern const struct verb verb_status, verb_plan, verb_clients, verb_history, verb_page;
-extern const struct verb verb_set, verb_use, verb_rollback, verb_reload;
+extern const struct verb verb_set, verb_use, verb_rollback, verb_reload, verb_confirm, verb_drain, verb_resume, verb_save;
 #endif

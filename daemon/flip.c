@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "daemon/log.h"
 
@@ -47,7 +48,9 @@ struct pending {
 
 struct flipper {
 	struct flip_config cfg;
-	uv_timer_t retry;
+	uv_timer_t retry, confirm;
+	int closing;               /* timers that are not closed yet */
+	uint64_t unconfirmed;      /* epoch, 0: none */
 	uv_work_t work;
 	enum state state;
 	bool dispatching, draining;
@@ -61,7 +64,7 @@ struct flipper {
 	char policy[64];
 };
 
-static const char *const kind_names[] = {"set", "use", "rollback", "reload"};
+static const char *const kind_names[] = {"set", "use", "rollback", "reload", "confirm"};
 
 static void dispatch(struct flipper *);
 
@@ -261,6 +264,7 @@ derive(struct flipper *f, struct job *j, struct err *err)
 		rc = f->cfg.policy_plan(f->cfg.policy_arg, j->ask.policy, &j->plan, err);
 		copy_text(j->rec.policy, sizeof(j->rec.policy), j->ask.policy);
 		break;
+	case FLIP_CONFIRM: break;
 	case FLIP_RELOAD:
 		rc = j->ask.prepare(j->ask.prepare_arg, &j->plan, label, &j->file_policy, err);
 		copy_text(j->rec.policy, sizeof(j->rec.policy), label);
@@ -425,6 +429,34 @@ remember(struct flipper *f, const struct job *j, bool needs_intent)
 }
 
 static void
+on_expired_done(void *arg, int rc, const struct err *err, const struct flip_result *r)
+{
+	(void)arg, (void)rc, (void)err, (void)r; /* both ends are logged */
+}
+
+/* Nobody confirmed it in time. */
+static void
+on_expired(uv_timer_t *t)
+{
+	struct flipper *f = t->data;
+	struct flip_ask ask = {.kind = FLIP_ROLLBACK, .expired = true, .has_if_epoch = true, .if_epoch = f->unconfirmed,
+	    .who = {.uid = getuid(), .pid = (uint32_t)getpid(), .program = "octetd"}};
+
+	snprintf(ask.why, sizeof(ask.why), "rollback: epoch %" PRIu64 " was not confirmed", f->unconfirmed);
+	flip_ask(f, &ask, on_expired_done, NULL);
+}
+
+/* What was just applied settles what waited, and may wait itself. */
+static void
+settle(struct flipper *f, const struct job *j)
+{
+	uv_timer_stop(&f->confirm);
+	f->unconfirmed = j->rec.confirm_s != 0 ? f->epoch : 0;
+	if (f->unconfirmed != 0)
+		uv_timer_start(&f->confirm, on_expired, (uint64_t)j->rec.confirm_s * 1000, 0);
+}
+
+static void
 after_applied(uv_work_t *w, int status)
 {
 	struct flipper *f = w->data;
@@ -438,6 +470,7 @@ after_applied(uv_work_t *w, int status)
 		remember(f, j, needs_intent);
 	}
 	count_pending(f);
+	settle(f, j);
 	f->changes++;
 	f->now = NULL;
 	set_state(f, FLIP_IDLE);
@@ -494,6 +527,16 @@ after_intent(uv_work_t *w, int status)
 		refuse_unjournaled(f, j);
 		return;
 	}
+	if (j->ask.kind == FLIP_CONFIRM) {
+		uv_timer_stop(&f->confirm);
+		f->unconfirmed = 0;
+		f->changes++;
+		f->now = NULL;
+		set_state(f, FLIP_IDLE);
+		finish(f, j, 0, false);
+		dispatch(f);
+		return;
+	}
 	j->unjournaled = j->rc != 0;
 	j->flip = (struct flip){.plan = plan_ref(j->plan), .epoch = j->rec.epoch, .owner = j,
 	    .force = j->ask.kind == FLIP_ROLLBACK};
@@ -509,7 +552,12 @@ fill_record(struct flipper *f, struct job *j)
 	struct journal_record *r = &j->rec;
 
 	r->kind = JOURNAL_INTENT;
-	r->epoch = ++f->last_epoch;
+	if (j->ask.kind == FLIP_CONFIRM) {
+		r->kind = JOURNAL_CONFIRMED;
+		r->epoch = f->unconfirmed;
+	} else
+		r->epoch = ++f->last_epoch;
+	r->confirm_s = j->ask.confirm_s;
 	r->time_us = now_us();
 	r->uid = j->ask.who.uid;
 	r->pid = j->ask.who.pid;
@@ -531,9 +579,20 @@ check(struct flipper *f, struct job *j)
 	if (j->ask.has_if_epoch && j->ask.if_epoch != f->epoch)
 		return err_set(&j->err, -ESTALE, "epoch is %" PRIu64 ", not %" PRIu64 ": somebody changed the plan in between",
 		    f->epoch, j->ask.if_epoch);
+	if (j->ask.expired && f->unconfirmed != j->ask.if_epoch)
+		return err_set(&j->err, -ESTALE, "epoch %" PRIu64 " was confirmed", j->ask.if_epoch);
+	if (j->ask.kind == FLIP_CONFIRM && (f->unconfirmed == 0 || (j->ask.has_to && j->ask.to != f->unconfirmed)))
+		return f->unconfirmed == 0 ? err_set(&j->err, -ENOENT, "no change waits for a confirmation")
+		                           : err_set(&j->err, -ESTALE, "epoch %" PRIu64 " waits for a confirmation, not %" PRIu64,
+		                                 f->unconfirmed, j->ask.to);
+	if (j->ask.kind == FLIP_CONFIRM)
+		j->plan = plan_ref(f->active);
 	rc = derive(f, j, &j->err);
 	if (rc != 0 || j->plan == NULL)
 		return rc;
+	if (f->unconfirmed != 0 && j->ask.kind != FLIP_ROLLBACK && j->ask.kind != FLIP_CONFIRM)
+		return err_set(&j->err, -EBUSY, "epoch %" PRIu64 " waits for its confirmation: confirm it or roll it back first",
+		    f->unconfirmed);
 	j->change = plan_diff(f->active, j->plan);
 	if (j->change == NULL)
 		return err_set(&j->err, -ENOMEM, "out of memory");
@@ -549,7 +608,7 @@ start(struct flipper *f, struct job *j)
 	j->rc = check(f, j);
 	/* A plain rollback walks on even over a change that left no trace, or
 	 * it could never get behind it. */
-	same = j->plan == NULL || (j->plan->digest == f->active->digest && j->rec.undoes == 0);
+	same = j->ask.kind != FLIP_CONFIRM && (j->plan == NULL || (j->plan->digest == f->active->digest && j->rec.undoes == 0));
 	if (j->rc == 0 && !j->ask.dry_run && same)
 		f->file_policy = j->file_policy;
 	if (j->rc != 0 || j->ask.dry_run || same) {
@@ -626,7 +685,8 @@ flipper_new(struct flipper **out, const struct flip_config *cfg, struct plan *ac
 	f->file_policy = file_policy;
 	copy_text(f->policy, sizeof(f->policy), policy);
 	uv_timer_init(cfg->loop, &f->retry);
-	f->retry.data = f->work.data = f;
+	uv_timer_init(cfg->loop, &f->confirm);
+	f->retry.data = f->confirm.data = f->work.data = f;
 	*out = f;
 	return 0;
 }
@@ -634,7 +694,10 @@ flipper_new(struct flipper **out, const struct flip_config *cfg, struct plan *ac
 static void
 on_closed(uv_handle_t *h)
 {
-	free(h->data);
+	struct flipper *f = h->data;
+
+	if (--f->closing == 0)
+		free(f);
 }
 
 void
@@ -650,7 +713,9 @@ flipper_free(struct flipper **fp)
 	while (f->pending != NULL)
 		drop_pending(f);
 	plan_unref(&f->active);
+	f->closing = 2;
 	uv_close((uv_handle_t *)&f->retry, on_closed);
+	uv_close((uv_handle_t *)&f->confirm, on_closed);
 	*fp = NULL;
 }
 
@@ -688,6 +753,13 @@ uint64_t
 flipper_file_policy(const struct flipper *f)
 {
 	return f->file_policy;
+}
+
+uint64_t
+flipper_unconfirmed(const struct flipper *f, uint32_t *seconds_left)
+{
+	*seconds_left = f->unconfirmed != 0 ? (uint32_t)((uv_timer_get_due_in(&f->confirm) + 999) / 1000) : 0;
+	return f->unconfirmed;
 }
 
 uint32_t

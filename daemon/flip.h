@@ -23,7 +23,7 @@ struct flip_who {
 	char program[32];
 };
 
-enum flip_kind { FLIP_SET, FLIP_USE, FLIP_ROLLBACK, FLIP_RELOAD };
+enum flip_kind { FLIP_SET, FLIP_USE, FLIP_ROLLBACK, FLIP_RELOAD, FLIP_CONFIRM };
 
 struct flip_ask {
 	enum flip_kind kind;
@@ -31,7 +31,9 @@ struct flip_ask {
 	char why[64];               /* empty: the name of the kind */
 	bool dry_run, has_if_epoch, has_to;
 	uint64_t if_epoch;
-	uint64_t to;                /* ROLLBACK */
+	uint64_t to;                /* ROLLBACK, CONFIRM */
+	uint32_t confirm_s;         /* SET, USE: taken back after so long unless it is confirmed; 0: stays */
+	bool expired;               /* ROLLBACK: nobody confirmed if_epoch */
 	char policy[64];            /* USE: its name */
 	char **rule; size_t n_rules; /* SET: "SELECTOR=FORMAT"; taken over, freed with flip_rules_free() */
 	/* RELOAD: called when its turn has come. 0 and *plan NULL: nothing to flip. */
@@ -81,6 +83,8 @@ struct plan *flipper_plan(const struct flipper *); /* borrowed */
 uint64_t flipper_epoch(const struct flipper *);
 const char *flipper_policy(const struct flipper *);
 uint64_t flipper_file_policy(const struct flipper *);
+/* The change that waits for a confirmation, and for how long yet; 0: none. */
+uint64_t flipper_unconfirmed(const struct flipper *, uint32_t *seconds_left);
 uint32_t flipper_unjournaled(const struct flipper *); /* records that wait for the journal */
 /* An entry of journal_history() that the journal does not know to be applied. */
 void flipper_correct(const struct flipper *, struct journal_entry *);

@@ -25,7 +25,8 @@
 #define MAX_JOURNAL (1ll << 32)
 
 static const char *const kind_name[] = {
-	[JOURNAL_START] = "start", [JOURNAL_INTENT] = "intent", [JOURNAL_APPLIED] = "applied", [JOURNAL_FAILED] = "failed"};
+	[JOURNAL_START] = "start", [JOURNAL_INTENT] = "intent", [JOURNAL_APPLIED] = "applied", [JOURNAL_FAILED] = "failed",
+	[JOURNAL_CONFIRMED] = "confirmed"};
 #define N_KINDS (sizeof(kind_name) / sizeof(*kind_name))
 
 struct known_plan {
@@ -118,11 +119,12 @@ text(const char *s)
 static json_t *
 to_json(const struct journal_record *r)
 {
-	return json_pack("{s:s,s:I,s:I,s:I,s:I,s:o,s:o,s:o,s:o,s:o,s:I,s:I,s:o,s:I,s:o}", "kind", kind_name[r->kind], "epoch",
+	return json_pack("{s:s,s:I,s:I,s:I,s:I,s:o,s:o,s:o,s:o,s:o,s:I,s:I,s:o,s:I,s:I,s:o}", "kind", kind_name[r->kind], "epoch",
 	    (json_int_t)r->epoch, "time_us", (json_int_t)r->time_us, "uid", (json_int_t)r->uid, "pid", (json_int_t)r->pid,
 	    "program", text(r->program), "why", text(r->why), "change", text(r->change), "policy", text(r->policy), "plan",
 	    hex(r->plan), "undoes", (json_int_t)r->undoes, "back_to", (json_int_t)r->back_to, "file_policy",
-	    hex(r->file_policy), "step", (json_int_t)r->step, "result", text(r->result));
+	    hex(r->file_policy), "step", (json_int_t)r->step, "confirm_s", (json_int_t)r->confirm_s, "result",
+	    text(r->result));
 }
 
 static uint64_t
@@ -162,6 +164,7 @@ from_json(const json_t *o, struct journal_record *r)
 		r->undoes = (uint64_t)GET("undoes");
 		r->back_to = (uint64_t)GET("back_to");
 		r->step = (uint64_t)GET("step");
+		r->confirm_s = (uint32_t)GET("confirm_s");
 		r->plan = get_hex(o, "plan");
 		r->file_policy = get_hex(o, "file_policy");
 		GET_TEXT(program), GET_TEXT(why), GET_TEXT(change), GET_TEXT(policy), GET_TEXT(result);
@@ -524,7 +527,8 @@ find_outcomes(const struct journal *j, size_t *outcome)
 		for (size_t k = i; k < end; k++) {
 			enum journal_kind kind = j->rec[p[k].at].kind;
 
-			outcome[p[k].at] = kind == JOURNAL_INTENT ? last : intent && kind != JOURNAL_START ? n + 1 : p[k].at;
+			outcome[p[k].at] = kind == JOURNAL_INTENT ? last
+			    : kind == JOURNAL_CONFIRMED || (intent && kind != JOURNAL_START) ? n + 1 : p[k].at;
 		}
 	}
 	free(p);
@@ -625,6 +629,26 @@ journal_last_applied(struct journal *j, struct journal_record *out)
 	}
 	pthread_mutex_unlock(&j->lock);
 	return found;
+}
+
+bool
+journal_unconfirmed(struct journal *j)
+{
+	bool waits = false, confirmed = false;
+	uint64_t epoch = 0;
+
+	pthread_mutex_lock(&j->lock);
+	for (size_t i = j->n; i-- > 0;) {
+		if (j->rec[i].kind == JOURNAL_CONFIRMED && epoch == 0)
+			epoch = j->rec[i].epoch;
+		if (!is_active(&j->rec[i]))
+			continue;
+		waits = j->rec[i].confirm_s != 0;
+		confirmed = epoch == j->rec[i].epoch;
+		break;
+	}
+	pthread_mutex_unlock(&j->lock);
+	return waits && !confirmed;
 }
 
 /* Was this change taken back by a rollback after it, or jumped over by one --to

@@ -19,6 +19,7 @@ enum journal_kind {
 	JOURNAL_INTENT,   /* a flip is about to be posted */
 	JOURNAL_APPLIED,  /* it runs since step */
 	JOURNAL_FAILED,   /* it does not, and why */
+	JOURNAL_CONFIRMED, /* a change made with confirm_s is to stay */
 };
 
 struct journal_record {
@@ -35,6 +36,7 @@ struct journal_record {
 	uint64_t back_to;         /* rollback: epoch whose plan it restored, else 0 */
 	uint64_t file_policy;     /* plan digest of the INI's active policy when written */
 	uint64_t step;            /* APPLIED */
+	uint32_t confirm_s;       /* not 0: it is to be taken back unless CONFIRMED follows in this time */
 	char result[64];          /* FAILED: why */
 	bool unjournaled;         /* applied though the journal could not be written (in memory only) */
 };
@@ -62,6 +64,8 @@ struct plan *journal_plan(struct journal *, uint64_t digest);
 uint64_t journal_last_epoch(struct journal *);
 /* The last applied change (start included): false if none. */
 bool journal_last_applied(struct journal *, struct journal_record *);
+/* Does the last applied change still wait for its confirmation? */
+bool journal_unconfirmed(struct journal *);
 /* Where a plain rollback goes from here: the change to undo and the epoch whose
  * plan to restore. Repeated rollbacks walk further back: a rollback undoes the
  * newest applied change that is no rollback, no start and not undone yet.

@@ -270,6 +270,12 @@ peer_allowed(const struct peer *p, const char *list)
 }
 
 int
+peer_matches(const struct peer *p, const char *list)
+{
+	return list_matches(p, list, NULL) > 0;
+}
+
+int
 peer_list_check(const char *list, struct err *err)
 {
 	int rc = list_matches(NULL, list, err);

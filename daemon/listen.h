@@ -33,6 +33,8 @@ int peer_get(struct peer *, int fd);
 void peer_clear(struct peer *);
 /* list: "user:NAME, group:NAME, uid:N, gid:N, *". root and our own uid always match. */
 int peer_allowed(const struct peer *, const char *list);
+/* The same, but root and our own uid are nothing special. */
+int peer_matches(const struct peer *, const char *list);
 /* 0, or -EINVAL naming the bad entry: for config checks. */
 int peer_list_check(const char *list, struct err *);
 #endif

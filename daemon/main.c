@@ -47,29 +47,6 @@ human(uint64_t bytes, char buf[32])
 	return buf;
 }
 
-/* Tells systemd, if it asked (sd_notify(3)). */
-static void
-notify_manager(const char *state)
-{
-	struct sockaddr_un sa = {.sun_family = AF_UNIX};
-	const char *path = getenv("NOTIFY_SOCKET");
-	size_t n = path != NULL ? strlen(path) : 0;
-	int fd;
-
-	if (n == 0 || n >= sizeof(sa.sun_path) || (*path != '/' && *path != '@'))
-		return;
-	memcpy(sa.sun_path, path, n);
-	if (*path == '@')
-		sa.sun_path[0] = '\0';
-	fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
-	if (fd < 0)
-		return;
-	if (sendto(fd, state, strlen(state), MSG_NOSIGNAL, (struct sockaddr *)&sa,
-	    (socklen_t)(offsetof(struct sockaddr_un, sun_path) + n)) < 0)
-		log_warn("notify", "why=%s", LOG_Q(strerror(errno)));
-	close(fd);
-}
-
 /* ---- start: what --check does too ---- */
 
 static void
@@ -162,7 +139,8 @@ load(struct daemon *m, bool check_only, struct err *err)
 	char why[256] = "";
 	int rc;
 
-	if ((rc = conf_load(&d->conf, d->conf_path, err)) != 0 || (rc = octetd_conf_check(d->conf, err)) != 0)
+	if ((rc = conf_load(&d->conf, d->conf_path, err)) != 0 || (rc = octetd_conf_check(d->conf, err)) != 0 ||
+	    (rc = octetd_clients_resolve(d->conf, err)) != 0)
 		return rc;
 	log_set_level_name(d->conf->log_level);
 	d->backend = "cpu";
@@ -183,14 +161,39 @@ struct first_plan {
 	struct plan *plan;
 	char policy[64];
 	uint64_t epoch;
+	uint64_t undoes, back_to; /* a change that nobody confirmed */
 };
 
 /* The newest decision wins: the journal's last applied plan, unless the file's
  * active policy is another than when that was written. */
+/* The daemon died with a change that nobody had confirmed: it may be why. */
+static bool
+take_back(struct daemon *m, struct first_plan *f)
+{
+	struct journal_entry *list = NULL;
+	uint32_t n = journal_history(m->d.journal, &list);
+	uint64_t plan;
+
+	if (!journal_unconfirmed(m->d.journal) ||
+	    journal_rollback_target(m->d.journal, &f->undoes, &f->back_to, &plan, NULL) != 0 ||
+	    (f->plan = journal_plan(m->d.journal, plan)) == NULL) {
+		free(list);
+		return false;
+	}
+	for (uint32_t i = 0; i < n; i++)
+		if (list[i].r.epoch == f->back_to)
+			memcpy(f->policy, list[i].r.policy, sizeof(f->policy));
+	free(list);
+	log_warn("unconfirmed", "epoch=%" PRIu64 " back_to=%" PRIu64, f->undoes, f->back_to);
+	return true;
+}
+
 static void
 choose_plan(struct daemon *m, const struct journal_record *last, struct first_plan *f)
 {
 	if (last != NULL && last->file_policy == m->file_plan->digest) {
+		if (take_back(m, f))
+			return;
 		f->plan = journal_plan(m->d.journal, last->plan);
 		memcpy(f->policy, last->policy, sizeof(f->policy));
 		if (f->plan != NULL)
@@ -207,11 +210,13 @@ record_start(struct daemon *m, const struct journal_record *last, const struct f
 {
 	struct journal_record r = {.kind = JOURNAL_START, .epoch = f->epoch, .time_us = octetd_now_us(), .uid = getuid(),
 	    .pid = (uint32_t)getpid(), .program = "octetd", .why = "start", .plan = f->plan->digest,
-	    .file_policy = m->file_plan->digest};
+	    .file_policy = m->file_plan->digest, .undoes = f->undoes, .back_to = f->back_to};
 	struct plan *before = last != NULL ? journal_plan(m->d.journal, last->plan) : NULL;
 	char *change = before != NULL ? plan_diff(before, f->plan) : NULL;
 
 	snprintf(r.policy, sizeof(r.policy), "%s", f->policy);
+	if (f->undoes != 0)
+		snprintf(r.why, sizeof(r.why), "start: epoch %" PRIu64 " was not confirmed", f->undoes);
 	if (change != NULL)
 		snprintf(r.change, sizeof(r.change), "%.*s", (int)sizeof(r.change) - 1, change);
 	free(change);
@@ -238,6 +243,7 @@ open_journal(struct daemon *m, struct first_plan *f, struct err *err)
 		return -EIO;
 	if (closed > 0)
 		log_warn("journal.intents", "not_applied=%u", closed);
+	octetd_keep_policies(&m->d); /* written with the record of the start */
 	known = journal_last_applied(m->d.journal, &last);
 	choose_plan(m, known ? &last : NULL, f);
 	f->epoch = journal_last_epoch(m->d.journal) + 1;
@@ -269,7 +275,7 @@ on_drain(uv_timer_t *t)
 	bool over = m->at_once || uv_now(&m->d.loop) >= m->drain_until;
 
 	/* The journal is never cut off, whoever is in a hurry. */
-	if (!flipper_idle(m->d.flips) || (!over && !server_idle(m->d.server)))
+	if (!flipper_idle(m->d.flips) || m->d.saving || (!over && !server_idle(m->d.server)))
 		return;
 	uv_stop(&m->d.loop);
 }
@@ -283,8 +289,8 @@ on_stop(uv_signal_t *h, int signum)
 	m->at_once = m->d.draining;
 	if (!m->d.draining) {
 		m->d.draining = true;
-		notify_manager("STOPPING=1");
-		server_drain(m->d.server);
+		octetd_notify("STOPPING=1");
+		server_drain(m->d.server, true);
 		flipper_drain(m->d.flips);
 		uv_update_time(&m->d.loop);
 		m->drain_until = uv_now(&m->d.loop) + m->d.conf->drain_timeout_s * 1000;
@@ -429,7 +435,7 @@ run(struct daemon *m, bool check_only)
 		log_info("ready", "version=%s pid=%d socket=%s control_socket=%s epoch=%" PRIu64 " policy=%s plan=%016" PRIx64,
 		    OCTET_VERSION, (int)getpid(), LOG_Q(d->conf->socket), LOG_Q(d->conf->control_socket), f.epoch, LOG_Q(f.policy),
 		    f.plan->digest);
-		notify_manager("READY=1");
+		octetd_notify("READY=1");
 		uv_run(&d->loop, UV_RUN_DEFAULT);
 	}
 	if (rc != 0)
@@ -474,6 +480,7 @@ main(int argc, char **argv)
 		return 2;
 	}
 	signal(SIGPIPE, SIG_IGN);
+	signal(SIGXFSZ, SIG_IGN); /* a file size limit is an error of write() */
 	signal(SIGHUP, SIG_IGN); /* until it can be taken */
 	rc = run(&m, check_only);
 	uv_library_shutdown();

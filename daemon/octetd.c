@@ -2,10 +2,18 @@
 #include "daemon/octetd.h"
 
 #include <errno.h>
+#include <grp.h>
+#include <pwd.h>
+#include <stdlib.h>
+#include <stddef.h>
 #include <string.h>
+#include <sys/socket.h>
+#include <sys/un.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "daemon/listen.h"
+#include "daemon/log.h"
 
 int64_t
 octetd_now_us(void)
@@ -41,10 +49,13 @@ request_policy(void *arg, const struct peer *peer, const char *name, struct plan
 	const struct octetd *d = arg;
 
 	*plan = NULL;
+	if (name != NULL && !peer_allowed(peer, d->conf->policies_of_requests))
+		return -EACCES;
+	for (size_t i = 0; name == NULL && i < d->conf->n_clients; i++)
+		if (peer_matches(peer, d->conf->clients[i].who))
+			name = d->conf->clients[i].policy;
 	if (name == NULL)
 		return 0;
-	if (!peer_allowed(peer, d->conf->policies_of_requests))
-		return -EACCES;
 	*epoch = flipper_epoch(d->flips);
 	if (conf_policy(d->conf, name) == NULL)
 		return -ENOENT;
@@ -147,8 +158,70 @@ octetd_policies_check(const struct conf *c, uint32_t n_layers, struct plan **act
 		if (rc != 0)
 			return rc;
 	}
+	for (size_t i = 0; i < c->n_clients; i++)
+		if (conf_policy(c, c->clients[i].policy) == NULL)
+			return err_set(err, -EINVAL, "%s:%d: policy '%s' is not defined", c->file, c->clients[i].line,
+			    c->clients[i].policy);
 	rc = octetd_policy_plan(c, c->policy, n_layers, active, err);
 	if (rc != 0)
 		err_prefix(err, "%s: [precision]", c->file);
 	return rc;
+}
+
+int
+octetd_clients_resolve(struct conf *c, struct err *err)
+{
+	for (size_t i = 0; i < c->n_clients; i++) {
+		struct conf_client *cl = &c->clients[i];
+		const struct passwd *pw = strncmp(cl->who, "user:", 5) == 0 ? getpwnam(cl->who + 5) : NULL;
+		const struct group *gr = strncmp(cl->who, "group:", 6) == 0 ? getgrnam(cl->who + 6) : NULL;
+		char *id = NULL;
+		int rc = peer_list_check(cl->who, err);
+
+		if (rc != 0) {
+			err_prefix(err, "%s:%d", c->file, cl->line);
+			return rc;
+		}
+		if (pw == NULL && gr == NULL)
+			continue;
+		if ((pw != NULL ? asprintf(&id, "uid:%u", pw->pw_uid) : asprintf(&id, "gid:%u", gr->gr_gid)) < 0)
+			return err_set(err, -ENOMEM, "out of memory");
+		free(cl->who);
+		cl->who = id;
+	}
+	return 0;
+}
+
+void
+octetd_keep_policies(const struct octetd *d)
+{
+	for (size_t i = 0; i < d->conf->n_policies; i++) {
+		struct plan *p = NULL;
+
+		if (octetd_policy_plan(d->conf, d->conf->policies[i].name, d->model->shape.n_layers, &p, NULL) == 0)
+			journal_keep(d->journal, p);
+		plan_unref(&p);
+	}
+}
+
+void
+octetd_notify(const char *state)
+{
+	struct sockaddr_un sa = {.sun_family = AF_UNIX};
+	const char *path = getenv("NOTIFY_SOCKET");
+	size_t n = path != NULL ? strlen(path) : 0;
+	int fd;
+
+	if (n == 0 || n >= sizeof(sa.sun_path) || (*path != '/' && *path != '@'))
+		return;
+	memcpy(sa.sun_path, path, n);
+	if (*path == '@')
+		sa.sun_path[0] = '\0';
+	fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+	if (fd < 0)
+		return;
+	if (sendto(fd, state, strlen(state), MSG_NOSIGNAL, (struct sockaddr *)&sa,
+	    (socklen_t)(offsetof(struct sockaddr_un, sun_path) + n)) < 0)
+		log_warn("notify", "why=%s", LOG_Q(strerror(errno)));
+	close(fd);
 }

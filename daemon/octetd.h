@@ -41,7 +41,9 @@ struct octetd {
 	struct status *status;
 	void (*notify)(void *);     /* engine thread: wakes the loop; gets struct octetd */
 	int64_t started_us;         /* Unix time */
-	bool draining;
+	bool draining;              /* stopping */
+	bool drained;               /* by an operator: no new requests until resume */
+	bool saving;                /* a policy is being written */
 };
 
 /* What conf.h says, in the words of engine and server. */
@@ -49,6 +51,10 @@ void octetd_engine_config(const struct octetd *, const struct conf *, struct eng
 void octetd_server_config(struct octetd *, const struct conf *, struct server_config *);
 /* Checks what conf_load() cannot: user and group names, the backend. */
 int octetd_conf_check(const struct conf *, struct err *);
+/* Names of [clients] become ids, so that no request waits for a lookup. */
+int octetd_clients_resolve(struct conf *, struct err *);
+/* Lets the journal keep the plans of all policies: requests may run any of them. */
+void octetd_keep_policies(const struct octetd *);
 /* Every policy of a file resolved for a model; then the plan of the active one. */
 int octetd_policies_check(const struct conf *, uint32_t n_layers, struct plan **active, struct err *);
 int octetd_policy_plan(const struct conf *, const char *name, uint32_t n_layers, struct plan **, struct err *);
@@ -58,6 +64,8 @@ int octetd_policy_plan(const struct conf *, const char *name, uint32_t n_layers,
 typedef void (*reload_done)(void *arg, int rc, const struct err *, const json_t *changes, const struct flip_result *);
 void reload_start(struct octetd *, const struct flip_who *, reload_done, void *arg);
 
+/* Tells the service manager, if there is one ($NOTIFY_SOCKET, sd_notify(3)). */
+void octetd_notify(const char *state);
 int64_t octetd_now_us(void); /* Unix time */
 /* A JSON string of any bytes: what is no UTF-8 becomes '?'. */
 json_t *json_lossy(const char *);

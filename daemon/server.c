@@ -600,7 +600,7 @@ take_hello(struct session *s)
 	}
 	if (v->draining || v->n_open >= v->cfg.max_clients) {
 		if (v->draining)
-			send_refusal(s->fd, -ESHUTDOWN, "octetd is shutting down", 0);
+			send_refusal(s->fd, -ESHUTDOWN, "octetd takes no new clients: it is drained or stopping", 0);
 		else
 			send_refusal(s->fd, -EBUSY, "too many clients: max_clients is %u", v->cfg.max_clients);
 		session_close(s, v->draining ? "draining" : "too many clients");
@@ -769,9 +769,15 @@ server_configure(struct server *v, const struct server_config *cfg)
 }
 
 void
-server_drain(struct server *v)
+server_drain(struct server *v, bool draining)
 {
-	v->draining = true;
+	v->draining = draining;
+}
+
+uint32_t
+server_in_flight(const struct server *v)
+{
+	return v->in_flight;
 }
 
 bool

@@ -34,8 +34,9 @@ struct server_config {
 int server_new(struct server **, uv_loop_t *, const struct server_config *, const struct model *,
     struct engine *, const void *tok_blob, size_t tok_len, struct err *);
 void server_configure(struct server *, const struct server_config *);
-/* Refuse new clients and submissions (-ESHUTDOWN); what runs goes on. */
-void server_drain(struct server *);
+/* true: refuse new clients and submissions (-ESHUTDOWN); what runs goes on. */
+void server_drain(struct server *, bool);
+uint32_t server_in_flight(const struct server *);
 bool server_idle(const struct server *); /* no request in flight */
 /* Takes the list of engine_reap(), frees its requests, frees dead sessions. */
 void server_reaped(struct server *, struct request *);

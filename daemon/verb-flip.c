@@ -9,6 +9,7 @@
 #include "daemon/octetd.h"
 
 #define MAX_RULES 4096u
+#define MAX_CONFIRM_S 86400u
 
 static void
 on_done(void *arg, int rc, const struct err *err, const struct flip_result *r)
@@ -46,6 +47,7 @@ ask_for(struct call *call, enum flip_kind kind, const json_t *request)
 	struct flip_ask ask = {.kind = kind};
 	const struct peer *p = call_peer(call);
 	const char *why = json_string_value(json_object_get(request, "why"));
+	uint64_t confirm;
 
 	ask.who.uid = p->uid;
 	ask.who.pid = (uint32_t)p->pid;
@@ -54,6 +56,8 @@ ask_for(struct call *call, enum flip_kind kind, const json_t *request)
 		snprintf(ask.why, sizeof(ask.why), "%s: %s", json_string_value(json_object_get(request, "verb")), why);
 	ask.dry_run = json_is_true(json_object_get(request, "dry_run"));
 	ask.has_if_epoch = get_number(request, "if_epoch", &ask.if_epoch);
+	get_number(request, "confirm", &confirm);
+	ask.confirm_s = confirm > MAX_CONFIRM_S ? MAX_CONFIRM_S : (uint32_t)confirm;
 	return ask;
 }
 
@@ -121,8 +125,22 @@ exec_rollback(struct octetd *d, struct call *call, const json_t *request, json_t
 	return VERB_LATER;
 }
 
+static int
+exec_confirm(struct octetd *d, struct call *call, const json_t *request, json_t **reply, struct err *err)
+{
+	struct flip_ask ask = ask_for(call, FLIP_CONFIRM, request);
+
+	(void)reply, (void)err;
+	ask.has_to = get_number(request, "epoch", &ask.to);
+	flip_ask(d->flips, &ask, on_done, call);
+	return VERB_LATER;
+}
+
 #define COMMON {"dry_run", FIELD_BOOL, false}, {"if_epoch", FIELD_NUMBER, false}, {"why", FIELD_STRING, false}
 
-const struct verb verb_set = {"set", true, {{"rules", FIELD_ARRAY, true}, COMMON}, exec_set};
-const struct verb verb_use = {"use", true, {{"policy", FIELD_STRING, true}, COMMON}, exec_use};
+const struct verb verb_set = {"set", true, {{"rules", FIELD_ARRAY, true}, {"confirm", FIELD_NUMBER, false}, COMMON},
+    exec_set};
+const struct verb verb_use = {"use", true, {{"policy", FIELD_STRING, true}, {"confirm", FIELD_NUMBER, false}, COMMON},
+    exec_use};
 const struct verb verb_rollback = {"rollback", true, {{"to", FIELD_NUMBER, false}, COMMON}, exec_rollback};
+const struct verb verb_confirm = {"confirm", true, {{"epoch", FIELD_NUMBER, false}}, exec_confirm};

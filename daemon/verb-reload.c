@@ -4,6 +4,7 @@
 #include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #include "daemon/control.h"
 #include "daemon/log.h"
@@ -90,6 +91,7 @@ prepare(void *arg, struct plan **plan, char policy[64], uint64_t *file_policy, s
 	int rc;
 
 	if ((rc = conf_load(&r->next, d->conf_path, err)) != 0 || (rc = octetd_conf_check(r->next, err)) != 0 ||
+	    (rc = octetd_clients_resolve(r->next, err)) != 0 ||
 	    (rc = octetd_policies_check(r->next, d->model->shape.n_layers, &active, err)) != 0 ||
 	    (rc = list_changes(r, err)) != 0) {
 		plan_unref(&active);
@@ -121,6 +123,7 @@ apply(struct reload *r)
 
 	d->conf = r->next;
 	r->next = NULL;
+	octetd_keep_policies(d);
 	octetd_engine_config(d, d->conf, &engine);
 	octetd_server_config(d, d->conf, &server);
 	engine_configure(d->engine, &engine);
@@ -156,6 +159,7 @@ on_done(void *arg, int rc, const struct err *err, const struct flip_result *resu
 
 	if (rc == 0)
 		apply(r);
+	octetd_notify("READY=1");
 	tell(r, rc, err, result);
 	r->done(r->arg, rc, err, r->changes, result);
 	reload_free(r);
@@ -166,6 +170,8 @@ reload_start(struct octetd *d, const struct flip_who *who, reload_done done, voi
 {
 	struct flip_ask ask = {.kind = FLIP_RELOAD, .who = *who, .prepare = prepare};
 	struct reload *r = calloc(1, sizeof(*r));
+	struct timespec now;
+	char state[64];
 	struct err err;
 
 	if (r == NULL) {
@@ -174,6 +180,10 @@ reload_start(struct octetd *d, const struct flip_who *who, reload_done done, voi
 		return;
 	}
 	r->d = d, r->done = done, r->arg = arg;
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	snprintf(state, sizeof(state), "RELOADING=1\nMONOTONIC_USEC=%lld",
+	    (long long)now.tv_sec * 1000000 + now.tv_nsec / 1000);
+	octetd_notify(state);
 	ask.prepare_arg = r;
 	flip_ask(d->flips, &ask, on_done, r);
 }

@@ -78,7 +78,8 @@ static int
 exec_status(struct octetd *d, struct call *call, const json_t *request, json_t **reply, struct err *err)
 {
 	struct engine_stats st = {0};
-	uint32_t block_pages;
+	uint32_t block_pages, left;
+	uint64_t epoch;
 	json_t *r;
 
 	(void)call, (void)request;
@@ -103,8 +104,11 @@ exec_status(struct octetd *d, struct call *call, const json_t *request, json_t *
 	json_object_set_new(r, "step_ms", json_pack("{s:f,s:f,s:f,s:f}", "p50", st.step_ms_p50, "p90", st.step_ms_p90,
 	    "p99", st.step_ms_p99, "max", st.step_ms_max));
 	json_object_set_new(r, "step", number(st.step));
+	epoch = flipper_unconfirmed(d->flips, &left);
+	json_object_set_new(r, "unconfirmed", epoch == 0 ? json_null() : json_pack("{s:o,s:i}", "epoch", number(epoch),
+	    "seconds_left", (int)left));
 	json_object_set_new(r, "clients", number(server_clients(d->server, NULL, 0)));
-	json_object_set_new(r, "draining", json_boolean(d->draining));
+	json_object_set_new(r, "draining", json_boolean(d->draining || d->drained));
 	json_object_set_new(r, "journal", json_pack("{s:o,s:i}", "path", json_lossy(d->conf->state_dir), "unjournaled",
 	    (int)flipper_unjournaled(d->flips)));
 	json_object_set_new(r, "socket", json_lossy(d->conf->socket));
