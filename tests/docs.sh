@@ -31,7 +31,7 @@ for name in $(grep -oE '\boctet_[a-z_]+\(' "$srcdir/client/octet.h" | sort -u); 
 done
 
 # Everything that is commented out is a default: taking all of it changes nothing.
-sed -E '/^#\[policy/,$ s/^#//; s/^#([a-z_]+ = .)/\1/; s|^path = .*|path = '"$srcdir"'/models/proof|; s/^user:[a-z]+/uid:1000/; /^(state_dir|socket|control_socket|policies_file) =/d' \
+sed -E '/^#\[policy/,$ s/^#([^ ])/\1/; s/^#([a-z_]+ = .)/\1/; s|^path = .*|path = '"$srcdir"'/models/proof|; s/^user:[a-z]+/uid:1000/; /^(state_dir|socket|control_socket|policies_file) =/d' \
     "$srcdir/conf/octet.ini" >"$scratch/sample.ini"
 ok "the sample is a good file" "$builddir/octetd" --config "$scratch/sample.ini" --check
 if command -v groff >/dev/null; then
