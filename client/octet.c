@@ -498,6 +498,10 @@ explain(const octet *o, uint64_t detail, struct octet_event *ev)
 	case EBUSY:
 		snprintf(ev->message, sizeof(ev->message), "busy: too many requests are queued");
 		break;
+	case EDQUOT:
+		snprintf(ev->message, sizeof(ev->message),
+		    "busy: too many requests of this user are in flight (max_requests_per_uid)");
+		break;
 	case E2BIG:
 		snprintf(ev->message, sizeof(ev->message), "too long: prompt and output do not fit the context of %u tokens or the "
 		    "KV cache", o->info.max_context);
