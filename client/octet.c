@@ -15,6 +15,7 @@
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/time.h>
 #include <sys/un.h>
 #include <time.h>
 #include <unistd.h>
@@ -80,6 +81,15 @@ octet_fd(const octet *o)
 
 /* ---- opening ---- */
 
+static int64_t
+now_ns(void)
+{
+	struct timespec ts;
+
+	clock_gettime(CLOCK_MONOTONIC, &ts);
+	return (int64_t)ts.tv_sec * 1000000000 + ts.tv_nsec;
+}
+
 static void
 default_path(char *buf, size_t len)
 {
@@ -93,11 +103,36 @@ default_path(char *buf, size_t len)
 		snprintf(buf, len, "/run/octet/octet.sock");
 }
 
+/* A daemon that hangs accepts nobody, and connect() waits for a place in its
+ * queue: for as long as may be sent. */
 static int
-connect_to(octet *o, const char *path)
+connect_until(int fd, const struct sockaddr_un *sa, int64_t end)
+{
+	for (;;) {
+		int64_t left = end - now_ns();
+		struct timeval tv = {.tv_sec = left / 1000000000, .tv_usec = left % 1000000000 / 1000};
+
+		if (left < 1000) /* 0 would mean without end */
+			return -ETIMEDOUT;
+		setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &tv, sizeof(tv));
+		if (connect(fd, (const struct sockaddr *)sa, sizeof(*sa)) == 0)
+			return 0;
+		if (errno != EINTR && errno != EAGAIN)
+			return -errno;
+	}
+}
+
+static int
+no_answer(octet *o)
+{
+	return fail(o, -ETIMEDOUT, "octetd did not answer in %d ms", HANDSHAKE_MS);
+}
+
+static int
+connect_to(octet *o, const char *path, int64_t end)
 {
 	struct sockaddr_un sa = {.sun_family = AF_UNIX};
-	int e;
+	int rc;
 
 	if (strlen(path) >= sizeof(sa.sun_path))
 		return fail(o, -ENAMETOOLONG, "%s: longer than the %zu bytes of a socket path", path, sizeof(sa.sun_path) - 1);
@@ -105,12 +140,11 @@ connect_to(octet *o, const char *path)
 	o->fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
 	if (o->fd < 0)
 		return fail(o, -errno, "socket: %s", strerror(errno));
-	if (connect(o->fd, (struct sockaddr *)&sa, sizeof(sa)) != 0) {
-		e = errno;
-		return fail(o, -e, "cannot connect to %s: %s%s", path, strerror(e),
-		    e == ENOENT || e == ECONNREFUSED ? ": is octetd running?" : "");
-	}
-	return 0;
+	rc = connect_until(o->fd, &sa, end);
+	if (rc == -ETIMEDOUT)
+		return no_answer(o);
+	return rc == 0 ? 0 : fail(o, rc, "cannot connect to %s: %s%s", path, strerror(-rc),
+	    rc == -ENOENT || rc == -ECONNREFUSED ? ": is octetd running?" : "");
 }
 
 static void
@@ -130,9 +164,24 @@ close_fds(const int *fds, int n)
 		close(fds[i]);
 }
 
+static bool
+wait_answer(int fd, int64_t end)
+{
+	struct pollfd p = {.fd = fd, .events = POLLIN};
+	int rc = -1;
+
+	errno = EINTR;
+	while (rc < 0 && errno == EINTR) {
+		int64_t left = end - now_ns();
+
+		rc = poll(&p, 1, left > 0 ? (int)((left + 999999) / 1000000) : 0);
+	}
+	return rc > 0;
+}
+
 /* The answer to hello: the descriptors of the session and the tokenizer. */
 static int
-receive_welcome(octet *o, struct wire_welcome *w, int fds[2])
+receive_welcome(octet *o, struct wire_welcome *w, int fds[2], int64_t end)
 {
 	union {
 		struct wire_welcome welcome;
@@ -141,13 +190,12 @@ receive_welcome(octet *o, struct wire_welcome *w, int fds[2])
 	_Alignas(struct cmsghdr) char control[CMSG_SPACE(2 * sizeof(int))];
 	struct iovec iov = {&msg, sizeof(msg)};
 	struct msghdr hdr = {.msg_iov = &iov, .msg_iovlen = 1, .msg_control = control, .msg_controllen = sizeof(control)};
-	struct pollfd p = {.fd = o->fd, .events = POLLIN};
 	struct cmsghdr *c;
 	int n_fds = 0;
 	ssize_t n;
 
-	if (poll(&p, 1, HANDSHAKE_MS) <= 0)
-		return fail(o, -ETIMEDOUT, "octetd did not answer in %d ms", HANDSHAKE_MS);
+	if (!wait_answer(o->fd, end))
+		return no_answer(o);
 	n = recvmsg(o->fd, &hdr, MSG_CMSG_CLOEXEC);
 	if (n <= 0)
 		return fail(o, -EPIPE, "octetd closed the connection");
@@ -198,14 +246,14 @@ check_layout(octet *o)
 }
 
 static int
-handshake(octet *o)
+handshake(octet *o, int64_t end)
 {
 	struct wire_welcome w = {0};
 	struct err err;
 	int fds[2], rc;
 
 	say_hello(o);
-	rc = receive_welcome(o, &w, fds);
+	rc = receive_welcome(o, &w, fds, end);
 	if (rc != 0)
 		return rc;
 	w.model[sizeof(w.model) - 1] = '\0';
@@ -231,11 +279,18 @@ handshake(octet *o)
 int
 octet_open(octet **out, const char *path, char *why, size_t why_len)
 {
-	octet *o = calloc(1, sizeof(*o));
+	int64_t end = now_ns() + HANDSHAKE_MS * 1000000ll;
+	octet *o = NULL;
 	char def[256];
 	int rc;
 
+	if (out == NULL) {
+		if (why != NULL)
+			snprintf(why, why_len, "octet_open: out is NULL");
+		return -EINVAL;
+	}
 	*out = NULL;
+	o = calloc(1, sizeof(*o));
 	if (o == NULL) {
 		if (why != NULL)
 			snprintf(why, why_len, "out of memory");
@@ -246,9 +301,9 @@ octet_open(octet **out, const char *path, char *why, size_t why_len)
 		default_path(def, sizeof(def));
 		path = def;
 	}
-	rc = connect_to(o, path);
+	rc = connect_to(o, path, end);
 	if (rc == 0)
-		rc = handshake(o);
+		rc = handshake(o, end);
 	if (rc != 0) {
 		if (why != NULL)
 			snprintf(why, why_len, "%s", o->error);
@@ -262,7 +317,7 @@ octet_open(octet **out, const char *path, char *why, size_t why_len)
 void
 octet_close(octet **op)
 {
-	octet *o = *op;
+	octet *o = op != NULL ? *op : NULL;
 
 	if (o == NULL)
 		return;
@@ -416,13 +471,15 @@ check_submit(octet *o, const uint32_t *ids, size_t n, const struct octet_samplin
 int
 octet_submit(octet *o, const uint32_t *ids, size_t n, const struct octet_sampling *s)
 {
-	size_t policy_bytes = s->policy != NULL ? strlen(s->policy) : 0;
+	size_t policy_bytes = s != NULL && s->policy != NULL ? strlen(s->policy) : 0;
 	struct wire_desc d = {.op = WIRE_SUBMIT};
 	uint32_t slot = 0;
 	int rc;
 
 	if (o->dead)
 		return fail(o, -EPIPE, "octetd is gone");
+	if (s == NULL || (ids == NULL && n > 0))
+		return fail(o, -EINVAL, "octet_submit: ids or sampling is NULL");
 	if ((rc = check_submit(o, ids, n, s)) != 0)
 		return rc;
 	if (o->n_used >= o->info.max_requests || queue_full(o) ||
@@ -497,6 +554,10 @@ explain(const octet *o, uint64_t detail, struct octet_event *ev)
 		break;
 	case EBUSY:
 		snprintf(ev->message, sizeof(ev->message), "busy: too many requests are queued");
+		break;
+	case EDQUOT:
+		snprintf(ev->message, sizeof(ev->message),
+		    "busy: too many requests of this user are in flight (max_requests_per_uid)");
 		break;
 	case E2BIG:
 		snprintf(ev->message, sizeof(ev->message), "too long: prompt and output do not fit the context of %u tokens or the "
@@ -585,15 +646,6 @@ read_now(octet *o, int request, struct octet_event *ev, size_t n)
 	return (int)got;
 }
 
-static int64_t
-now_ns(void)
-{
-	struct timespec ts;
-
-	clock_gettime(CLOCK_MONOTONIC, &ts);
-	return (int64_t)ts.tv_sec * 1000000000 + ts.tv_nsec;
-}
-
 static bool
 has_events(const octet *o, uint32_t slot)
 {
@@ -659,6 +711,8 @@ octet_read(octet *o, int request, struct octet_event *ev, size_t n, int timeout_
 		return rc;
 	if (n == 0)
 		return 0;
+	if (ev == NULL)
+		return fail(o, -EINVAL, "octet_read: ev is NULL");
 	for (;;) {
 		rc = read_now(o, request, ev, n);
 		if (rc != 0)

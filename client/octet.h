@@ -76,7 +76,8 @@ struct octet_event {
 
 /* Connects to PATH, or to $OCTET_SOCKET, else $XDG_RUNTIME_DIR/octet/octet.sock,
  * else /run/octet/octet.sock. On failure *out is NULL and, where why is not
- * NULL, its why_len bytes say the cause. May block for the handshake (5 s). */
+ * NULL, its why_len bytes say the cause: -EBUSY and -EDQUOT when the daemon or this
+ * user has too many clients, -ETIMEDOUT. May block for 5 s. */
 int octet_open(octet **out, const char *path, char *why, size_t why_len);
 
 /* Cancels what is in flight and frees the handle; *o is nulled. NULL is fine. */
@@ -93,7 +94,7 @@ int octet_submit(octet *o, const uint32_t *ids, size_t n, const struct octet_sam
 
 /* Reads up to n events of one request. Waits up to timeout_ms (0: not at all,
  * -1: without end) for the first. Returns their number, 0 on timeout, -EPIPE
- * when the daemon is gone, -ENOENT for an unknown request. */
+ * when the daemon is gone, -ENOENT for an unknown request, -EINTR for a signal. */
 int octet_read(octet *o, int request, struct octet_event *ev, size_t n, int timeout_ms);
 
 /* Asks for an early end; its OCTET_DONE still comes. */

@@ -39,7 +39,8 @@ struct conf {
 	char *file;
 	/* [daemon] */
 	char *socket, *control_socket, *state_dir, *policies_file;
-	uint32_t socket_mode, control_mode, max_clients, max_requests, max_queue, handshake_timeout_ms, drain_timeout_s;
+	uint32_t socket_mode, control_mode, max_clients, max_clients_per_uid, max_requests, max_requests_per_uid, max_queue,
+	    handshake_timeout_ms, drain_timeout_s;
 	char *log_level; /* error, warn, info, debug */
 	/* [model] */
 	char *model_path;

@@ -32,9 +32,19 @@ struct slot {
 	struct request *request;  /* loop thread; NULL: free */
 };
 
+/* What one user holds. A session counts until its memory is gone, a request
+ * until the engine gave it back: with the size of both given by the model, this
+ * bounds the bytes too. */
+struct user {
+	struct user *next;
+	uid_t uid;
+	uint32_t sessions, in_flight;
+};
+
 struct session {
 	struct server *server;
 	struct session *next;
+	struct user *user;
 	enum session_state state;
 	uint64_t id;
 	struct peer peer;
@@ -68,6 +78,7 @@ struct server {
 	size_t tok_len;
 	uint32_t prompt_ring;
 	struct session *sessions;
+	struct user *users;
 	uint32_t n_open, in_flight;
 	uint64_t next_id, next_request;
 };
@@ -179,6 +190,48 @@ sink_flush(void *arg)
 		send(slot->session->fd, &bell, 1, MSG_DONTWAIT | MSG_NOSIGNAL);
 }
 
+/* ---- users ---- */
+
+/* Counts one more session of uid; NULL: out of memory. */
+static struct user *
+user_hold(struct server *v, uid_t uid)
+{
+	struct user *u = v->users;
+
+	while (u != NULL && u->uid != uid)
+		u = u->next;
+	if (u == NULL && (u = calloc(1, sizeof(*u))) != NULL) {
+		u->uid = uid;
+		u->next = v->users;
+		v->users = u;
+	}
+	if (u != NULL)
+		u->sessions++;
+	return u;
+}
+
+static void
+user_drop(struct server *v, struct user *u)
+{
+	struct user **up = &v->users;
+
+	if (--u->sessions > 0)
+		return;
+	while (*up != u)
+		up = &(*up)->next;
+	*up = u->next;
+	free(u);
+}
+
+/* delta: 1 or -1. */
+static void
+count_request(struct server *v, struct session *s, int delta)
+{
+	s->in_flight += (uint32_t)delta;
+	s->user->in_flight += (uint32_t)delta;
+	v->in_flight += (uint32_t)delta;
+}
+
 /* ---- the end of a session ---- */
 
 static void
@@ -196,6 +249,7 @@ maybe_free(struct session *s)
 		munmap(s->shm, s->shm_bytes);
 	if (s->memfd >= 0)
 		close(s->memfd);
+	user_drop(s->server, s->user);
 	peer_clear(&s->peer);
 	free(s);
 }
@@ -357,6 +411,8 @@ check_desc(const struct session *s, const struct wire_desc *d)
 		return -ESHUTDOWN;
 	if (s->in_flight >= s->server->cfg.max_requests)
 		return -EBUSY;
+	if (s->user->in_flight >= s->server->cfg.max_requests_per_uid)
+		return -EDQUOT;
 	if (d->prompt_tokens == 0 || (d->flags & ~(uint32_t)WIRE_FLAGS) != 0 ||
 	    (score && (d->flags & WIRE_PROMPT_LOGPROBS) == 0))
 		return -EINVAL;
@@ -414,16 +470,14 @@ submit(struct session *s, const struct wire_desc *d)
 		r->owner = slot;
 		/* Before it is posted: it may be done before we are back. */
 		slot->request = r;
-		s->in_flight++;
-		s->server->in_flight++;
+		count_request(s->server, s, 1);
 		rc = engine_submit(s->server->engine, r, NULL);
 		if (rc == 0) {
 			s->requests++;
 			return;
 		}
 		slot->request = NULL;
-		s->in_flight--;
-		s->server->in_flight--;
+		count_request(s->server, s, -1);
 	}
 	if (r != NULL)
 		request_free(&r);
@@ -667,26 +721,41 @@ on_handshake_timeout(uv_timer_t *h)
 	session_close(h->data, "no hello in time");
 }
 
+/* Refuses a caller that has no session. Its hello is taken off the socket:
+ * closed with a message unread, the caller would get ECONNRESET in place of the
+ * reason. */
+static void
+turn_away(int fd, int code, const char *fmt, unsigned n)
+{
+	struct wire_hello h;
+
+	send_refusal(fd, code, fmt, n);
+	shutdown(fd, SHUT_RD);
+	while (recv(fd, &h, sizeof(h), MSG_DONTWAIT) > 0)
+		;
+	close(fd);
+}
+
 static void
 accept_one(struct server *v, int fd)
 {
 	struct session *s = calloc(1, sizeof(*s));
 
-	if (s == NULL || peer_get(&s->peer, fd) != 0) {
-		free(s);
-		close(fd);
-		return;
+	if (s == NULL || peer_get(&s->peer, fd) != 0 || (s->user = user_hold(v, s->peer.uid)) == NULL)
+		goto fail;
+	if (s->user->sessions > v->cfg.max_clients_per_uid) {
+		log_warn("session_refused", "uid=%u pid=%d cause=%s", s->peer.uid, (int)s->peer.pid,
+		    LOG_Q("too many clients of one user"));
+		turn_away(fd, -EDQUOT, "too many clients of this user: max_clients_per_uid is %u", v->cfg.max_clients_per_uid);
+		fd = -1;
+		goto fail;
 	}
 	s->server = v;
 	s->fd = fd;
 	s->memfd = -1;
 	s->id = ++v->next_id;
-	if (uv_poll_init(v->loop, &s->poll, fd) != 0) {
-		peer_clear(&s->peer);
-		free(s);
-		close(fd);
-		return;
-	}
+	if (uv_poll_init(v->loop, &s->poll, fd) != 0)
+		goto fail;
 	uv_timer_init(v->loop, &s->timer);
 	s->handles = 2;
 	s->poll.data = s->timer.data = s;
@@ -694,6 +763,16 @@ accept_one(struct server *v, int fd)
 	v->sessions = s;
 	uv_poll_start(&s->poll, UV_READABLE | UV_DISCONNECT, on_readable);
 	uv_timer_start(&s->timer, on_handshake_timeout, v->cfg.handshake_timeout_ms, 0);
+	return;
+fail:
+	if (s != NULL) {
+		if (s->user != NULL)
+			user_drop(v, s->user);
+		peer_clear(&s->peer);
+		free(s);
+	}
+	if (fd >= 0)
+		close(fd);
 }
 
 static void
@@ -795,8 +874,7 @@ server_reaped(struct server *v, struct request *r)
 
 		next = r->next;
 		slot->request = NULL;
-		s->in_flight--;
-		v->in_flight--;
+		count_request(v, s, -1);
 		s->tokens += r->n_output;
 		request_free(&r);
 		if (s->state == SESSION_OPEN)

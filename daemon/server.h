@@ -20,6 +20,8 @@ struct server;
 struct server_config {
 	const char *path; unsigned mode;       /* fixed after server_new() */
 	uint32_t max_clients, max_requests;    /* sessions in all; requests in flight of one */
+	uint32_t max_clients_per_uid;          /* connections of one user, before and after their hello */
+	uint32_t max_requests_per_uid;         /* requests in flight of one user */
 	uint32_t handshake_timeout_ms, spin_us;
 	bool share_prefixes;                   /* between users, too */
 	/* The plan of a request that does not follow the active one: of the policy
