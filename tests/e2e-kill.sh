@@ -23,10 +23,10 @@ while [ $round -lt $rounds ]; do
 		i=0
 		while :; do
 			i=$((i + 1))
-			case $((i % 3)) in
-			0) rules='attention.*=fp8' ;; 1) rules='mlp.*=fp8w' ;; 2) rules='*=bf16' ;;
+			case $((i % 4)) in
+			0) rules='attention.*=fp8' ;; 1) rules='mlp.*=fp8w' ;; 2) rules='*=bf16 kv_cache=bf16' ;; 3) rules='kv_cache@0-2=fp8' ;;
 			esac
-			octetctl --json set "$rules" 2>/dev/null | jq -r 'select(.changed)|"\(.epoch) \(.plan_digest)"' >>"$scratch/seen"
+			octetctl --json set $rules 2>/dev/null | jq -r 'select(.changed)|"\(.epoch) \(.plan_digest)"' >>"$scratch/seen"
 		done
 	) &
 	flipper=$!
