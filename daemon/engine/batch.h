@@ -1,0 +1,121 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#ifndef OCTET_BATCH_H
+#define OCTET_BATCH_H
+/*
+ * The inside of the engine, shared by engine.c (mailbox, thread, front), batch.c
+ * (who runs: admission, pages, rows) and step.c (one step and what came out of
+ * it). Everything here is the engine thread's but for what struct engine keeps
+ * under its locks.
+ */
+#include <pthread.h>
+#include <time.h>
+
+#include "daemon/engine/engine.h"
+#include "daemon/engine/forward.h"
+#include "daemon/engine/kv.h"
+#include "daemon/engine/sample.h"
+#include "daemon/engine/sched.h"
+
+#define STEP_WINDOW 1024u
+
+enum seq_state { SEQ_POSTED, SEQ_QUEUED, SEQ_RUNNING, SEQ_PARKED, SEQ_FINISHED };
+
+/* A request's state inside the engine; made by engine_submit(), so that the
+ * engine thread allocates nothing. */
+struct seq {
+	struct request *req;
+	enum seq_state state;
+	uint64_t order;
+	uint32_t *token;      /* [n_max] prompt, then output */
+	uint32_t n_known, n_run, n_max;
+	uint32_t n_seen;      /* positions that were ever run: they are counted, and scored, once */
+	struct kv_seq kv;
+	struct plan *plan;    /* what its next new position runs; a reference, NULL before it is admitted */
+	uint64_t epoch;
+	struct segment *seg;  /* [n_seg] */
+	uint32_t n_seg, cap_seg, n_told; /* the app knows the first n_told */
+	uint32_t n_fixed;     /* positions below run under seg[], whatever the plan is now */
+};
+
+struct engine {
+	const struct model *m;
+	const struct k_ops *ops;
+	struct team *team;
+	struct engine_config cfg;   /* the engine thread's copy */
+	pthread_t thread;
+	bool started;
+
+	/* Mailbox: posted by the front under lock, taken between steps. */
+	pthread_mutex_t lock;
+	pthread_cond_t wake;
+	uint32_t mail;              /* atomic: something below is set */
+	bool sleeping, stop;
+	struct request *posted, **posted_end;
+	struct flip *flips, **flips_end;
+	bool new_cfg_set;
+	struct engine_config new_cfg;
+	struct request *finished, **finished_end;
+	struct flip *applied, **applied_end;
+	uint32_t n_queued;          /* atomic: posted or waiting */
+	uint64_t order;
+
+	/* Engine thread. */
+	struct plan *plan;
+	uint64_t epoch, step, turn;
+	struct kv_pool kv;
+	struct forward *forward;
+	uint32_t max_seqs;
+	struct seq **running;       /* [max_seqs] */
+	uint32_t n_running;
+	struct request *waiting;    /* by ->next, oldest first */
+	struct sched_seq *pick;     /* [max_seqs] */
+	struct forward_row *row;    /* [max_batch_tokens] */
+	struct want { struct seq *seq; uint32_t pos; } *want; /* [max_batch_tokens] logits of a position */
+	struct result { struct sampled s; bool bad; } *result; /* [max_batch_tokens] of each */
+	struct sample_scratch **scratch; /* [parts] */
+	float *logits;
+	uint32_t n_want;
+	uint64_t preemptions;
+	double ms_per_row;
+
+	struct evidence *evidence;
+
+	pthread_mutex_t stats_lock;
+	struct engine_stats stats;
+	struct evidence *evidence_seen; /* a copy for others */
+	float step_ms[STEP_WINDOW];
+	uint32_t n_step_ms;
+};
+
+static inline double
+engine_now_ms(void)
+{
+	struct timespec ts;
+
+	clock_gettime(CLOCK_MONOTONIC, &ts);
+	return (double)ts.tv_sec * 1e3 + (double)ts.tv_nsec / 1e6;
+}
+
+/* ---- a sequence (batch.c) ---- */
+
+void seq_set_state(struct seq *, enum seq_state);
+bool seq_has_own_plan(const struct seq *); /* a policy of its own, or a replay */
+void seq_set_plan(struct seq *, struct plan *, uint64_t epoch);
+int seq_add_segment(struct seq *, uint32_t from, struct plan *, uint64_t epoch); /* -ENOMEM */
+struct segment seq_segment_at(const struct seq *, uint32_t pos); /* what a position ran, or will run, under; borrowed */
+
+/* ---- who runs (batch.c) ---- */
+
+void batch_put(struct request *, struct wire_event);
+/* Ends a request: pages back, DONE out, over to the front. It may be gone when this returns. */
+void batch_finish(struct engine *, struct request *, enum wire_finish, uint64_t detail);
+void batch_drop_running(struct engine *, uint32_t i);
+void batch_admit(struct engine *);
+/* Picks sequences, opens their pages, fills rows and wants; returns the rows. */
+uint32_t batch_choose(struct engine *);
+void batch_publish(struct engine *, struct seq *); /* full blocks to the prefix cache */
+void batch_drop_gone(struct engine *); /* running[] and pick[] without their NULLs */
+
+/* One step (step.c). False when there was nothing to run. */
+bool step_run(struct engine *);
+#endif
