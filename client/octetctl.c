@@ -82,7 +82,8 @@ print_runs(const json_t *formats)
 static void
 show_status(const json_t *r, const struct options *o)
 {
-	const json_t *groups = json_object_get(r, "groups"), *kv = json_object_get(r, "kv"), *g;
+	const json_t *groups = json_object_get(r, "groups"), *kv = json_object_get(r, "kv"), *g,
+	    *waits = json_object_get(r, "unconfirmed");
 	const json_t *req = json_object_get(r, "requests"), *tok = json_object_get(r, "tokens");
 	const json_t *ms = json_object_get(r, "step_ms");
 	json_int_t up = num(r, "uptime_s");
@@ -104,9 +105,15 @@ show_status(const json_t *r, const struct options *o)
 	printf("step      %.2f ms p50, %.2f p90, %.2f p99, %.2f max\n",
 	    json_number_value(json_object_get(ms, "p50")), json_number_value(json_object_get(ms, "p90")),
 	    json_number_value(json_object_get(ms, "p99")), json_number_value(json_object_get(ms, "max")));
-	printf("kv        %" JSON_INTEGER_FORMAT " of %" JSON_INTEGER_FORMAT " pages of %" JSON_INTEGER_FORMAT
-	       " tokens, %s\n\n", num(kv, "pages_used"), num(kv, "pages_total"), num(kv, "page_tokens"),
-	    bytes_text(num(kv, "bytes"), b));
+	printf("kv        %" JSON_INTEGER_FORMAT " of %" JSON_INTEGER_FORMAT " pages used, %" JSON_INTEGER_FORMAT
+	       " cached; room for %" JSON_INTEGER_FORMAT " tokens, %s\n", num(kv, "pages_used"), num(kv, "pages_total"),
+	    num(kv, "pages_cached"), num(kv, "capacity_tokens"), bytes_text(num(kv, "bytes"), b));
+	if (json_is_object(waits))
+		printf("waiting   epoch %" JSON_INTEGER_FORMAT " is taken back in %" JSON_INTEGER_FORMAT
+		       " s unless it is confirmed\n", num(waits, "epoch"), num(waits, "seconds_left"));
+	if (json_is_true(json_object_get(r, "draining")))
+		printf("draining  no new requests are taken\n");
+	printf("\n");
 	json_array_foreach((json_t *)(uintptr_t)groups, i, g) {
 		const json_t *w = json_object_get(g, "wanted"), *e = json_object_get(g, "executed");
 
