@@ -7,6 +7,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
+#include <sched.h>
 #include <sha2.h>
 #include <signal.h>
 #include <stdio.h>
@@ -401,13 +402,19 @@ test_keep(void **state)
 
 #define N_BUSY 100u
 
+static uint32_t n_appended; /* atomic */
+
 static void *
 append_many(void *arg)
 {
-	for (uint64_t e = 0; e < N_BUSY; e++)
+	void *failed = NULL;
+
+	for (uint64_t e = 0; e < N_BUSY; e++) {
 		if (append(arg, JOURNAL_START, 1000 + e, "thread") != 0)
-			return arg;
-	return NULL;
+			failed = arg;
+		__atomic_store_n(&n_appended, (uint32_t)e + 1, __ATOMIC_RELEASE);
+	}
+	return failed;
 }
 
 /* While one thread writes, another keeps plans and remembers records: none is
@@ -437,6 +444,8 @@ test_meanwhile(void **state)
 				n++;
 			}
 		assert_int_equal(plan_derive(&kept[i], NULL, LAYERS, rule, n, &err), 0);
+		while (__atomic_load_n(&n_appended, __ATOMIC_ACQUIRE) < i) /* one for each write */
+			sched_yield();
 		journal_keep(j, kept[i]);
 		r.epoch = 1 + i;
 		journal_remember(j, &r, plans[0]);
