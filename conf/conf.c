@@ -11,6 +11,7 @@
 
 /* Debian's inih is built with lines of at most 200 characters. */
 #define MAX_LINE 200
+#define MAX_SECTION 49 /* it cuts longer names without a word */
 
 enum type { TYPE_STRING, TYPE_WORD, TYPE_PATH, TYPE_NUMBER, TYPE_SIZE, TYPE_MODE, TYPE_ENUM };
 
@@ -263,10 +264,12 @@ print_value(const struct conf *c, const struct option *o, char *buf, size_t len)
 
 /* ---- the file ---- */
 
+#define BOM "\xef\xbb\xbf"
+
 struct text {
 	FILE *f;
 	int line;
-	bool binary, too_long;
+	bool binary, too_long, long_section;
 };
 
 struct reader {
@@ -469,23 +472,28 @@ static char *
 next_line(char *buf, int size, void *arg)
 {
 	struct text *t = arg;
-	char *whole = NULL;
+	char *whole = NULL, *s;
 	size_t cap = 0;
 	ssize_t n;
 
-	if (t->binary || t->too_long || (n = getline(&whole, &cap, t->f)) < 0) {
+	if (t->binary || t->too_long || t->long_section || (n = getline(&whole, &cap, t->f)) < 0) {
 		free(whole);
 		return NULL;
 	}
 	t->line++;
+	/* An indented line is a line like others; inih would add it to the one above. */
+	s = t->line == 1 && strncmp(whole, BOM, 3) == 0 ? whole + 3 : whole;
+	s += strspn(s, " \t");
 	if (strlen(whole) != (size_t)n)
 		t->binary = true;
 	else if (n >= size)
 		t->too_long = true;
+	else if (*s == '[' && strcspn(s + 1, "]") > MAX_SECTION)
+		t->long_section = true;
 	else
-		memcpy(buf, whole, (size_t)n + 1);
+		memcpy(buf, s, strlen(s) + 1);
 	free(whole);
-	return t->binary || t->too_long ? NULL : buf;
+	return t->binary || t->too_long || t->long_section ? NULL : buf;
 }
 
 static int
@@ -526,6 +534,9 @@ parse_file(struct reader *r, const char *path)
 		return err_set(r->err, -EINVAL, "%s:%d: a zero byte: not a text file", path, t->line);
 	if (t->too_long)
 		return err_set(r->err, -EINVAL, "%s:%d: longer than %d characters", path, t->line, MAX_LINE - 2);
+	if (t->long_section)
+		return err_set(r->err, -EINVAL, "%s:%d: the name of a section is longer than %d characters", path, t->line,
+		    MAX_SECTION);
 	return line < 0 ? err_set(r->err, -EIO, "%s: cannot be read", path) : 0;
 }
 

@@ -36,16 +36,6 @@ struct job {
 	struct err err;
 };
 
-/* Applied, but not in the journal's file. What the journal remembers it writes
- * by itself with its next record; so that this comes, a rollback whose intent
- * could not be written has that written later. */
-struct pending {
-	struct pending *next;
-	struct journal_record rec; /* APPLIED, or the INTENT of one that is remembered */
-	struct plan *plan;
-	bool remembered;
-};
-
 struct flipper {
 	struct flip_config cfg;
 	uv_timer_t retry, confirm;
@@ -55,8 +45,7 @@ struct flipper {
 	enum state state;
 	bool dispatching, draining;
 	struct job *now, *queue, **queue_end;
-	struct pending *pending;   /* the work's while it runs, else the loop's */
-	uint32_t n_pending;        /* the loop's */
+	uint32_t n_unwritten;      /* changes that the journal has in memory only */
 	uint64_t last_epoch, changes;
 
 	struct plan *active;
@@ -217,17 +206,6 @@ find_epoch(struct flipper *f, uint64_t epoch, struct journal_record *out, struct
 	return rc;
 }
 
-/* So that a rollback sees them. */
-static void
-remember_pending(struct flipper *f)
-{
-	for (struct pending *p = f->pending; p != NULL; p = p->next) {
-		if (!p->remembered)
-			journal_remember(f->cfg.journal, &p->rec, p->plan);
-		p->remembered = true;
-	}
-}
-
 static int
 derive_rollback(struct flipper *f, struct job *j, struct err *err)
 {
@@ -235,7 +213,6 @@ derive_rollback(struct flipper *f, struct job *j, struct err *err)
 	uint64_t digest = 0;
 	int rc;
 
-	remember_pending(f);
 	if (j->ask.has_to)
 		j->rec.back_to = j->ask.to;
 	else if ((rc = journal_rollback_target(f->cfg.journal, &j->rec.undoes, &j->rec.back_to, &digest, err)) != 0)
@@ -303,49 +280,12 @@ finish(struct flipper *f, struct job *j, int rc, bool changed)
 /* ---- on the thread pool ---- */
 
 static void
-drop_pending(struct flipper *f)
-{
-	struct pending *p = f->pending;
-
-	f->pending = p->next;
-	plan_unref(&p->plan);
-	free(p);
-}
-
-static int
-append_pending(struct flipper *f, struct err *err)
-{
-	for (;;) {
-		struct pending *p = f->pending;
-		bool last;
-		int rc;
-
-		/* What is remembered already rides along with the next record. */
-		while (p != NULL && p->remembered && p->rec.kind == JOURNAL_APPLIED)
-			p = p->next;
-		if (p == NULL)
-			return 0;
-		rc = journal_append(f->cfg.journal, &p->rec, p->plan, err);
-		if (rc != 0)
-			return rc;
-		do {
-			last = f->pending == p;
-			drop_pending(f);
-		} while (!last);
-	}
-}
-
-static void
 work_intent(uv_work_t *w)
 {
 	struct flipper *f = w->data;
 	struct job *j = f->now;
 
-	j->rc = append_pending(f, &j->err);
-	if (j->rc == 0)
-		j->rc = journal_append(f->cfg.journal, &j->rec, j->plan, &j->err);
-	while (j->rc == 0 && f->pending != NULL)
-		drop_pending(f);
+	j->rc = journal_append(f->cfg.journal, &j->rec, j->plan, &j->err);
 }
 
 static void
@@ -360,27 +300,26 @@ work_applied(uv_work_t *w)
 static void
 work_retry(uv_work_t *w)
 {
+	struct flipper *f = w->data;
 	struct err err;
 
-	append_pending(w->data, &err);
+	journal_flush(f->cfg.journal, &err);
 }
 
 /* ---- back on the loop ---- */
 
 static void
-count_pending(struct flipper *f)
+count_unwritten(struct flipper *f)
 {
-	uint32_t n = 0;
+	uint32_t n = journal_unwritten(f->cfg.journal);
 
-	for (const struct pending *p = f->pending; p != NULL; p = p->next)
-		n++;
-	if (n == 0 && f->n_pending > 0) {
+	if (n == 0 && f->n_unwritten > 0) {
 		log_info("journal.caught_up", "epoch=%" PRIu64, f->epoch);
 		uv_timer_stop(&f->retry);
 	}
-	if (n != f->n_pending)
+	if (n != f->n_unwritten)
 		f->changes++;
-	f->n_pending = n;
+	f->n_unwritten = n;
 }
 
 static void
@@ -390,7 +329,7 @@ after_retry(uv_work_t *w, int status)
 
 	(void)status;
 	set_state(f, FLIP_IDLE);
-	count_pending(f);
+	count_unwritten(f);
 	dispatch(f);
 }
 
@@ -399,7 +338,7 @@ on_retry(uv_timer_t *t)
 {
 	struct flipper *f = t->data;
 
-	if (f->state != FLIP_IDLE || f->pending == NULL)
+	if (f->state != FLIP_IDLE || f->n_unwritten == 0)
 		return; /* an intent takes them along */
 	set_state(f, FLIP_RETRY);
 	if (uv_queue_work(f->cfg.loop, &f->work, work_retry, after_retry) != 0)
@@ -410,21 +349,13 @@ on_retry(uv_timer_t *t)
 static void
 remember(struct flipper *f, const struct job *j, bool needs_intent)
 {
-	struct pending *p = calloc(1, sizeof(*p)), **end = &f->pending;
+	struct journal_record intent = j->rec;
 
 	log_error("journal.unwritten", "epoch=%" PRIu64 " why=%s", j->rec.epoch, LOG_Q(j->err.text));
-	if (needs_intent || p == NULL)
-		journal_remember(f->cfg.journal, &j->rec, j->plan);
-	if (p == NULL)
-		return;
-	p->rec = j->rec;
+	intent.kind = JOURNAL_INTENT;
 	if (needs_intent)
-		p->rec.kind = JOURNAL_INTENT;
-	p->remembered = needs_intent;
-	p->plan = plan_ref(j->plan);
-	while (*end != NULL)
-		end = &(*end)->next;
-	*end = p;
+		journal_remember(f->cfg.journal, &intent, j->plan);
+	journal_remember(f->cfg.journal, &j->rec, j->plan);
 	uv_timer_start(&f->retry, on_retry, RETRY_MS, RETRY_MS);
 }
 
@@ -469,7 +400,7 @@ after_applied(uv_work_t *w, int status)
 		j->unjournaled = true;
 		remember(f, j, needs_intent);
 	}
-	count_pending(f);
+	count_unwritten(f);
 	settle(f, j);
 	f->changes++;
 	f->now = NULL;
@@ -522,7 +453,7 @@ after_intent(uv_work_t *w, int status)
 	struct job *j = f->now;
 
 	(void)status;
-	count_pending(f);
+	count_unwritten(f);
 	if (j->rc != 0 && j->ask.kind != FLIP_ROLLBACK) {
 		refuse_unjournaled(f, j);
 		return;
@@ -708,10 +639,8 @@ flipper_free(struct flipper **fp)
 
 	if (f == NULL)
 		return;
-	if (f->pending != NULL && append_pending(f, &err) != 0)
+	if (f->n_unwritten > 0 && journal_flush(f->cfg.journal, &err) != 0)
 		log_error("journal.lost", "epoch=%" PRIu64 " why=%s", f->epoch, LOG_Q(err.text));
-	while (f->pending != NULL)
-		drop_pending(f);
 	plan_unref(&f->active);
 	f->closing = 2;
 	uv_close((uv_handle_t *)&f->retry, on_closed);
@@ -765,22 +694,7 @@ flipper_unconfirmed(const struct flipper *f, uint32_t *seconds_left)
 uint32_t
 flipper_unjournaled(const struct flipper *f)
 {
-	return f->n_pending;
-}
-
-void
-flipper_correct(const struct flipper *f, struct journal_entry *e)
-{
-	/* The work may be taking the list apart. */
-	if (f->state == FLIP_INTENT || f->state == FLIP_APPLIED || f->state == FLIP_RETRY)
-		return;
-	for (const struct pending *p = f->pending; p != NULL; p = p->next) {
-		if (p->rec.epoch != e->r.epoch)
-			continue;
-		e->r.unjournaled = true;
-		e->r.step = p->rec.step;
-		snprintf(e->outcome, sizeof(e->outcome), "applied");
-	}
+	return f->n_unwritten;
 }
 
 uint64_t

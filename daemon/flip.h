@@ -85,8 +85,6 @@ const char *flipper_policy(const struct flipper *);
 uint64_t flipper_file_policy(const struct flipper *);
 /* The change that waits for a confirmation, and for how long yet; 0: none. */
 uint64_t flipper_unconfirmed(const struct flipper *, uint32_t *seconds_left);
-uint32_t flipper_unjournaled(const struct flipper *); /* records that wait for the journal */
-/* An entry of journal_history() that the journal does not know to be applied. */
-void flipper_correct(const struct flipper *, struct journal_entry *);
+uint32_t flipper_unjournaled(const struct flipper *); /* changes that wait for the journal */
 uint64_t flipper_changes(const struct flipper *);     /* counts history changes, for caches */
 #endif

@@ -146,7 +146,7 @@ get_text(const json_t *o, const char *key, char *out, size_t len)
 #define GET(key) json_integer_value(json_object_get(o, key))
 #define GET_TEXT(field) get_text(o, #field, r->field, sizeof(r->field))
 
-/* 0, or -EINVAL for a record that says nothing we know. */
+/* 0, or -EPROTO for a record that says nothing we know. */
 static int
 from_json(const json_t *o, struct journal_record *r)
 {
@@ -170,7 +170,7 @@ from_json(const json_t *o, struct journal_record *r)
 		GET_TEXT(program), GET_TEXT(why), GET_TEXT(change), GET_TEXT(policy), GET_TEXT(result);
 		return 0;
 	}
-	return -EINVAL;
+	return -EPROTO;
 }
 
 static void
@@ -204,7 +204,7 @@ take_line(struct journal *j, const char *line, size_t n)
 		return -EINVAL;
 	o = json_loadb(line, n - 17, JSON_REJECT_DUPLICATES, NULL);
 	if (o == NULL)
-		return -EINVAL;
+		return -EPROTO;
 	if (json_object_get(o, "text") != NULL) {
 		const char *t = json_string_value(json_object_get(o, "text"));
 		uint64_t digest = get_hex(o, "plan");
@@ -235,6 +235,8 @@ parse(struct journal *j, const char *buf, size_t n, uint64_t *torn, struct err *
 		rc = nl == NULL ? -EINVAL : take_line(j, buf + at, (size_t)(nl - buf) - at);
 		if (rc == -ENOMEM)
 			return err_set(err, rc, "out of memory");
+		if (rc == -EPROTO) /* whole, so no torn write: never cut it off */
+			return err_set(err, rc, "%s:%zu: a record of a kind that this version does not know", j->path, line);
 		if (rc != 0) {
 			if (nl != NULL && nl + 1 != buf + n)
 				return err_set(err, -EINVAL, "%s:%zu: the record is damaged, and others follow it: move the file away to "
@@ -400,23 +402,58 @@ write_plan(struct journal *j, const struct plan *plan, off_t *end)
 	return write_line(j, o, end);
 }
 
-/* Writes what is not written yet, then r, as one: all of it or nothing. The
- * lock is held for memory only, so that history can be read meanwhile. */
+/* What one write puts into the file, taken under the lock: meanwhile the loop
+ * may remember more. */
+struct batch {
+	struct plan **plan;         /* referenced */
+	struct journal_record *rec;
+	size_t n_plans, n;
+};
+
+static void
+batch_free(struct batch *b)
+{
+	for (size_t i = 0; i < b->n_plans; i++)
+		plan_unref(&b->plan[i]);
+	free(b->plan), free(b->rec);
+}
+
+/* Every plan and record that the file lacks, and plan (NULL: none) if it is new. */
 static int
-write_out(struct journal *j, const struct journal_record *r, const struct plan *plan, size_t pending, size_t n_plans,
-    bool plan_known)
+batch_take(struct journal *j, struct batch *b, const struct plan *plan)
+{
+	int rc = 0;
+
+	*b = (struct batch){0};
+	pthread_mutex_lock(&j->lock);
+	b->plan = malloc((j->n_plans + 1) * sizeof(*b->plan));
+	b->rec = malloc((j->n - j->n_written + 1) * sizeof(*b->rec));
+	if (b->plan == NULL || b->rec == NULL)
+		rc = -ENOMEM;
+	for (size_t i = 0; i < j->n_plans && rc == 0; i++)
+		if (!j->plan[i].written && j->plan[i].plan != NULL)
+			b->plan[b->n_plans++] = plan_ref(j->plan[i].plan);
+	for (size_t i = j->n_written; i < j->n && rc == 0; i++)
+		b->rec[b->n++] = j->rec[i];
+	if (plan != NULL && rc == 0 && find_plan(j, plan->digest) == NULL)
+		b->plan[b->n_plans++] = plan_ref((struct plan *)(uintptr_t)plan);
+	pthread_mutex_unlock(&j->lock);
+	return rc;
+}
+
+/* The batch and r (NULL: none) as one: all of it or nothing. Without the lock,
+ * so that history can be read meanwhile. */
+static int
+write_out(struct journal *j, const struct batch *b, const struct journal_record *r)
 {
 	off_t end = j->end;
 	int rc = ftruncate(j->fd, end) != 0 ? -errno : 0; /* a torn tail */
 
-	for (size_t i = 0; i < n_plans && rc == 0; i++)
-		if (!j->plan[i].written && j->plan[i].plan != NULL)
-			rc = write_plan(j, j->plan[i].plan, &end);
-	for (size_t i = j->n_written; i < pending && rc == 0; i++)
-		rc = write_line(j, to_json(&j->rec[i]), &end);
-	if (rc == 0 && plan != NULL && !plan_known)
-		rc = write_plan(j, plan, &end);
-	if (rc == 0)
+	for (size_t i = 0; i < b->n_plans && rc == 0; i++)
+		rc = write_plan(j, b->plan[i], &end);
+	for (size_t i = 0; i < b->n && rc == 0; i++)
+		rc = write_line(j, to_json(&b->rec[i]), &end);
+	if (rc == 0 && r != NULL)
 		rc = write_line(j, to_json(r), &end);
 	if (rc == 0 && fsync(j->fd) != 0)
 		rc = -errno;
@@ -427,36 +464,60 @@ write_out(struct journal *j, const struct journal_record *r, const struct plan *
 	return rc;
 }
 
+/* The batch and r are in the file. */
+static int
+note_written(struct journal *j, const struct batch *b, const struct journal_record *r)
+{
+	int rc = 0;
+
+	for (size_t i = 0; i < b->n_plans && rc == 0; i++) {
+		struct known_plan *k = find_plan(j, b->plan[i]->digest);
+
+		if (k != NULL)
+			k->written = true;
+		else
+			rc = add_plan(j, b->plan[i]->digest, plan_ref(b->plan[i]), true);
+	}
+	for (size_t i = 0; i < b->n; i++)
+		j->rec[j->n_written++].unjournaled = false;
+	if (rc == 0 && r != NULL)
+		rc = remember(j, r);
+	if (rc != 0 || r == NULL)
+		return rc;
+	/* As in the file: before what was remembered during the write. */
+	memmove(&j->rec[j->n_written + 1], &j->rec[j->n_written], (j->n - 1 - j->n_written) * sizeof(*j->rec));
+	j->rec[j->n_written++] = *r;
+	return 0;
+}
+
+static int
+put(struct journal *j, const struct journal_record *r, const struct plan *plan, struct err *err)
+{
+	struct batch b;
+	int rc = batch_take(j, &b, plan);
+
+	if (rc == 0 && (r != NULL || b.n > 0 || b.n_plans > 0)) {
+		rc = write_out(j, &b, r);
+		if (rc == 0) {
+			pthread_mutex_lock(&j->lock);
+			rc = note_written(j, &b, r);
+			pthread_mutex_unlock(&j->lock);
+		}
+	}
+	batch_free(&b);
+	return rc == 0 ? 0 : err_set(err, rc, "%s: %s", j->path, strerror(-rc));
+}
+
 int
 journal_append(struct journal *j, const struct journal_record *r, const struct plan *plan, struct err *err)
 {
-	size_t pending, n_plans;
-	bool known;
-	int rc;
+	return put(j, r, plan, err);
+}
 
-	pthread_mutex_lock(&j->lock);
-	known = plan != NULL && find_plan(j, plan->digest) != NULL;
-	pending = j->n;
-	n_plans = j->n_plans;
-	pthread_mutex_unlock(&j->lock);
-
-	/* One thread appends at a time: what it reads here only it changes. */
-	rc = write_out(j, r, plan, pending, n_plans, known);
-	if (rc != 0)
-		return err_set(err, rc, "%s: %s", j->path, strerror(-rc));
-
-	pthread_mutex_lock(&j->lock);
-	for (size_t i = 0; i < n_plans; i++)
-		j->plan[i].written = true;
-	for (size_t i = j->n_written; i < pending; i++)
-		j->rec[i].unjournaled = false;
-	if (plan != NULL && !known)
-		rc = add_plan(j, plan->digest, plan_ref((struct plan *)(uintptr_t)plan), true);
-	if (rc == 0)
-		rc = remember(j, r);
-	j->n_written = j->n;
-	pthread_mutex_unlock(&j->lock);
-	return rc == 0 ? 0 : err_set(err, rc, "out of memory");
+int
+journal_flush(struct journal *j, struct err *err)
+{
+	return put(j, NULL, NULL, err);
 }
 
 void
@@ -473,16 +534,6 @@ journal_remember(struct journal *j, const struct journal_record *r, const struct
 }
 
 /* ---- asking ---- */
-
-/* The outcome of a change: its last APPLIED or FAILED record. */
-static const struct journal_record *
-outcome_of(const struct journal *j, uint64_t epoch)
-{
-	for (size_t i = j->n; i-- > 0;)
-		if (j->rec[i].epoch == epoch && (j->rec[i].kind == JOURNAL_APPLIED || j->rec[i].kind == JOURNAL_FAILED))
-			return &j->rec[i];
-	return NULL;
-}
 
 /* A record and where it stands; for sorting. */
 struct place {
@@ -615,6 +666,18 @@ is_active(const struct journal_record *r)
 	return r->kind == JOURNAL_START || r->kind == JOURNAL_APPLIED;
 }
 
+uint32_t
+journal_unwritten(struct journal *j)
+{
+	uint32_t n = 0;
+
+	pthread_mutex_lock(&j->lock);
+	for (size_t i = j->n_written; i < j->n; i++)
+		n += is_active(&j->rec[i]);
+	pthread_mutex_unlock(&j->lock);
+	return n;
+}
+
 bool
 journal_last_applied(struct journal *j, struct journal_record *out)
 {
@@ -651,40 +714,30 @@ journal_unconfirmed(struct journal *j)
 	return waits && !confirmed;
 }
 
-/* Was this change taken back by a rollback after it, or jumped over by one --to
- * an epoch before it? */
-static bool
-is_undone(const struct journal *j, size_t at)
-{
-	for (size_t i = at + 1; i < j->n; i++)
-		if (is_active(&j->rec[i]) && (j->rec[i].undoes == j->rec[at].epoch ||
-		    (j->rec[i].back_to != 0 && j->rec[i].back_to < j->rec[at].epoch)))
-			return true;
-	return false;
-}
-
+/* One pass from the newest record: a change is undone by a rollback after it
+ * that restored an epoch before it, be it its own or one further back. */
 int
 journal_rollback_target(struct journal *j, uint64_t *undoes, uint64_t *back_to, uint64_t *plan, struct err *err)
 {
+	const struct journal_record *change = NULL;
+	uint64_t restored = UINT64_MAX; /* the furthest back of the rollbacks seen */
 	int rc = -ENOENT;
 
 	pthread_mutex_lock(&j->lock);
 	for (size_t i = j->n; i-- > 0 && rc != 0;) {
 		const struct journal_record *r = &j->rec[i];
 
-		if (r->kind != JOURNAL_APPLIED || r->undoes != 0 || r->back_to != 0 || is_undone(j, i))
+		if (!is_active(r))
 			continue;
-		/* The plan before it: of the record that was active then. */
-		for (size_t k = i; k-- > 0 && rc != 0;) {
-			if (!is_active(&j->rec[k]))
-				continue;
-			*undoes = r->epoch;
-			*back_to = j->rec[k].epoch;
-			*plan = j->rec[k].plan;
+		if (change != NULL) { /* the plan before it: of what was active then */
+			*undoes = change->epoch;
+			*back_to = r->epoch;
+			*plan = r->plan;
 			rc = 0;
-		}
-		if (rc != 0)
-			break;
+		} else if (r->back_to != 0 && r->back_to < restored)
+			restored = r->back_to;
+		else if (r->kind == JOURNAL_APPLIED && r->undoes == 0 && r->back_to == 0 && r->epoch <= restored)
+			change = r;
 	}
 	pthread_mutex_unlock(&j->lock);
 	return rc == 0 ? 0 : err_set(err, rc, "there is no change left to take back");
@@ -693,13 +746,18 @@ journal_rollback_target(struct journal *j, uint64_t *undoes, uint64_t *back_to, 
 uint32_t
 journal_close_intents(struct journal *j, struct err *err)
 {
+	size_t n = j->n, *outcome = malloc((n + 1) * sizeof(*outcome));
 	uint32_t closed = 0;
-	size_t n = j->n;
 
+	if (outcome == NULL || !find_outcomes(j, outcome)) {
+		free(outcome);
+		err_set(err, -ENOMEM, "out of memory");
+		return 0;
+	}
 	for (size_t i = 0; i < n; i++) {
 		struct journal_record r = j->rec[i];
 
-		if (r.kind != JOURNAL_INTENT || outcome_of(j, r.epoch) != NULL)
+		if (r.kind != JOURNAL_INTENT || outcome[i] != n)
 			continue;
 		r.kind = JOURNAL_FAILED;
 		snprintf(r.result, sizeof(r.result), "not applied");
@@ -707,5 +765,6 @@ journal_close_intents(struct journal *j, struct err *err)
 			break;
 		closed++;
 	}
+	free(outcome);
 	return closed;
 }

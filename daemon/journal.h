@@ -6,8 +6,8 @@
  * checksum of the line. It keeps every plan by digest, every intent, and what
  * became of it. Reading stops at the last whole record; what follows (a torn
  * write) is cut off at the next append and reported. journal_append() calls
- * fsync: never on the loop or the engine thread (uv_queue_work); records are
- * appended by one thread at a time.
+ * fsync: never on the loop or the engine thread (uv_queue_work); one thread at
+ * a time appends, flushes or closes intents, the others may do the rest meanwhile.
  */
 #include <stdbool.h>
 #include <stdint.h>
@@ -50,8 +50,13 @@ void journal_close(struct journal **);
 /* Writes the record, before it the plan if the journal has it not yet, and
  * fsyncs. The in-memory list grows only if that worked. */
 int journal_append(struct journal *, const struct journal_record *, const struct plan *, struct err *);
-/* Retry path: add to memory only, marked unjournaled. */
+/* Retry path: add to memory only, marked unjournaled; written before the next
+ * record, or by journal_flush(). */
 void journal_remember(struct journal *, const struct journal_record *, const struct plan *);
+/* Writes what is in memory only and fsyncs, all of it or nothing; 0 if there is nothing. */
+int journal_flush(struct journal *, struct err *);
+/* Changes that run or ran and are in memory only. */
+uint32_t journal_unwritten(struct journal *);
 /* Keeps a plan that only some requests run: known at once, written with the next record. */
 void journal_keep(struct journal *, const struct plan *);
 /* Any thread, under the journal's own lock; copies out. Effective history, oldest first: each change

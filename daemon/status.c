@@ -140,7 +140,6 @@ fill_history(struct status *s)
 		struct journal_entry *e = &list[n - 1 - i];
 		struct page_history *h = &p->history[i];
 
-		flipper_correct(s->d->flips, e);
 		*h = (struct page_history){.epoch = e->r.epoch, .step = e->r.step, .time_us = e->r.time_us, .uid = e->r.uid,
 		    .pid = e->r.pid};
 		COPY(h->program, e->r.program);

@@ -226,10 +226,8 @@ exec_history(struct octetd *d, struct call *call, const json_t *request, json_t 
 	(void)call;
 	if (most > HISTORY_MAX)
 		most = HISTORY_MAX;
-	for (uint32_t i = n > most ? n - (uint32_t)most : 0; i < n; i++) {
-		flipper_correct(d->flips, &list[i]);
+	for (uint32_t i = n > most ? n - (uint32_t)most : 0; i < n; i++)
 		json_array_append_new(out, entry_json(&list[i]));
-	}
 	free(list);
 	*reply = json_pack("{s:o}", "history", out);
 	return whole(reply, err);
