@@ -206,8 +206,13 @@ test_options(void **state)
 		{"daemon", "policies_file", {"/a"}, {"", "policies_file is empty"}},
 		{"daemon", "max_clients", {"1", "4096"}, {"0", "max_clients '0' is not between 1 and 4096", "4097",
 		    "max_clients '4097' is not between 1 and 4096", "", "max_clients '' is no number"}},
+		{"daemon", "max_clients_per_uid", {"1", "4096"}, {"0", "max_clients_per_uid '0' is not between 1 and 4096", "4097",
+		    "max_clients_per_uid '4097' is not between 1 and 4096"}},
 		{"daemon", "max_requests", {"1", "64"}, {"0", "max_requests '0' is not between 1 and 64", "65",
 		    "max_requests '65' is not between 1 and 64"}},
+		{"daemon", "max_requests_per_uid", {"1", "1000000"}, {"0",
+		    "max_requests_per_uid '0' is not between 1 and 1000000", "1000001",
+		    "max_requests_per_uid '1000001' is not between 1 and 1000000"}},
 		{"daemon", "max_queue", {"1", "1000000"}, {"0", "max_queue '0' is not between 1 and 1000000", "1000001",
 		    "max_queue '1000001' is not between 1 and 1000000", "1K", "max_queue '1K' is no number"}},
 		{"daemon", "handshake_timeout_ms", {"10", "60000"}, {"9", "handshake_timeout_ms '9' is not between 10 and 60000",
@@ -242,7 +247,7 @@ test_options(void **state)
 		{"access", "viewers", {"", "*"}, {NULL}},
 		{"access", "request_policies", {"", "uid:7"}, {NULL}},
 	};
-	static const char live[] = " max_clients max_requests max_queue handshake_timeout_ms drain_timeout_s log_level "
+	static const char live[] = " max_clients max_clients_per_uid max_requests max_requests_per_uid max_queue handshake_timeout_ms drain_timeout_s log_level "
 	    "step_target_ms spin_us prefix_cache evidence_steps policy on_flip operators viewers request_policies ";
 	const size_t n = sizeof(options) / sizeof(*options);
 	const char *section, *key;
