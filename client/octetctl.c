@@ -390,6 +390,7 @@ main(int argc, char **argv)
 	struct options o = {.if_epoch = -1, .to = -1, .limit = -1, .confirm = -1, .timeout = -1};
 	const struct verb *v = NULL;
 	char used[32];
+	int64_t number;
 	int rc = parse(argc, argv, &o, used, sizeof(used)), n;
 
 	if (rc >= 0)
@@ -410,5 +411,7 @@ main(int argc, char **argv)
 		return bad_usage("%s: too many arguments", v->name);
 	if (used[strspn(used, v->options)] != '\0')
 		return bad_usage("%s does not take that option", v->name);
+	if (strcmp(v->name, "confirm") == 0 && n == 1 && !parse_number(argv[optind + 1], &number))
+		return bad_usage("'%s' is no number", argv[optind + 1]);
 	return call(v, &o, argv + optind + 1, n);
 }

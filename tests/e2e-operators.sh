@@ -26,6 +26,7 @@ is "the plan is back" "$(active)" "$bf16"
 has "history says why" "$(octetctl history)" '^3 .* octetd .* (rollback: )?epoch 2 was not confirmed'
 octetctl set --confirm 60 'attention.*=fp8' >/dev/null
 has "another epoch" "$(octetctl confirm 2 2>&1)" 'epoch 4 waits for a confirmation, not 2'
+has "no epoch" "$(octetctl confirm yes 2>&1)" "'yes' is no number"
 is "confirmed" "$(octetctl confirm)" 'epoch 4 stays'
 is "nothing waits" "$(octetctl --json status | jq .unconfirmed)" null
 has "nothing to confirm" "$(octetctl confirm 2>&1)" 'no change waits'
