@@ -789,13 +789,30 @@ conf_keep_restart_only(struct conf *c, const struct conf *running)
 	return 0;
 }
 
+/* "ms, 10 to 60000", or the choices. */
+static void
+print_bounds(FILE *f, const struct option *o)
+{
+	const char *comma = *o->unit != '\0' ? ", " : "";
+
+	if (*o->unit == '\0' && o->type != TYPE_NUMBER && o->choices == NULL)
+		return;
+	fprintf(f, " (%s", o->unit);
+	if (o->type == TYPE_NUMBER)
+		fprintf(f, "%s%llu to %llu", comma, (unsigned long long)o->min, (unsigned long long)o->max);
+	for (size_t i = 0; o->choices != NULL && o->choices[i] != NULL; i++)
+		fprintf(f, "%s%s", i > 0 ? ", " : "", o->choices[i]);
+	fprintf(f, ")");
+}
+
 void
 conf_print_options(FILE *f)
 {
 	for (size_t i = 0; i < N_OPTIONS; i++) {
 		const struct option *o = &options[i];
 
-		fprintf(f, "[%s] %s = %s%s%s%s\n    %s%s\n", o->section, o->key, o->fallback != NULL ? o->fallback : "(see octet.ini(5))",
-		    *o->unit != '\0' ? " (" : "", o->unit, *o->unit != '\0' ? ")" : "", o->help, o->live ? "" : "; needs a restart");
+		fprintf(f, "[%s] %s = %s", o->section, o->key, o->fallback != NULL ? o->fallback : "(see octet.ini(5))");
+		print_bounds(f, o);
+		fprintf(f, "\n    %s%s\n", o->help, o->live ? "" : "; needs a restart");
 	}
 }
