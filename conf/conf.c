@@ -279,7 +279,23 @@ struct reader {
 	struct err *err;
 	int rc, bad_line;    /* the first error of ours */
 	bool saved;          /* reads the policies file */
+	struct problems *problems; /* NULL: the first one ends it */
+	const char *path;
 };
+
+/* conf_check(): told as they are met. */
+struct problems {
+	conf_tell tell;
+	void *arg;
+	uint32_t n;
+};
+
+static void
+tell_problem(struct problems *p, const char *text)
+{
+	if (p->n++ < CONF_PROBLEMS)
+		p->tell(p->arg, text);
+}
 
 /* Letters to change to turn one word into the other; for "did you mean". */
 static unsigned
@@ -505,6 +521,11 @@ on_ini(void *arg, const char *section, const char *key, const char *value)
 		return 1;
 	r->rc = take(r, section, key, value, r->text.line);
 	r->bad_line = r->text.line;
+	if (r->rc == -EINVAL && r->problems != NULL) {
+		err_prefix(r->err, "%s:%d", r->path, r->text.line);
+		tell_problem(r->problems, r->err->text);
+		r->rc = 0;
+	}
 	return r->rc == 0;
 }
 
@@ -515,6 +536,7 @@ parse_file(struct reader *r, const char *path)
 	struct text *t = &r->text;
 	int line;
 
+	r->path = path;
 	t->f = fopen(path, "re");
 	if (t->f == NULL)
 		return err_set(r->err, -errno, "%s: %s", path, strerror(errno));
@@ -622,8 +644,6 @@ beside(const char *path, const char *name)
 static int
 fill_paths(struct conf *c, const char *path, struct err *err)
 {
-	if (c->model_path == NULL)
-		return err_set(err, -EINVAL, "%s: [model] path is missing", path);
 	if (c->socket == NULL)
 		c->socket = default_socket();
 	if (c->control_socket == NULL && c->socket != NULL)
@@ -638,33 +658,59 @@ fill_paths(struct conf *c, const char *path, struct err *err)
 		return err_set(err, -EINVAL, "%s: socket and control_socket are the same path", path);
 	if (c->max_batch > c->max_batch_tokens)
 		c->max_batch = c->max_batch_tokens;
+	if (c->model_path == NULL)
+		return err_set(err, -EINVAL, "%s: [model] path is missing", path);
 	return 0;
 }
 
-int
-conf_load(struct conf **out, const char *path, struct err *err)
+/* One stage; with problems, what is wrong in the file is told and the next one runs. */
+static int
+stage(int rc, struct problems *p, const struct err *err)
+{
+	if (rc != -EINVAL || p == NULL)
+		return rc;
+	tell_problem(p, err->text);
+	return 0;
+}
+
+static int
+load(struct conf **out, const char *path, struct problems *p, struct err *err)
 {
 	struct conf *c = calloc(1, sizeof(*c));
-	struct reader r = {.c = c, .err = err};
+	struct reader r = {.c = c, .err = err, .problems = p}, saved = {.c = c, .err = err, .problems = p, .saved = true};
 	int rc = c == NULL || (c->file = strdup(path)) == NULL ? err_set(err, -ENOMEM, "out of memory") : 0;
 
 	if (rc == 0)
 		rc = defaults(c, err);
 	if (rc == 0)
-		rc = parse_file(&r, path);
+		rc = stage(parse_file(&r, path), p, err);
 	if (rc == 0)
-		rc = fill_paths(c, path, err);
-	if (rc == 0 && access(c->policies_file, F_OK) == 0) {
-		struct reader saved = {.c = c, .err = err, .saved = true};
-
-		rc = parse_file(&saved, c->policies_file);
-	}
+		rc = stage(fill_paths(c, path, err), p, err);
+	if (rc == 0 && c->policies_file != NULL && access(c->policies_file, F_OK) == 0)
+		rc = stage(parse_file(&saved, c->policies_file), p, err);
 	if (rc != 0) {
 		conf_free(&c);
 		return rc;
 	}
 	*out = c;
 	return 0;
+}
+
+int
+conf_load(struct conf **out, const char *path, struct err *err)
+{
+	return load(out, path, NULL, err);
+}
+
+int
+conf_check(struct conf **out, const char *path, conf_tell tell, void *arg)
+{
+	struct problems p = {.tell = tell, .arg = arg};
+	struct err err = {""};
+
+	if (load(out, path, &p, &err) != 0)
+		tell_problem(&p, err.text);
+	return (int)p.n;
 }
 
 void
@@ -743,13 +789,30 @@ conf_keep_restart_only(struct conf *c, const struct conf *running)
 	return 0;
 }
 
+/* "ms, 10 to 60000", or the choices. */
+static void
+print_bounds(FILE *f, const struct option *o)
+{
+	const char *comma = *o->unit != '\0' ? ", " : "";
+
+	if (*o->unit == '\0' && o->type != TYPE_NUMBER && o->choices == NULL)
+		return;
+	fprintf(f, " (%s", o->unit);
+	if (o->type == TYPE_NUMBER)
+		fprintf(f, "%s%llu to %llu", comma, (unsigned long long)o->min, (unsigned long long)o->max);
+	for (size_t i = 0; o->choices != NULL && o->choices[i] != NULL; i++)
+		fprintf(f, "%s%s", i > 0 ? ", " : "", o->choices[i]);
+	fprintf(f, ")");
+}
+
 void
 conf_print_options(FILE *f)
 {
 	for (size_t i = 0; i < N_OPTIONS; i++) {
 		const struct option *o = &options[i];
 
-		fprintf(f, "[%s] %s = %s%s%s%s\n    %s%s\n", o->section, o->key, o->fallback != NULL ? o->fallback : "(see octet.ini(5))",
-		    *o->unit != '\0' ? " (" : "", o->unit, *o->unit != '\0' ? ")" : "", o->help, o->live ? "" : "; needs a restart");
+		fprintf(f, "[%s] %s = %s", o->section, o->key, o->fallback != NULL ? o->fallback : "(see octet.ini(5))");
+		print_bounds(f, o);
+		fprintf(f, "\n    %s%s\n", o->help, o->live ? "" : "; needs a restart");
 	}
 }

@@ -61,6 +61,12 @@ struct conf {
 
 /* Errors name FILE:LINE. *out is untouched on failure. */
 int conf_load(struct conf **out, const char *path, struct err *);
+/* The same for --check: goes on after a problem, tells up to CONF_PROBLEMS of
+ * them, returns how many there are. *out is set if the file could be read; then
+ * what was wrong has its default (NULL: a required path). */
+#define CONF_PROBLEMS 20
+typedef void (*conf_tell)(void *arg, const char *text);
+int conf_check(struct conf **out, const char *path, conf_tell, void *arg);
 void conf_free(struct conf **);
 const struct conf_policy *conf_policy(const struct conf *, const char *name);
 

@@ -132,27 +132,97 @@ load_tokenizer(struct octetd *d, struct err *err)
 	return rc;
 }
 
+/* The part of the start that takes no file. */
 static int
-load(struct daemon *m, bool check_only, struct err *err)
+start_team(struct daemon *m, struct err *err)
 {
 	struct octetd *d = &m->d;
 	char why[256] = "";
+	int rc;
+
+	d->backend = "cpu";
+	d->ops = kernels_select(getenv("OCTET_CPU"), why, sizeof(why));
+	if (d->ops == NULL)
+		return err_set(err, -EINVAL, "OCTET_CPU: %s", why);
+	rc = team_new(&d->team, (uint32_t)d->conf->threads, (uint32_t)d->conf->spin_us);
+	return rc == 0 ? 0 : err_set(err, rc, "worker threads: %s", strerror(-rc));
+}
+
+static int
+load(struct daemon *m, struct err *err)
+{
+	struct octetd *d = &m->d;
 	int rc;
 
 	if ((rc = conf_load(&d->conf, d->conf_path, err)) != 0 || (rc = octetd_conf_check(d->conf, err)) != 0 ||
 	    (rc = octetd_clients_resolve(d->conf, err)) != 0)
 		return rc;
 	log_set_level_name(d->conf->log_level);
-	d->backend = "cpu";
-	d->ops = kernels_select(getenv("OCTET_CPU"), why, sizeof(why));
-	if (d->ops == NULL)
-		return err_set(err, -EINVAL, "OCTET_CPU: %s", why);
-	rc = team_new(&d->team, (uint32_t)d->conf->threads, (uint32_t)d->conf->spin_us);
-	if (rc != 0)
-		return err_set(err, rc, "worker threads: %s", strerror(-rc));
-	if ((rc = load_model(m, check_only, err)) != 0 || (rc = load_tokenizer(d, err)) != 0)
+	if ((rc = start_team(m, err)) != 0 || (rc = load_model(m, false, err)) != 0 || (rc = load_tokenizer(d, err)) != 0)
 		return rc;
 	return octetd_policies_check(d->conf, d->model->shape.n_layers, &m->file_plan, err);
+}
+
+/* ---- --check: all that is wrong, as far as one thing can be told from another ---- */
+
+static void
+complain(void *arg, const char *text)
+{
+	(void)arg;
+	fprintf(stderr, "octetd: %s\n", text);
+}
+
+/* True: there is something wrong. */
+static bool
+bad(int rc, const struct err *err)
+{
+	if (rc != 0)
+		complain(NULL, err->text);
+	return rc != 0;
+}
+
+static int
+check_policies(struct daemon *m, struct err *err)
+{
+	const struct conf *c = m->d.conf;
+	uint32_t n_layers = m->d.model->shape.n_layers;
+	int n = 0;
+
+	for (size_t i = 0; i < c->n_policies; i++) {
+		struct plan *plan = NULL;
+
+		n += bad(octetd_policy_plan(c, c->policies[i].name, n_layers, &plan, err), err);
+		plan_unref(&plan);
+	}
+	return n > 0 ? n : bad(octetd_policies_check(c, n_layers, &m->file_plan, err), err);
+}
+
+static int
+check(struct daemon *m, struct err *err)
+{
+	struct octetd *d = &m->d;
+	int n = conf_check(&d->conf, d->conf_path, complain, NULL);
+
+	if (n > CONF_PROBLEMS)
+		fprintf(stderr, "octetd: and %d more\n", n - CONF_PROBLEMS);
+	if (d->conf == NULL)
+		return n;
+	log_set_level_name(d->conf->log_level);
+	n += bad(octetd_conf_check(d->conf, err), err);
+	n += bad(octetd_clients_resolve(d->conf, err), err);
+	if (d->conf->model_path == NULL)
+		return n;
+	if (bad(start_team(m, err), err) || bad(load_model(m, true, err), err))
+		return n + 1;
+	n += bad(load_tokenizer(d, err), err);
+	n += check_policies(m, err);
+	if (n == 0) {
+		printf("%s: ok\n", d->conf_path);
+		printf("model %s, %u layers, context %u; policy %s of %zu; CPU level %s; %u threads\n", d->model->name,
+		    d->model->shape.n_layers, d->model->shape.max_context, d->conf->policy, d->conf->n_policies, d->ops->name,
+		    team_size(d->team));
+	}
+	return n;
 }
 
 /* ---- start: the plan ---- */
@@ -424,22 +494,17 @@ run(struct daemon *m, bool check_only)
 
 	uv_loop_init(&d->loop);
 	d->started_us = octetd_now_us();
-	rc = load(m, check_only, &err);
-	if (rc == 0 && check_only) {
-		printf("%s: ok\n", d->conf_path);
-		printf("model %s, %u layers, context %u; policy %s of %zu; CPU level %s; %u threads\n", d->model->name,
-		    d->model->shape.n_layers, d->model->shape.max_context, d->conf->policy, d->conf->n_policies, d->ops->name,
-		    team_size(d->team));
-	}
-	if (rc == 0 && !check_only && (rc = open_journal(m, &f, &err)) == 0 && (rc = serve(m, &f, &err)) == 0) {
+	if (check_only)
+		rc = check(m, &err);
+	else if ((rc = load(m, &err)) == 0 && (rc = open_journal(m, &f, &err)) == 0 && (rc = serve(m, &f, &err)) == 0) {
 		log_info("ready", "version=%s pid=%d socket=%s control_socket=%s epoch=%" PRIu64 " policy=%s plan=%016" PRIx64,
 		    OCTET_VERSION, (int)getpid(), LOG_Q(d->conf->socket), LOG_Q(d->conf->control_socket), f.epoch, LOG_Q(f.policy),
 		    f.plan->digest);
 		octetd_notify("READY=1");
 		uv_run(&d->loop, UV_RUN_DEFAULT);
 	}
-	if (rc != 0)
-		fprintf(stderr, "octetd: %s\n", err.text);
+	if (rc != 0 && !check_only)
+		complain(NULL, err.text);
 	free_all(m, &f);
 	if (rc == 0 && !check_only)
 		log_info("stopped", "pid=%d", (int)getpid());

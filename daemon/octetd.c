@@ -123,7 +123,7 @@ resolve(const struct conf *c, const struct conf_policy *p, uint32_t n_layers, st
 
 		rc = plan_derive(&next, plan, n_layers, &rule, 1, err);
 		if (rc != 0) {
-			err_prefix(err, "%s:%d: policy '%s'", c->file, p->rules[i].line, p->name);
+			err_prefix(err, "%s:%d: policy '%s'", p->saved ? c->policies_file : c->file, p->rules[i].line, p->name);
 			break;
 		}
 		plan_unref(&plan);

@@ -29,6 +29,19 @@ END
 has "unknown format" "$(check)" "octet.ini:[0-9]+:.*fp7"
 policy=nosuch config </dev/null
 has "policy not defined" "$(check)" "nosuch.*not defined"
+engine_options='spin_us = many
+max_batch = 0' config <<END
+no line at all
+[policy p]
+mlp.* = fp7
+[policy q]
+attention.x_proj = fp8
+END
+is "--check names every bad line and policy" "$(check | sed -n 's/^octetd: .*octet.ini:\([0-9]*\): .*/\1/p' | tr '\n' ' ')" "10 11 14 16 18 "
+printf '[policy saved]\nattention.x_proj = fp8\n' >"$scratch/policies.ini"
+config </dev/null
+has "a bad rule of the policies file, with its line" "$(check)" "policies.ini:2: policy 'saved'"
+rm "$scratch/policies.ini"
 model=/nonexistent config </dev/null
 has "missing model" "$(check)" "/nonexistent.*No such file"
 kv=9T config </dev/null
