@@ -131,6 +131,7 @@ int
 main(int argc, char **argv)
 {
 	const char *socket = NULL;
+	char name[64];
 	int i = 1;
 
 	for (; i < argc && argv[i][0] == '-'; i++) {
@@ -154,11 +155,15 @@ main(int argc, char **argv)
 		usage(stderr);
 		return 2;
 	}
-	for (size_t c = 0; c < sizeof(cmds) / sizeof(*cmds); c++)
-		if (strcmp(argv[i], cmds[c]->name) == 0 && i + 1 < argc && strcmp(argv[i + 1], "--help") == 0)
+	for (size_t c = 0; c < sizeof(cmds) / sizeof(*cmds); c++) {
+		if (strcmp(argv[i], cmds[c]->name) != 0)
+			continue;
+		if (i + 1 < argc && strcmp(argv[i + 1], "--help") == 0)
 			return printf("usage: octet %s %s\n", cmds[c]->name, cmds[c]->args) < 0;
-		else if (strcmp(argv[i], cmds[c]->name) == 0)
-			return cmds[c]->run(argc - i, argv + i, socket);
+		snprintf(name, sizeof(name), "octet %s", cmds[c]->name);
+		argv[i] = name; /* as getopt's messages begin */
+		return cmds[c]->run(argc - i, argv + i, socket);
+	}
 	fprintf(stderr, "octet: unknown verb '%s'\n", argv[i]);
 	usage(stderr);
 	return 2;

@@ -37,6 +37,14 @@ str(const json_t *o, const char *key)
 	return s == NULL ? "" : s;
 }
 
+static const char *
+str_or(const json_t *o, const char *key, const char *empty)
+{
+	const char *s = str(o, key);
+
+	return *s == '\0' ? empty : s;
+}
+
 static json_int_t
 num(const json_t *o, const char *key)
 {
@@ -163,15 +171,19 @@ static void
 show_history(const json_t *r, const struct options *o)
 {
 	const json_t *list = json_object_get(r, "history"), *h;
-	size_t i, n = json_array_size(list);
+	size_t i;
 
+	(void)o;
 	printf("%-6s %-20s %-6s %-16s %-9s %s\n", "epoch", "time", "uid", "program", "why", "result, change");
 	json_array_foreach((json_t *)(uintptr_t)list, i, h) {
-		if (o->limit >= 0 && i + (size_t)o->limit < n)
-			continue;
-		printf("%-6" JSON_INTEGER_FORMAT " %-19.19sZ %-6" JSON_INTEGER_FORMAT " %-16.16s %-9s %s%s%s\n",
-		    num(h, "epoch"), str(h, "time"), num(h, "uid"), str(h, "program"), str(h, "why"), str(h, "result"),
-		    *str(h, "change") != '\0' ? ": " : "", str(h, "change"));
+		/* "rollback: the operator's words": the verb in its column, the words at the end. */
+		const char *why = str(h, "why"), *words = strstr(why, ": ");
+
+		printf("%-6" JSON_INTEGER_FORMAT " %-19.19sZ %-6" JSON_INTEGER_FORMAT " %-16.16s %-9.*s %s%s%s%s%s%s\n",
+		    num(h, "epoch"), str(h, "time"), num(h, "uid"), str(h, "program"),
+		    words != NULL ? (int)(words - why) : (int)strlen(why), why, str(h, "result"),
+		    *str(h, "change") != '\0' ? ": " : "", str(h, "change"), words != NULL ? " (" : "",
+		    words != NULL ? words + 2 : "", words != NULL ? ")" : "");
 	}
 }
 
@@ -185,7 +197,7 @@ show_reload(const json_t *r, const struct options *o)
 	if (json_array_size(list) == 0)
 		printf("reloaded, no option changed");
 	json_array_foreach((json_t *)(uintptr_t)list, i, c)
-		printf("%s%s: %s -> %s%s", i > 0 ? "\n" : "", str(c, "key"), str(c, "from"), str(c, "to"),
+		printf("%s%s: %s -> %s%s", i > 0 ? "\n" : "", str(c, "key"), str_or(c, "from", "(none)"), str_or(c, "to", "(none)"),
 		    json_is_true(json_object_get(c, "applied")) ? "" : " (needs a restart)");
 	printf("\nepoch %" JSON_INTEGER_FORMAT "\n", num(r, "epoch"));
 }
@@ -346,6 +358,8 @@ make_request(const struct verb *v, const struct options *o, char **args, int n)
 		json_object_set_new(r, "if_epoch", json_integer(o->if_epoch));
 	if (o->to >= 0)
 		json_object_set_new(r, "to", json_integer(o->to));
+	if (o->limit >= 0)
+		json_object_set_new(r, "limit", json_integer(o->limit));
 	return r;
 }
 

@@ -23,7 +23,8 @@ is "status tells" "$(octetctl --json status | jq -c '.unconfirmed | [.epoch, .se
 has "nobody builds on it" "$(octetctl set 'lm_head=fp8' 2>&1)" 'epoch 2 waits for its confirmation'
 ok "it goes by itself" wait_for 20 sh -c "[ \$($builddir/octetctl --json status | jq .epoch) = 3 ]"
 is "the plan is back" "$(active)" "$bf16"
-has "history says why" "$(octetctl history)" '^3 .* octetd .* (rollback: )?epoch 2 was not confirmed'
+has "history says why" "$(octetctl history)" '^3 .* octetd +rollback +applied: .* \(epoch 2 was not confirmed\)$'
+is "the last one alone" "$(octetctl --json history -n 1 | jq -c '[.[].epoch]')" '[3]'
 octetctl set --confirm 60 'attention.*=fp8' >/dev/null
 has "another epoch" "$(octetctl confirm 2 2>&1)" 'epoch 4 waits for a confirmation, not 2'
 has "no epoch" "$(octetctl confirm yes 2>&1)" "'yes' is no number"
@@ -38,7 +39,7 @@ octetctl set --confirm 600 'lm_head=fp8' >/dev/null
 kill -9 "$daemon"; wait "$daemon" 2>/dev/null
 ok "killed while a change waits; start" start
 is "the last confirmed plan runs" "$(active)" "$good"
-has "history says so" "$(octetctl history | tail -1)" 'start: epoch 7 was'
+has "history says so" "$(octetctl history | tail -1)" 'start +applied.*\(epoch 7 was'
 octetctl set --confirm 600 'lm_head=fp8w' >/dev/null
 octetctl confirm >/dev/null
 confirmed=$(active)
