@@ -15,6 +15,7 @@
 #include <unistd.h>
 
 #include "client/tok.h"
+#include "daemon/bench.h"
 #include "daemon/control.h"
 #include "daemon/log.h"
 #include "daemon/octetd.h"
@@ -513,8 +514,13 @@ run(struct daemon *m, bool check_only)
 
 static const char usage[] =
     "usage: octetd [--config FILE] [--check] [--help] [--help-options] [--version]\n"
+    "       octetd --bench MODEL_DIR [--threads N] [--only TEXT] [--json]\n"
     "  --config FILE   configuration file (default " OCTET_SYSCONFDIR "/octet.ini)\n"
     "  --check         read and check the file, the model and the policies, then end\n"
+    "  --bench DIR     measure a model in every format beside the machine's ceilings, serve nobody\n"
+    "    --threads N   with so many threads (default: all CPUs)\n"
+    "    --only TEXT   the tests whose name has it: \"fp8 decode 1\", \"prefill\"\n"
+    "    --json        one JSON object\n"
     "  --help-options  every option of the file\n"
     "  --version       the version\n"
     "Signals: SIGHUP reads the file again, SIGTERM and SIGINT stop. See octetd(8).\n";
@@ -523,10 +529,15 @@ int
 main(int argc, char **argv)
 {
 	static const struct option longs[] = {{"config", required_argument, NULL, 'c'}, {"check", no_argument, NULL, 't'},
+	    {"bench", required_argument, NULL, 'b'}, {"threads", required_argument, NULL, 'n'},
+	    {"only", required_argument, NULL, 'y'}, {"json", no_argument, NULL, 'j'},
 	    {"help", no_argument, NULL, 'h'}, {"help-options", no_argument, NULL, 'o'}, {"version", no_argument, NULL, 'v'},
 	    {NULL, 0, NULL, 0}};
 	static struct daemon m;
-	bool check_only = false;
+	struct bench_options bench = {0};
+	bool check_only = false, for_bench = false;
+	struct err err;
+	char *end;
 	int c, rc;
 
 	m.d.conf_path = OCTET_SYSCONFDIR "/octet.ini";
@@ -534,6 +545,17 @@ main(int argc, char **argv)
 		switch (c) {
 		case 'c': m.d.conf_path = optarg; break;
 		case 't': check_only = true; break;
+		case 'b': bench.model = optarg; break;
+		case 'n':
+			for_bench = true;
+			bench.threads = (uint32_t)strtoul(optarg, &end, 10);
+			if (*end != '\0' || bench.threads == 0 || bench.threads > 1024) {
+				fprintf(stderr, "octetd: --threads '%s' is no number from 1 to 1024\n", optarg);
+				return 2;
+			}
+			break;
+		case 'y': bench.only = optarg; for_bench = true; break;
+		case 'j': bench.json = for_bench = true; break;
 		case 'h': printf("%s", usage); return 0;
 		case 'o': conf_print_options(stdout); return 0;
 		case 'v': printf("octetd %s\n", OCTET_VERSION); return 0;
@@ -543,6 +565,16 @@ main(int argc, char **argv)
 	if (optind < argc) {
 		fprintf(stderr, "octetd: unexpected '%s'\n%s", argv[optind], usage);
 		return 2;
+	}
+	if (for_bench && bench.model == NULL) {
+		fprintf(stderr, "octetd: --threads, --only and --json belong to --bench\n%s", usage);
+		return 2;
+	}
+	if (bench.model != NULL) {
+		if (bench_run(&bench, &err) == 0)
+			return 0;
+		complain(NULL, err.text);
+		return 1;
 	}
 	signal(SIGPIPE, SIG_IGN);
 	signal(SIGXFSZ, SIG_IGN); /* a file size limit is an error of write() */

@@ -146,6 +146,10 @@ struct k_ops {
 	void (*kv_write)(const struct k_kv_block *, const float *k, const float *v, uint32_t n_kv_heads,
 	    uint32_t head_dim, uint32_t hd_pad, uint32_t slot);
 	void (*attention)(const struct k_attention *);
+	/* What the machine can do, for benchmarks: reads every byte (a multiple of 4096); runs that many rounds of FMA
+	 * on registers and returns the operations. */
+	void (*probe_read)(const void *, size_t bytes);
+	double (*probe_fma)(uint32_t rounds);
 };
 
 /* The best level of this machine, or the named one ("ref", "avx512").

@@ -507,6 +507,23 @@ do_item(struct work *w, struct item *it, uint16_t *buf, struct err *err)
 	return 0;
 }
 
+/* What was packed is not read again: the file's pages need not stay beside the planes. */
+static void
+let_go_of_pages(const struct work *w, const struct item *it)
+{
+	const struct want *want = &w->want[it->want];
+	uint32_t row = it->panel * K_PANEL, n = want->rows - row < K_PANEL ? want->rows - row : K_PANEL;
+	size_t size = safetensors_elem_bytes(want->t->dtype);
+	uintptr_t from = (uintptr_t)(want->t->data + (uint64_t)row * want->cols * size);
+	uintptr_t to = from + (uint64_t)n * want->cols * size, page = (uintptr_t)sysconf(_SC_PAGESIZE);
+
+	/* Down at both ends: the last page belongs to the next item too, the first one was left for this. */
+	from &= ~(page - 1);
+	to &= ~(page - 1);
+	if (to > from)
+		madvise((void *)from, to - from, MADV_DONTNEED);
+}
+
 /* Items are taken in order and whoever took one finishes it: the first bad item
  * of a file is the one that is told, however many threads there are. */
 static void
@@ -540,6 +557,7 @@ work_part(void *arg, uint32_t part, uint32_t parts)
 		rc = buf == NULL ? err_set(&err, -ENOMEM, "out of memory") : do_item(w, &w->item[i], buf, &err);
 		if (rc != 0)
 			fail(w, i, rc, &err);
+		let_go_of_pages(w, &w->item[i]);
 		percent = (int)((uint64_t)i * 100 / w->n_items);
 		if (part == 0 && w->progress != NULL && percent > told)
 			w->progress(w->progress_arg, told = percent);

@@ -357,9 +357,33 @@ attention_ref(const struct k_attention *a)
 		attend_head(a, h);
 }
 
+static void
+probe_read_ref(const void *mem, size_t bytes)
+{
+	const uint64_t *p = mem;
+	uint64_t s[8] = {0};
+
+	for (size_t i = 0; i < bytes / 8; i += 8)
+		for (size_t j = 0; j < 8; j++)
+			s[j] += p[i + j];
+	__asm__ volatile("" ::"r"(s[0] + s[1] + s[2] + s[3] + s[4] + s[5] + s[6] + s[7]));
+}
+
+static double
+probe_fma_ref(uint32_t rounds)
+{
+	float s[8] = {0};
+
+	for (uint32_t i = 0; i < rounds; i++)
+		for (int j = 0; j < 8; j++)
+			s[j] = fmaf(s[j], 0.5f, 1.0f);
+	__asm__ volatile("" ::"r"(s) : "memory");
+	return 16.0 * rounds;
+}
+
 void
 kernels_fill_ref(struct k_ops *ops)
 {
 	*ops = (struct k_ops){"ref", linear_ref, act_bf16_ref, act_fp8_ref, rmsnorm_ref, rope_ref, silu_mul_ref,
-	    kv_write_ref, attention_ref};
+	    kv_write_ref, attention_ref, probe_read_ref, probe_fma_ref};
 }

@@ -13,23 +13,29 @@
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")))
 #define INLINE static inline __attribute__((always_inline)) AVX512
 
-#define ROWS 64u         /* rows that share one unpacking */
-#define CHUNK 4u         /* blocks unpacked at a time: 8 KiB */
+#define FEW 6u           /* rows that run together: their chains fill 24 registers */
+#define ROWS 96u         /* more rows share one unpacking into memory */
+#define GROUP 4u         /* panels that share one expansion of the inputs */
+#define CHUNK 4u         /* blocks of it: 128 inputs */
 #define AHEAD 2048u      /* bytes of prefetch: one core fills DRAM bandwidth only so */
+
+/* -O2 leaves short loops alone, and arrays of registers in memory. */
+#define UNROLL _Pragma("GCC unroll 16")
 
 /* ---- linear ---- */
 
-/* E4M3 codes, one a word, to BF16 magnitudes: 4 bits up and another bias;
- * the eight subnormals by table. */
+/* E4M3 codes to BF16: four bits up and another bias, that of the eight
+ * subnormals by table. The sign comes along by sign extension. */
 INLINE __m512i
-magnitude(__m512i code)
+e4m3_to_bf16(const void *code)
 {
-	const __m512i subnormal = _mm512_castsi128_si512(
-	    _mm_setr_epi16(0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60));
-	__m512i w = _mm512_and_si512(code, _mm512_set1_epi16(0x7f));
-	__m512i normal = _mm512_add_epi16(_mm512_slli_epi16(w, 4), _mm512_set1_epi16(120 << 7));
+	const __m512i bias = _mm512_castsi128_si512(
+	    _mm_setr_epi16(0, 0x3af0, 0x3b60, 0x3b90, 0x3bc0, 0x3bd0, 0x3be0, 0x3bf0));
+	__m512i c = _mm512_cvtepi8_epi16(_mm256_loadu_si256(code));
+	__mmask32 subnormal = _mm512_testn_epi16_mask(c, _mm512_set1_epi16(0x78));
 
-	return _mm512_mask_permutexvar_epi16(normal, _mm512_cmplt_epu16_mask(w, _mm512_set1_epi16(8)), w, subnormal);
+	return _mm512_add_epi16(_mm512_and_si512(_mm512_slli_epi16(c, 4), _mm512_set1_epi16((short)0x87f0)),
+	    _mm512_mask_permutexvar_epi16(_mm512_set1_epi16(120 << 7), subnormal, c, bias));
 }
 
 /* BF16 magnitudes of E4M3 values, made smaller by 2^-shift (shift << 7 in each
@@ -64,36 +70,37 @@ channel_shift(const struct k_weight *w, uint32_t first)
 	return _mm512_or_si512(s, _mm512_slli_epi32(s, 16));
 }
 
-/* One block of 1024 weights to BF16 in the same order. */
-INLINE void
-unpack_block(const struct k_weight *w, uint32_t block, enum k_format format, uint16_t out[1024])
+/* Where the weights of a block come from. */
+enum source { CODES, PLANES, WORDS, FLOATS };
+
+struct block {
+	const uint8_t *hi;
+	const int8_t *lo;
+	const uint16_t *word; /* [1024] unpacked */
+	const float *spread;  /* [2 tiles][16 input pairs][2 inputs][16 channels] */
+};
+
+/* 32 weights, [16 channels][2 inputs], from i on. */
+INLINE __m512i
+weights_at(const struct block *b, enum source from, uint32_t i)
 {
-	bool bf16 = format == K_BF16;
-	uint32_t first = block / (w->k_pad / K_BLOCK) * K_PANEL;
-	__m512i shift[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
-	const uint8_t *hi = w->hi + (size_t)block * 1024;
-	const int8_t *lo = w->lo + (size_t)block * 1024;
-
-	if (format == K_FP8T)
-		shift[0] = channel_shift(w, first), shift[1] = channel_shift(w, first + 16);
-	for (uint32_t i = 0; i < 1024; i += 32) {
-		__m512i code = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(const void *)(hi + i)));
-		__m512i mag = magnitude(code), sign = _mm512_slli_epi16(code, 8);
-
-		if (i % 64 == 0) {
-			_mm_prefetch((const char *)hi + i + AHEAD, _MM_HINT_T0);
-			if (bf16)
-				_mm_prefetch((const char *)lo + i + AHEAD, _MM_HINT_T0);
-		}
-		if (bf16)
-			mag = _mm512_add_epi16(mag,
-			    _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)(const void *)(lo + i))));
-		if (format == K_FP8T)
-			mag = shrink(mag, shift[i / 512]);
-		/* mag | sign & 0x8000 */
-		mag = _mm512_ternarylogic_epi32(mag, sign, _mm512_set1_epi16((short)0x8000), 0xf8);
-		_mm512_storeu_si512(out + i, mag);
+	if (from == WORDS)
+		return _mm512_load_si512(b->word + i);
+	if (i % 64 == 0) {
+		_mm_prefetch((const char *)b->hi + i + AHEAD, _MM_HINT_T0);
+		if (from == PLANES)
+			_mm_prefetch((const char *)b->lo + i + AHEAD, _MM_HINT_T0);
 	}
+	if (from == CODES)
+		return e4m3_to_bf16(b->hi + i);
+	return _mm512_add_epi16(e4m3_to_bf16(b->hi + i),
+	    _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)(const void *)(b->lo + i))));
+}
+
+INLINE struct block
+block_at(const struct k_weight *w, uint32_t block, const uint16_t *word)
+{
+	return (struct block){w->hi + (size_t)block * 1024, w->lo + (size_t)block * 1024, word, NULL};
 }
 
 static void
@@ -109,48 +116,130 @@ patch_block(const struct k_weight *w, uint32_t panel, uint32_t block, uint16_t o
 	}
 }
 
-/* One block against n rows (1, 2 or 4, known where it is inlined). */
+/* One block of 1024 weights to BF16 in the same order. */
 INLINE void
-rows_block(const uint16_t weight[1024], const float (*x)[CHUNK * K_BLOCK], uint32_t x_at, float (*total)[K_PANEL],
-    const uint32_t n)
+unpack_block(const struct k_weight *w, uint32_t panel, uint32_t block, enum k_format format, uint16_t out[1024])
 {
-	const __m512i high = _mm512_set1_epi32((int)0xffff0000);
-	__m512 acc[4][2][2];
+	struct block b = block_at(w, block, NULL);
 
-	for (uint32_t r = 0; r < n; r++)
-		for (uint32_t t = 0; t < 2; t++)
-			acc[r][t][0] = acc[r][t][1] = _mm512_setzero_ps();
-	for (uint32_t p = 0; p < 16; p++) {
+	if (format == K_FP8T) {
 		for (uint32_t t = 0; t < 2; t++) {
-			__m512i w = _mm512_loadu_si512(weight + t * 512 + p * 32);
-			__m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(w, 16));
-			__m512 odd = _mm512_castsi512_ps(_mm512_and_si512(w, high));
+			const __m512i sign = _mm512_set1_epi16((short)0x8000), shift = channel_shift(w, panel * K_PANEL + t * 16);
 
-			for (uint32_t r = 0; r < n; r++) {
-				acc[r][t][0] = _mm512_fmadd_ps(even, _mm512_set1_ps(x[r][x_at + 2 * p]), acc[r][t][0]);
-				acc[r][t][1] = _mm512_fmadd_ps(odd, _mm512_set1_ps(x[r][x_at + 2 * p + 1]), acc[r][t][1]);
+			for (uint32_t i = t * 512; i < t * 512 + 512; i += 32) {
+				__m512i v = weights_at(&b, CODES, i);
+
+				/* magnitude | sign of v */
+				_mm512_store_si512(out + i, _mm512_ternarylogic_epi32(shrink(_mm512_andnot_si512(sign, v), shift), v,
+				    sign, 0xf8));
 			}
 		}
+		return;
 	}
+	if (format == K_BF16) {
+		for (uint32_t i = 0; i < 1024; i += 64) {
+			_mm512_store_si512(out + i, weights_at(&b, PLANES, i));
+			_mm512_store_si512(out + i + 32, weights_at(&b, PLANES, i + 32));
+		}
+		if (w->flag[block])
+			patch_block(w, panel, block, out);
+		return;
+	}
+	for (uint32_t i = 0; i < 1024; i += 64) {
+		_mm512_store_si512(out + i, weights_at(&b, CODES, i));
+		_mm512_store_si512(out + i + 32, weights_at(&b, CODES, i + 32));
+	}
+}
+
+/* For many rows it pays to shift and mask once, not once for each team of rows. */
+INLINE void
+spread_block(const uint16_t word[1024], float out[1024])
+{
+	const __m512i high = _mm512_set1_epi32((int)0xffff0000);
+
+	for (uint32_t i = 0; i < 1024; i += 32) {
+		__m512i w = _mm512_load_si512(word + i);
+
+		_mm512_store_ps(out + i, _mm512_castsi512_ps(_mm512_slli_epi32(w, 16)));
+		_mm512_store_ps(out + i + 16, _mm512_castsi512_ps(_mm512_and_si512(w, high)));
+	}
+}
+
+/* A pair of inputs of 16 channels. */
+INLINE void
+pair_at(const struct block *b, enum source from, uint32_t i, __m512 *even, __m512 *odd)
+{
+	__m512i w;
+
+	if (from == FLOATS) {
+		*even = _mm512_load_ps(b->spread + i);
+		*odd = _mm512_load_ps(b->spread + i + 16);
+		return;
+	}
+	w = weights_at(b, from, i);
+	*even = _mm512_castsi512_ps(_mm512_slli_epi32(w, 16));
+	*odd = _mm512_castsi512_ps(_mm512_and_si512(w, _mm512_set1_epi32((int)0xffff0000)));
+}
+
+typedef float inputs[CHUNK * K_BLOCK];
+typedef float totals[K_PANEL];
+
+/* For two FMA: a broadcast inside an FMA is one more load, and loads are what is short. */
+INLINE __m512
+broadcast(const float *x)
+{
+	__m512 v = _mm512_set1_ps(*x);
+
+	__asm__("" : "+v"(v));
+	return v;
+}
+
+/* One block against n rows (known where it is inlined). */
+INLINE void
+rows_block(const struct block *b, enum source from, const inputs *x, uint32_t x_at, totals *total, const uint32_t n)
+{
+	__m512 even[FEW][2], odd[FEW][2];
+
+	UNROLL
 	for (uint32_t r = 0; r < n; r++)
+		even[r][0] = even[r][1] = odd[r][0] = odd[r][1] = _mm512_setzero_ps();
+#pragma GCC unroll 2
+	for (uint32_t p = 0; p < 16; p++) {
+		__m512 e0, o0, e1, o1;
+
+		pair_at(b, from, p * 32, &e0, &o0);
+		pair_at(b, from, 512 + p * 32, &e1, &o1);
+		UNROLL
+		for (uint32_t r = 0; r < n; r++) {
+			__m512 xe = broadcast(&x[r][x_at + 2 * p]), xo = broadcast(&x[r][x_at + 2 * p + 1]);
+
+			even[r][0] = _mm512_fmadd_ps(e0, xe, even[r][0]);
+			even[r][1] = _mm512_fmadd_ps(e1, xe, even[r][1]);
+			odd[r][0] = _mm512_fmadd_ps(o0, xo, odd[r][0]);
+			odd[r][1] = _mm512_fmadd_ps(o1, xo, odd[r][1]);
+		}
+	}
+	UNROLL
+	for (uint32_t r = 0; r < n; r++)
+		UNROLL
 		for (uint32_t t = 0; t < 2; t++)
-			_mm512_storeu_ps(&total[r][t * 16], _mm512_add_ps(_mm512_loadu_ps(&total[r][t * 16]),
-			    _mm512_add_ps(acc[r][t][0], acc[r][t][1])));
+			_mm512_store_ps(&total[r][t * 16], _mm512_add_ps(_mm512_load_ps(&total[r][t * 16]),
+			    _mm512_add_ps(even[r][t], odd[r][t])));
 }
 
 INLINE void
-expand_inputs(const uint16_t *x, size_t ldx, uint32_t rows, uint32_t n, float (*out)[CHUNK * K_BLOCK])
+expand_inputs(const uint16_t *x, size_t ldx, uint32_t rows, uint32_t n, inputs *out)
 {
 	for (uint32_t r = 0; r < rows; r++)
 		for (uint32_t i = 0; i < n; i += 16) {
 			__m512i u = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(const void *)(x + r * ldx + i)));
 
-			_mm512_storeu_ps(&out[r][i], _mm512_castsi512_ps(_mm512_slli_epi32(u, 16)));
+			_mm512_store_ps(&out[r][i], _mm512_castsi512_ps(_mm512_slli_epi32(u, 16)));
 		}
 }
 
 INLINE void
-write_panel(const struct k_linear *a, uint32_t panel, uint32_t row, uint32_t rows, float (*total)[K_PANEL])
+write_panel(const struct k_linear *a, uint32_t panel, uint32_t row, uint32_t rows, const totals *total)
 {
 	uint32_t first = panel * K_PANEL, n = a->w->n - first < K_PANEL ? a->w->n - first : K_PANEL;
 	__mmask32 valid = n == 32 ? 0xffffffffu : (1u << n) - 1;
@@ -159,7 +248,7 @@ write_panel(const struct k_linear *a, uint32_t panel, uint32_t row, uint32_t row
 		for (uint32_t t = 0; t < 2; t++) {
 			__mmask16 m = (__mmask16)(valid >> (t * 16));
 			float *y = a->y + (row + r) * a->ldy + first + t * 16;
-			__m512 v = _mm512_loadu_ps(&total[r][t * 16]);
+			__m512 v = _mm512_load_ps(&total[r][t * 16]);
 
 			if (a->x_scale != NULL)
 				v = _mm512_mul_ps(v, _mm512_set1_ps(a->x_scale[row + r]));
@@ -172,44 +261,118 @@ write_panel(const struct k_linear *a, uint32_t panel, uint32_t row, uint32_t row
 	}
 }
 
-AVX512 static void
-linear_rows(const struct k_linear *a, uint32_t panel, uint32_t row, uint32_t rows)
+/* Up to FEW rows: every weight is read once and used at once. */
+INLINE void
+few_panel(const struct k_linear *a, uint32_t panel, uint32_t row, const uint32_t n, enum source from)
 {
 	const struct k_weight *w = a->w;
 	uint32_t kb_n = w->k_pad / K_BLOCK;
-	bool bf16 = a->format == K_BF16;
-	_Alignas(64) uint16_t weight[CHUNK][1024];
-	_Alignas(64) float x[ROWS][CHUNK * K_BLOCK];
-	_Alignas(64) float total[ROWS][K_PANEL];
+	_Alignas(64) uint16_t word[1024];
+	_Alignas(64) inputs x[FEW];
+	_Alignas(64) totals total[FEW] = {{0}};
 
-	memset(total, 0, rows * sizeof(*total));
-	for (uint32_t kb = 0; kb < kb_n; kb += CHUNK) {
-		uint32_t n = kb_n - kb < CHUNK ? kb_n - kb : CHUNK, r;
+	for (uint32_t kb = 0; kb < kb_n; kb++) {
+		struct block b = block_at(w, panel * kb_n + kb, word);
 
-		for (uint32_t b = 0; b < n; b++) {
-			uint32_t block = panel * kb_n + kb + b;
-
-			unpack_block(w, block, a->format, weight[b]);
-			if (bf16 && w->flag[block])
-				patch_block(w, panel, block, weight[b]);
+		if (kb % CHUNK == 0)
+			expand_inputs(a->x + row * a->ldx + kb * K_BLOCK, a->ldx, n,
+			    kb_n - kb < CHUNK ? (kb_n - kb) * K_BLOCK : CHUNK * K_BLOCK, x);
+		if (from == WORDS || (from == PLANES && w->flag[panel * kb_n + kb])) {
+			unpack_block(w, panel, panel * kb_n + kb, a->format, word);
+			rows_block(&b, WORDS, (const inputs *)x, kb % CHUNK * K_BLOCK, total, n);
+		} else {
+			rows_block(&b, from, (const inputs *)x, kb % CHUNK * K_BLOCK, total, n);
 		}
-		expand_inputs(a->x + row * a->ldx + kb * K_BLOCK, a->ldx, rows, n * K_BLOCK, x);
-		for (r = 0; r + 4 <= rows; r += 4)
-			for (uint32_t b = 0; b < n; b++)
-				rows_block(weight[b], &x[r], b * K_BLOCK, &total[r], 4);
-		for (; r < rows; r++)
-			for (uint32_t b = 0; b < n; b++)
-				rows_block(weight[b], &x[r], b * K_BLOCK, &total[r], 1);
 	}
-	write_panel(a, panel, row, rows, total);
+	write_panel(a, panel, row, n, (const totals *)total);
+}
+
+#define FEW_ROWS(n) \
+	AVX512 static void few_##n(const struct k_linear *a, uint32_t panel, uint32_t row) \
+	{ \
+		if (a->format == K_BF16) \
+			few_panel(a, panel, row, n, PLANES); \
+		else if (a->format == K_FP8T) \
+			few_panel(a, panel, row, n, WORDS); \
+		else \
+			few_panel(a, panel, row, n, CODES); \
+	}
+FEW_ROWS(1)
+FEW_ROWS(2)
+FEW_ROWS(3)
+FEW_ROWS(4)
+FEW_ROWS(5)
+FEW_ROWS(6)
+
+/* One unpacked block against more than FEW rows, in even teams. */
+AVX512 static void
+many_block(const float spread[1024], const inputs *x, uint32_t x_at, totals *total, uint32_t rows)
+{
+	struct block b = {.spread = spread};
+	uint32_t teams = (rows + FEW - 1) / FEW;
+
+	for (uint32_t i = 0; i < teams; i++) {
+		uint32_t r = rows * i / teams;
+
+		switch (rows * (i + 1) / teams - r) {
+		case 3: rows_block(&b, FLOATS, x + r, x_at, total + r, 3); break;
+		case 4: rows_block(&b, FLOATS, x + r, x_at, total + r, 4); break;
+		case 5: rows_block(&b, FLOATS, x + r, x_at, total + r, 5); break;
+		case 6: rows_block(&b, FLOATS, x + r, x_at, total + r, 6); break;
+		}
+	}
+}
+
+/* Panels [p0, p1), at most GROUP, for up to ROWS rows, more than FEW. */
+AVX512 static void
+many_panels(const struct k_linear *a, uint32_t p0, uint32_t p1, uint32_t row, uint32_t rows)
+{
+	const struct k_weight *w = a->w;
+	uint32_t kb_n = w->k_pad / K_BLOCK;
+	_Alignas(64) uint16_t word[1024];
+	_Alignas(64) float spread[1024];
+	_Alignas(64) inputs x[ROWS];
+	_Alignas(64) totals total[GROUP][ROWS];
+
+	memset(total, 0, (p1 - p0) * sizeof(*total));
+	for (uint32_t kb0 = 0; kb0 < kb_n; kb0 += CHUNK) {
+		uint32_t kb1 = kb_n - kb0 < CHUNK ? kb_n : kb0 + CHUNK;
+
+		expand_inputs(a->x + row * a->ldx + kb0 * K_BLOCK, a->ldx, rows, (kb1 - kb0) * K_BLOCK, x);
+		for (uint32_t p = p0; p < p1; p++) {
+			for (uint32_t kb = kb0; kb < kb1; kb++) {
+				unpack_block(w, p, p * kb_n + kb, a->format, word);
+				spread_block(word, spread);
+				many_block(spread, (const inputs *)x, (kb - kb0) * K_BLOCK, total[p - p0], rows);
+			}
+		}
+	}
+	for (uint32_t p = p0; p < p1; p++)
+		write_panel(a, p, row, rows, (const totals *)total[p - p0]);
 }
 
 static void
 linear_avx512(const struct k_linear *a)
 {
-	for (uint32_t panel = a->panel0; panel < a->panel1; panel++)
-		for (uint32_t r = 0; r < a->rows; r += ROWS)
-			linear_rows(a, panel, r, a->rows - r < ROWS ? a->rows - r : ROWS);
+	static void (*const few[FEW])(const struct k_linear *, uint32_t, uint32_t) = {few_1, few_2, few_3, few_4, few_5,
+	    few_6};
+
+	if (a->rows == 0)
+		return;
+	if (a->rows <= FEW) {
+		for (uint32_t panel = a->panel0; panel < a->panel1; panel++)
+			few[a->rows - 1](a, panel, 0);
+		return;
+	}
+	for (uint32_t p0 = a->panel0; p0 < a->panel1; p0 += GROUP) {
+		uint32_t p1 = a->panel1 - p0 < GROUP ? a->panel1 : p0 + GROUP, passes = (a->rows + ROWS - 1) / ROWS;
+
+		for (uint32_t i = 0; i < passes; i++) {
+			uint32_t row = (uint32_t)((uint64_t)a->rows * i / passes);
+
+			many_panels(a, p0, p1, row, (uint32_t)((uint64_t)a->rows * (i + 1) / passes) - row);
+		}
+	}
 }
 
 /* ---- rows ---- */
@@ -384,17 +547,6 @@ struct head_page {
 	const float *ks, *vs;   /* [32], 1 in BF16 positions */
 };
 
-/* 32 E4M3 codes as BF16. */
-INLINE __m512i
-e4m3_to_bf16(const uint8_t *q)
-{
-	__m512i code = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(const void *)q));
-
-	/* magnitude | sign & 0x8000 */
-	return _mm512_ternarylogic_epi32(magnitude(code), _mm512_slli_epi16(code, 8), _mm512_set1_epi16((short)0x8000),
-	    0xf8);
-}
-
 /* The FP8 positions of a head's K and V as BF16 beside those that are BF16 already. */
 INLINE void
 mix_page(const struct k_attention *a, const struct k_kv_block *b, uint32_t kvh, uint16_t *k, uint16_t *v)
@@ -566,6 +718,45 @@ attention_avx512(const struct k_attention *a)
 		attend_head(a, h);
 }
 
+AVX512 static void
+probe_read_avx512(const void *mem, size_t bytes)
+{
+	const char *p = mem;
+	__m512i s[4] = {0};
+
+	for (size_t i = 0; i < bytes; i += 256) {
+		UNROLL
+		for (size_t j = 0; j < 4; j++) {
+			_mm_prefetch(p + i + j * 64 + AHEAD, _MM_HINT_T0);
+			s[j] = _mm512_add_epi64(s[j], _mm512_loadu_si512(p + i + j * 64));
+		}
+	}
+	s[0] = _mm512_add_epi64(_mm512_add_epi64(s[0], s[1]), _mm512_add_epi64(s[2], s[3]));
+	__asm__ volatile("" ::"v"(s[0]));
+}
+
+AVX512 static double
+probe_fma_avx512(uint32_t rounds)
+{
+	const __m512 half = _mm512_set1_ps(0.5f), one = _mm512_set1_ps(1.0f);
+	__m512 s[16];
+
+	UNROLL
+	for (int j = 0; j < 16; j++)
+		s[j] = one;
+	for (uint32_t i = 0; i < rounds; i++) {
+		UNROLL
+		for (int j = 0; j < 16; j++) {
+			s[j] = _mm512_fmadd_ps(s[j], half, one);
+			__asm__ volatile("" : "+v"(s[j]));
+		}
+	}
+	UNROLL
+	for (int j = 0; j < 16; j++)
+		__asm__ volatile("" ::"v"(s[j]));
+	return 16.0 * 16 * 2 * rounds;
+}
+
 void
 kernels_fill_avx512(struct k_ops *ops)
 {
@@ -576,4 +767,6 @@ kernels_fill_avx512(struct k_ops *ops)
 	ops->rope = rope_avx512;
 	ops->silu_mul = silu_mul_avx512;
 	ops->attention = attention_avx512;
+	ops->probe_read = probe_read_avx512;
+	ops->probe_fma = probe_fma_avx512;
 }

@@ -509,18 +509,10 @@ time_of(void (*fn)(void *), void *arg)
 
 #define STREAM_BYTES ((size_t)256 << 20)
 
-static volatile uint64_t sink;
-
 static void
 stream(void *arg)
 {
-	const uint64_t *p = arg;
-	uint64_t s[8] = {0};
-
-	for (size_t i = 0; i < STREAM_BYTES / 8; i += 8)
-		for (int j = 0; j < 8; j++)
-			s[j] += p[i + (size_t)j];
-	sink = s[0] + s[1] + s[2] + s[3] + s[4] + s[5] + s[6] + s[7];
+	ops->probe_read(arg, STREAM_BYTES);
 }
 
 struct linear_bench {

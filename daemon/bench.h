@@ -1,0 +1,22 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#ifndef OCTET_BENCH_H
+#define OCTET_BENCH_H
+#include <stdbool.h>
+#include <stdint.h>
+#include "client/err.h"
+
+/*
+ * octetd --bench: loads a model, serves nobody, and prints what its forward
+ * pass reaches in every format beside what the machine could do: tokens/s,
+ * GB/s, FLOP/s, memory, time of a load and of a flip.
+ */
+struct bench_options {
+	const char *model;   /* directory */
+	const char *only;    /* run the tests whose "FORMAT TEST N" contains it; NULL: all */
+	uint32_t threads;    /* 0: the CPUs of the affinity mask */
+	bool json;
+};
+
+/* Prints to standard output. A negative errno and *err: nothing was measured. */
+int bench_run(const struct bench_options *, struct err *);
+#endif
