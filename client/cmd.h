@@ -11,7 +11,7 @@ struct cmd {
 	const char *name, *args, *help;
 	int (*run)(int argc, char **argv, const char *socket); /* argv[0] is the verb; an exit status */
 };
-extern const struct cmd cmd_complete, cmd_tokenize, cmd_score, cmd_chat, cmd_bench;
+extern const struct cmd cmd_complete, cmd_tokenize, cmd_score, cmd_chat, cmd_bench, cmd_proofread;
 
 /* Prints "octet: ..." and returns 1, or 2 for usage. */
 int cmd_fail(const char *fmt, ...) __attribute__((format(printf, 1, 2)));

@@ -9,7 +9,7 @@
 
 #include "client/cmd.h"
 
-static const struct cmd *const cmds[] = {&cmd_complete, &cmd_tokenize, &cmd_score, &cmd_chat, &cmd_bench};
+static const struct cmd *const cmds[] = {&cmd_complete, &cmd_tokenize, &cmd_score, &cmd_chat, &cmd_proofread, &cmd_bench};
 
 int
 cmd_fail(const char *fmt, ...)

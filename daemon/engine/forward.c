@@ -106,7 +106,8 @@ forward_new(struct forward **out, const struct model *m, const struct k_ops *ops
 	f->attn = buffer((size_t)max_rows * q, sizeof(float), &ok);
 	f->gate = buffer((size_t)max_rows * s->intermediate, sizeof(float), &ok);
 	f->up = buffer((size_t)max_rows * s->intermediate, sizeof(float), &ok);
-	f->logits = buffer((size_t)max_rows * s->vocab, sizeof(float), &ok);
+	f->logits = aligned_alloc(64, ((size_t)max_rows * s->vocab * sizeof(float) + 63) & ~(size_t)63); /* touched as used */
+	ok = ok && f->logits != NULL;
 	f->tmp = buffer((size_t)parts * f->tmp_ld, sizeof(float), &ok);
 	f->block = buffer((size_t)parts * f->block_ld, sizeof(*f->block), &ok);
 	f->plan = buffer(max_rows, sizeof(*f->plan), &ok);
