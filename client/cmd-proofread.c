@@ -2,7 +2,7 @@
 /*
  * octet proofread: the example app of liboctet. Cuts a text into sentences,
  * corrects many at once through one connection, and puts the text together
- * again: whatever is no sentence, and all spacing, stays as it was.
+ * again: whatever is no sentence, and every line break, stays as it was.
  */
 #include <ctype.h>
 #include <errno.h>
@@ -405,47 +405,62 @@ put(FILE *out, const char *s, size_t n)
 	fwrite(s, 1, n, out);
 }
 
-/* Words under a mark; the first one's space stands before the mark. */
+/* The space before a word: a line break stays, anything else is one space. */
 static void
-put_marked(struct job *j, const struct word *w, size_t n, const char *plain, const char *colour)
+put_gap(FILE *out, const struct word *w)
 {
-	char close[3] = {plain[1], plain[0] == '[' ? ']' : '}', 0};
+	if (w->n_space > 0 && (memchr(w->space, '\n', w->n_space) != NULL))
+		put(out, w->space, w->n_space);
+	else if (w->n_space > 0)
+		fputc(' ', out);
+}
 
+static void
+put_word(FILE *out, const struct word *w)
+{
+	put_gap(out, w);
+	put(out, w->text, w->len);
+}
+
+/* Words under a mark; the space before the first one stands before the mark. */
+static void
+put_marked(struct job *j, const struct word *w, size_t n, const char *plain, const char *close, const char *colour)
+{
 	if (n == 0)
 		return;
 	fputs(j->colour ? colour : plain, j->out);
-	for (size_t i = 0; i < n; i++) {
-		if (i > 0)
-			put(j->out, w[i].n_space > 0 ? w[i].space : " ", w[i].n_space > 0 ? w[i].n_space : 1);
-		put(j->out, w[i].text, w[i].len);
-	}
+	put(j->out, w->text, w->len);
+	for (size_t i = 1; i < n; i++)
+		put_word(j->out, &w[i]);
 	fputs(j->colour ? "\033[0m" : close, j->out);
 }
 
-/* Old words [0, n) became new words [0, m). */
+/* Old words [0, n) became new words [0, m), at the start of the sentence or not. */
 static void
 put_hunk(struct job *j, const struct word *a, size_t n, const struct word *b, size_t m, bool first)
 {
-	if (n > 0)
-		put(j->out, a->space, a->n_space);
-	else if (!first && m > 0)
-		fputc(' ', j->out);
 	if (is_code(a, n)) {
 		for (size_t i = 0; i < n; i++)
-			put(j->out, i > 0 ? a[i].space : a[i].text, (i > 0 ? a[i].n_space : 0) + a[i].len);
+			put_word(j->out, &a[i]);
 		return;
 	}
+	if (n > 0 && (m > 0 || j->diff))
+		put_gap(j->out, a);
+	else if (!first && m > 0)
+		fputc(' ', j->out);
 	if (j->diff) {
-		put_marked(j, a, n, "[-", "\033[31;9m");
-		put_marked(j, b, m, "{+", "\033[32m");
-		return;
+		put_marked(j, a, n, "[-", "-]", "\033[31;9m");
+		put_marked(j, b, m, "{+", "+}", "\033[32m");
+	} else if (m > 0) {
+		/* The old gaps as far as they go, for their line breaks. */
+		put(j->out, b->text, b->len);
+		for (size_t i = 1; i < m; i++) {
+			put_gap(j->out, i < n ? &a[i] : &b[i]);
+			put(j->out, b[i].text, b[i].len);
+		}
 	}
-	/* Old spacing as far as it goes: line breaks stay where they were. */
-	for (size_t i = 0; i < m; i++) {
-		if (i > 0)
-			put(j->out, i < n ? a[i].space : " ", i < n ? a[i].n_space : 1);
-		put(j->out, b[i].text, b[i].len);
-	}
+	if (first && n == 0 && m > 0)
+		fputc(' ', j->out); /* the old first word has no gap */
 }
 
 /* Walks the hunks; prints them, or counts the words that change. */
@@ -468,11 +483,21 @@ walk(struct job *j, const struct word *a, size_t n, const struct word *b, size_t
 			changed += i - i0 > k - k0 ? i - i0 : k - k0;
 		if (i < n) {
 			if (print)
-				put(j->out, a[i].space, a[i].n_space + a[i].len);
+				put_word(j->out, &a[i]);
 			i++, k++;
 		}
 	}
 	return changed;
+}
+
+/* More than a space between two words of a line. */
+static bool
+has_wide_gaps(const struct word *w, size_t n)
+{
+	for (size_t i = 1; i < n; i++)
+		if (w[i].n_space > 1 && memchr(w[i].space, '\n', w[i].n_space) == NULL)
+			return true;
+	return false;
 }
 
 static bool
@@ -499,7 +524,7 @@ print_sentence(struct job *j, struct piece *p)
 		rc = cmd_fail("out of memory");
 	} else {
 		changed = walk(j, a, n, b, m, false);
-		set_fate(j, p, changed == 0 && p->stopped ? UNCHANGED
+		set_fate(j, p, changed == 0 && p->stopped && !has_wide_gaps(a, n) ? UNCHANGED
 		        : !p->stopped || m == 0 || is_too_much(j, changed, n) ? DROPPED : CORRECTED);
 		if (p->fate == CORRECTED) {
 			walk(j, a, n, b, m, true);

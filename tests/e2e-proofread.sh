@@ -23,8 +23,8 @@ is "JSON" "$(proofread --json "$scratch/one" | jq -c '[.text,.sentences,.correct
 printf '# Teh heading\n\n> quoted teh line\n\n    indented teh code\n\n```\nfenced teh code.\n```\n| teh | table |\n<b>teh</b>\n---\n\t\n  \n12345 67.\n\377\376 teh.\n' >"$scratch/keep"
 ok "headings, quotes, code, tables, markup, rubbish stay" sh -c "$builddir/octet proofread $scratch/keep 2>/dev/null | cmp - $scratch/keep"
 printf 'I has  seen\nteh   results.  \r\n\r\n- I has a apple.\n2. I has a apple.\n' >"$scratch/space"
-is "spacing, line breaks and list marks stay" "$(proofread "$scratch/space" | od -c)" \
-    "$(printf 'I have  seen\nthe   results.  \r\n\r\n- I have an apple.\n2. I have an apple.\n' | od -c)"
+is "line breaks, list marks and what stands between sentences stay, wide gaps in them go" "$(proofread "$scratch/space" | od -c)" \
+    "$(printf 'I have seen\nthe results.  \r\n\r\n- I have an apple.\n2. I have an apple.\n' | od -c)"
 printf 'I has seen `teh_code` at https://teh.example/teh and a@teh.example.' >"$scratch/code"
 has "code, addresses and paths stay" "$(proofread "$scratch/code")" '`teh_code` at https://teh.example/teh and a@teh.example.'
 printf 'The list is e.g. from Mr. Smith. It has 3.5 pages. Yes! No?' >"$scratch/abbr"
