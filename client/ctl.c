@@ -18,6 +18,7 @@
 struct ctl {
 	int fd;
 	int page_fd;        /* last descriptor received, -1 */
+	bool operator;      /* as the daemon said with the page */
 	char *buf;          /* bytes received and not yet a line */
 	size_t len, cap;
 };
@@ -273,6 +274,7 @@ ctl_page(struct ctl *c, const struct octet_page **out, struct err *err)
 		return err_set(err, -ENOMEM, "out of memory");
 	rc = ctl_call(c, request, &reply, 5000, err);
 	json_decref(request);
+	c->operator = json_is_true(json_object_get(reply, "operator"));
 	json_decref(reply);
 	if (rc != 0)
 		return rc;
@@ -296,6 +298,21 @@ ctl_page(struct ctl *c, const struct octet_page **out, struct err *err)
 	return rc;
 }
 
+bool
+ctl_operator(const struct ctl *c)
+{
+	return c->operator;
+}
+
+bool
+ctl_alive(const struct ctl *c)
+{
+	struct pollfd p = {.fd = c->fd, .events = POLLIN};
+
+	/* It speaks only when asked: readable means that it closed. */
+	return poll(&p, 1, 0) == 0;
+}
+
 void
 ctl_page_free(const struct octet_page **page)
 {
@@ -306,11 +323,11 @@ ctl_page_free(const struct octet_page **page)
 
 #define TERMINATE(s) ((s)[sizeof(s) - 1] = '\0')
 
-static void
+void
 page_sanitise(struct octet_page *p)
 {
 	TERMINATE(p->octet_version), TERMINATE(p->model), TERMINATE(p->backend), TERMINATE(p->cpu_level);
-	TERMINATE(p->policy);
+	TERMINATE(p->policy), TERMINATE(p->sweep_format);
 	if (p->n_layers > PAGE_LAYERS)
 		p->n_layers = PAGE_LAYERS;
 	if (p->n_groups > PAGE_GROUPS)
@@ -321,6 +338,8 @@ page_sanitise(struct octet_page *p)
 		p->n_history = PAGE_HISTORY;
 	if (p->n_clients > PAGE_CLIENTS)
 		p->n_clients = PAGE_CLIENTS;
+	if (p->n_evals > PAGE_EVALS)
+		p->n_evals = PAGE_EVALS;
 	for (uint32_t i = 0; i < PAGE_GROUPS; i++)
 		TERMINATE(p->group[i]);
 	for (uint32_t i = 0; i < PAGE_FORMATS; i++)
@@ -332,6 +351,8 @@ page_sanitise(struct octet_page *p)
 	}
 	for (uint32_t i = 0; i < PAGE_CLIENTS; i++)
 		TERMINATE(p->client[i].program);
+	for (uint32_t i = 0; i < PAGE_EVALS; i++)
+		TERMINATE(p->eval[i].baseline), TERMINATE(p->eval[i].candidate), TERMINATE(p->eval[i].corpus);
 }
 
 int

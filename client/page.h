@@ -10,12 +10,13 @@
 #include <stdint.h>
 
 #define PAGE_MAGIC 0x4750434fu /* "OCPG" */
-#define PAGE_VERSION 2u
+#define PAGE_VERSION 3u
 #define PAGE_GROUPS 16u
 #define PAGE_LAYERS 256u
 #define PAGE_FORMATS 8u
 #define PAGE_HISTORY 32u
 #define PAGE_CLIENTS 64u
+#define PAGE_EVALS 16u
 #define PAGE_NONE 0xffu /* no such site */
 
 struct page_history {
@@ -31,6 +32,15 @@ struct page_client {
 	char program[32];
 };
 
+/* One finished eval: a candidate plan measured against a baseline on a text. */
+struct page_eval {
+	int64_t time_us;
+	uint64_t id, tokens;
+	char baseline[64], candidate[64], corpus[64]; /* policies by name, the text's file */
+	double perplexity_base, perplexity, kl_mean, kl_p99, kl_max, top1; /* top1: share of equal first choices */
+	double tokens_per_s_base, tokens_per_s;
+};
+
 struct octet_page {
 	uint32_t magic, version, bytes;
 	uint32_t seq;          /* odd while the daemon writes */
@@ -41,21 +51,36 @@ struct octet_page {
 	char group[PAGE_GROUPS][24];
 	char format[PAGE_FORMATS][12];
 	uint32_t possible[PAGE_GROUPS]; /* bit f: the group may have format f */
-	uint8_t wanted[PAGE_GROUPS][PAGE_LAYERS];   /* format index or PAGE_NONE */
+	/* Format index or PAGE_NONE. A flip that is on its way is wanted already. */
+	uint8_t wanted[PAGE_GROUPS][PAGE_LAYERS];
 	uint8_t executed[PAGE_GROUPS][PAGE_LAYERS];
+	/* What one token reads of one site: bytes of weights; of kv_cache, bytes of
+	 * each position before it. */
+	uint64_t read_bytes[PAGE_GROUPS][PAGE_FORMATS];
 	/* What FP8 does, or would do, to a site's inputs: largest magnitude, shares
 	 * that become 0 and the largest code. absmax < 0: not measured yet. */
 	float absmax[PAGE_GROUPS][PAGE_LAYERS], zero[PAGE_GROUPS][PAGE_LAYERS], saturated[PAGE_GROUPS][PAGE_LAYERS];
+	/* The last sweep: KL divergence with the site alone flipped; < 0: not
+	 * measured. sweep_us 0: no sweep yet. */
+	float kl[PAGE_GROUPS][PAGE_LAYERS];
+	int64_t sweep_us;
+	char sweep_format[12];
 	uint64_t epoch, plan_digest, step;
+	uint64_t running_epoch;   /* what the last step ran: behind epoch until there is a step */
+	uint64_t unconfirmed_epoch; /* is taken back in unconfirmed_s; 0: none */
+	uint32_t unconfirmed_s, unjournaled, draining;
 	char policy[64];       /* "bf16", or "bf16 + 2 changes" */
 	uint64_t weights_bytes, kv_bytes;
-	uint32_t kv_pages, kv_pages_used, kv_page_tokens;
+	uint32_t kv_pages, kv_pages_used, kv_pages_cached, kv_page_tokens;
+	uint64_t prefix_hit_tokens, prefix_evictions, preemptions;
 	uint32_t running, queued, batch_rows;
 	uint64_t done, failed, prompt_tokens, output_tokens;
 	double tokens_per_s, prompt_per_s;  /* over the last second or so */
 	double step_ms_p50, step_ms_p90, step_ms_p99, step_ms_max;
-	uint32_t n_history, n_clients;
+	double ttft_ms_p50, ttft_ms_p99;    /* submission to first token; < 0: not measured */
+	uint32_t n_history, n_clients, n_evals;
 	struct page_history history[PAGE_HISTORY];  /* newest first */
 	struct page_client client[PAGE_CLIENTS];
+	struct page_eval eval[PAGE_EVALS];          /* newest first */
 };
 #endif

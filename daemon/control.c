@@ -220,6 +220,12 @@ call_peer(const struct call *call)
 	return &call->conn.peer;
 }
 
+bool
+call_is_operator(const struct call *call)
+{
+	return is_operator(call->conn.ctl->d, &call->conn.peer);
+}
+
 void
 call_reply(struct call *call, json_t *reply)
 {

@@ -40,6 +40,7 @@ int control_new(struct control **, struct octetd *, const char *path, unsigned m
 void control_free(struct control **);
 
 const struct peer *call_peer(const struct call *);
+bool call_is_operator(const struct call *);
 void call_reply(struct call *, json_t *reply); /* takes the reference */
 void call_refuse(struct call *, int code, const char *why);
 /* Sends a descriptor (borrowed) with the reply and counts the connection as a

@@ -666,6 +666,12 @@ flipper_plan(const struct flipper *f)
 	return f->active;
 }
 
+struct plan *
+flipper_next(const struct flipper *f)
+{
+	return (f->state == FLIP_INTENT || f->state == FLIP_ENGINE) && f->now->plan != NULL ? f->now->plan : f->active;
+}
+
 uint64_t
 flipper_epoch(const struct flipper *f)
 {

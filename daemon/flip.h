@@ -80,6 +80,7 @@ void flipper_drain(struct flipper *);
 bool flipper_idle(const struct flipper *);
 
 struct plan *flipper_plan(const struct flipper *); /* borrowed */
+struct plan *flipper_next(const struct flipper *); /* on its way to the engine, else the active one; borrowed */
 uint64_t flipper_epoch(const struct flipper *);
 const char *flipper_policy(const struct flipper *);
 uint64_t flipper_file_policy(const struct flipper *);

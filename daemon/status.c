@@ -38,6 +38,24 @@ struct status {
 
 /* ---- filling ---- */
 
+/* Bytes that one token reads of a site in a format. */
+static uint64_t
+read_bytes(const struct model_shape *m, enum plan_group g, enum plan_format f)
+{
+	uint64_t q = (uint64_t)m->n_heads * m->head_dim, kv = (uint64_t)m->n_kv_heads * m->head_dim;
+	uint64_t each = f == FORMAT_BF16 ? 2 : 1;
+
+	switch (g) {
+	case GROUP_Q: case GROUP_O: return each * q * m->hidden;
+	case GROUP_K: case GROUP_V: return each * kv * m->hidden;
+	case GROUP_GATE: case GROUP_UP: case GROUP_DOWN: return each * m->intermediate * m->hidden;
+	case GROUP_LM_HEAD: return each * m->vocab * m->hidden;
+	case GROUP_KV_CACHE: return 2 * kv * each + (f == FORMAT_BF16 ? 0 : 2 * m->n_kv_heads * sizeof(float));
+	case N_GROUPS: break;
+	}
+	return 0;
+}
+
 static void
 fill_fixed(struct status *s)
 {
@@ -61,23 +79,30 @@ fill_fixed(struct status *s)
 		snprintf(p->format[f], sizeof(p->format[f]), "%s", plan_format_name(f));
 	for (int g = 0; g < N_GROUPS; g++)
 		for (int f = 0; f < N_FORMATS; f++)
-			p->possible[g] |= (uint32_t)plan_group_has(g, f) << f;
+			if (plan_group_has(g, f)) {
+				p->possible[g] |= 1u << f;
+				p->read_bytes[g][f] = read_bytes(&d->model->shape, g, f);
+			}
 	p->weights_bytes = d->model->weights_bytes;
 	memset(p->wanted, PAGE_NONE, sizeof(p->wanted));
 	memset(p->executed, PAGE_NONE, sizeof(p->executed));
+	for (uint32_t g = 0; g < PAGE_GROUPS; g++)
+		for (uint32_t l = 0; l < PAGE_LAYERS; l++)
+			p->kl[g][l] = -1;
+	p->ttft_ms_p50 = p->ttft_ms_p99 = -1;
 }
 
 static void
 fill_plan(struct status *s)
 {
 	const struct octetd *d = s->d;
-	const struct plan *plan = flipper_plan(d->flips);
+	const struct plan *plan = flipper_plan(d->flips), *next = flipper_next(d->flips);
 	struct octet_page *p = &s->next;
 	struct evidence_site site;
 
 	for (int g = 0; g < N_GROUPS; g++) {
 		for (uint32_t l = 0; l < (g == GROUP_LM_HEAD ? 1 : p->n_layers); l++) {
-			p->wanted[g][l] = (uint8_t)plan_at(plan, g, l);
+			p->wanted[g][l] = (uint8_t)plan_at(next, g, l);
 			p->executed[g][l] = (uint8_t)engine_executed(d->engine, plan, g, l);
 			engine_evidence(d->engine, g, l, &site);
 			p->absmax[g][l] = site.n > 0 ? site.absmax : -1;
@@ -87,6 +112,9 @@ fill_plan(struct status *s)
 	p->epoch = flipper_epoch(d->flips);
 	p->plan_digest = plan->digest;
 	snprintf(p->policy, sizeof(p->policy), "%s", flipper_policy(d->flips));
+	p->unconfirmed_epoch = flipper_unconfirmed(d->flips, &p->unconfirmed_s);
+	p->unjournaled = flipper_unjournaled(d->flips);
+	p->draining = d->draining || d->drained;
 }
 
 /* Over the last second, or since the first watcher came. */
@@ -111,7 +139,9 @@ fill_stats(struct status *s)
 	struct engine_stats st = {0};
 
 	engine_stats(s->d->engine, &st);
-	p->step = st.step;
+	p->step = st.step, p->running_epoch = st.epoch;
+	p->kv_pages_cached = st.kv_pages_cached, p->prefix_hit_tokens = st.prefix_hit_tokens;
+	p->prefix_evictions = st.prefix_evictions, p->preemptions = st.preemptions;
 	p->kv_bytes = st.kv_bytes, p->kv_pages = st.kv_pages, p->kv_pages_used = st.kv_pages_used;
 	p->kv_page_tokens = st.kv_page_tokens;
 	p->running = st.running, p->queued = st.queued, p->batch_rows = st.batch_rows;

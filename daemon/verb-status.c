@@ -241,7 +241,7 @@ static int
 exec_page(struct octetd *d, struct call *call, const json_t *request, json_t **reply, struct err *err)
 {
 	(void)request;
-	*reply = json_pack("{s:i}", "bytes", (int)sizeof(struct octet_page));
+	*reply = json_pack("{s:i,s:b}", "bytes", (int)sizeof(struct octet_page), "operator", call_is_operator(call));
 	if (*reply == NULL)
 		return err_set(err, -ENOMEM, "out of memory");
 	call_watch(call, status_fd(d->status));

@@ -74,9 +74,10 @@ test_page(void **state)
 {
 	(void)state;
 	assert_int_equal(PAGE_MAGIC, 0x4750434f);
-	assert_int_equal(PAGE_VERSION, 2);
+	assert_int_equal(PAGE_VERSION, 3);
 	SIZE(page_history, 248);
 	SIZE(page_client, 72);
+	SIZE(page_eval, 280);
 	AT(octet_page, seq, 12);
 	AT(octet_page, updated_us, 16);
 	AT(octet_page, octet_version, 24);
@@ -85,12 +86,15 @@ test_page(void **state)
 	AT(octet_page, possible, 720);
 	AT(octet_page, wanted, 784);
 	AT(octet_page, executed, 4880);
-	AT(octet_page, absmax, 8976);
-	AT(octet_page, epoch, 58128);
-	AT(octet_page, policy, 58152);
-	AT(octet_page, history, 58344);
-	AT(octet_page, client, 66280);
-	SIZE(octet_page, 70888);
+	AT(octet_page, read_bytes, 8976);
+	AT(octet_page, absmax, 10000);
+	AT(octet_page, kl, 59152);
+	AT(octet_page, epoch, 75560);
+	AT(octet_page, policy, 75612);
+	AT(octet_page, history, 75864);
+	AT(octet_page, client, 83800);
+	AT(octet_page, eval, 88408);
+	SIZE(octet_page, 92888);
 }
 
 /* What apps are compiled against. */
