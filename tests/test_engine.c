@@ -9,6 +9,7 @@
 #include <setjmp.h>
 #include <cmocka.h>
 #include <errno.h>
+#include <math.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -17,6 +18,7 @@
 
 #include "daemon/engine/engine.h"
 #include "daemon/engine/forward.h"
+#include "daemon/engine/probe.h"
 #include "daemon/engine/sched.h"
 
 #define MAX_EVENTS 1024u
@@ -911,6 +913,187 @@ teardown(void **state)
 	return 0;
 }
 
+/* ---- probes ---- */
+
+#define PROBE_TOKENS 300u
+
+static struct probe *
+make_probe(enum probe_kind kind, uint32_t n, uint32_t from, struct plan *a, struct plan *b)
+{
+	uint32_t *ids = malloc(n * sizeof(*ids)), x = 99;
+	struct probe *p;
+
+	for (uint32_t i = 0; i < n; i++) {
+		x = x * 1664525u + 1013904223u;
+		ids[i] = (x >> 8) % model->shape.vocab;
+	}
+	assert_int_equal(probe_new(&p, kind, ids, n, from, a, b), 0);
+	return p;
+}
+
+static struct probe *
+reap_probe(struct fixture *f)
+{
+	struct probe *p;
+
+	while ((p = engine_reap_probes(f->e)) == NULL)
+		wait_notified(f);
+	assert_null(p->next);
+	return p;
+}
+
+/* The definitions, written down once more in long double. */
+static void
+check_score(const float *a, const float *b, uint32_t token, const struct probe_score *s)
+{
+	uint32_t vocab = model->shape.vocab, n5 = 0;
+	long double za = 0, zb = 0, kl = 0, ma = a[s->first[0]], mb = b[s->first[1]];
+
+	for (uint32_t i = 0; i < vocab; i++) {
+		assert_true(a[i] <= ma && b[i] <= mb);
+		za += expl(a[i] - ma), zb += expl(b[i] - mb);
+	}
+	for (uint32_t i = 0; i < vocab; i++) {
+		long double p = expl(a[i] - ma) / za, q = expl(b[i] - mb) / zb;
+		uint32_t above_a = 0, above_b = 0;
+
+		kl += p > 0 ? p * (logl(p) - logl(q)) : 0;
+		if (a[i] < ma - 20 || b[i] < mb - 20)
+			continue;
+		for (uint32_t j = 0; j < vocab; j++) {
+			above_a += a[j] > a[i] || (a[j] == a[i] && j < i);
+			above_b += b[j] > b[i] || (b[j] == b[i] && j < i);
+		}
+		n5 += above_a < 5 && above_b < 5;
+	}
+	assert_true(fabsl(s->kl - kl) <= 1e-4L * kl + 1e-8L);
+	assert_true(fabsl(s->nll[0] + (a[token] - ma - logl(za))) <= 1e-9L);
+	assert_true(fabsl(s->nll[1] + (b[token] - mb - logl(zb))) <= 1e-9L);
+	assert_int_equal(s->common5, n5);
+}
+
+static void
+test_probe(void **state)
+{
+	struct plan *plans[] = {bf16, fp8, fp8w, kv8, mixed};
+	struct fixture f;
+	struct engine_config cfg = config(&f);
+	size_t vocab = model->shape.vocab;
+	struct err err;
+
+	(void)state;
+	cfg.max_batch_tokens = 77;
+	start(&f, NULL, 2, &cfg, fp8);
+	for (size_t i = 0; i < 5; i++) {
+		struct probe *p = make_probe(PROBE_SCORE, PROBE_TOKENS, i == 0 ? 1 : 120, bf16, plans[i]);
+		uint32_t n = p->n - p->from;
+		double kl = 0;
+
+		p->dump[0] = malloc(n * vocab * sizeof(float));
+		p->dump[1] = malloc(n * vocab * sizeof(float));
+		assert_int_equal(engine_probe(f.e, p, &err), 0);
+		assert_ptr_equal(reap_probe(&f), p);
+		assert_int_equal(p->error, 0);
+		assert_int_equal(p->side_rows[0], PROBE_TOKENS - 1);
+		assert_int_equal(p->side_rows[1], PROBE_TOKENS - 1);
+		for (uint32_t j = 0; j < n; j++)
+			kl += p->score[j].kl;
+		if (plans[i] == bf16)
+			assert_true(kl == 0 && memcmp(p->dump[0], p->dump[1], n * vocab * sizeof(float)) == 0);
+		else
+			assert_true(kl / n > 1e-6 && kl / n < 1);
+		for (uint32_t j = 0; j < n; j += 11)
+			check_score(p->dump[0] + j * vocab, p->dump[1] + j * vocab, p->token[p->from + j], &p->score[j]);
+		free(p->dump[0]), free(p->dump[1]);
+		probe_free(&p);
+	}
+	stop(&f);
+}
+
+/* Live requests come and go and take its pages: the numbers are those of a
+ * probe alone, and the tokens those of requests alone. */
+static void
+test_probe_company(void **state)
+{
+	static uint32_t want[16][64];
+	struct fixture f;
+	struct engine_config cfg = config(&f);
+	struct sunk *s = calloc(64, sizeof(*s));
+	uint32_t ids[128], got[64];
+	struct probe *p[2];
+	struct engine_stats st;
+	struct err err;
+
+	(void)state;
+	run_many(NULL, 2, 256, 16, false, fp8, NULL, want);
+	for (int alone = 1; alone >= 0; alone--) {
+		cfg.kv_bytes = alone ? 64 << 20 : 40 * (uint64_t)model->shape.n_layers * kv_page_bytes(&model->shape);
+		start(&f, NULL, 2, &cfg, fp8);
+		p[alone] = make_probe(PROBE_SCORE, 200, 1, bf16, fp8);
+		p[alone]->share = 1;
+		if (!alone)
+			for (uint32_t i = 0; i < 64; i++)
+				assert_int_equal(engine_submit(f.e, make_request(&s[i], ids, prompt(i % 16, ids), 24, i), &err), 0);
+		assert_int_equal(engine_probe(f.e, p[alone], &err), 0);
+		if (!alone)
+			reap_all(&f, 64);
+		assert_ptr_equal(reap_probe(&f), p[alone]);
+		assert_int_equal(p[alone]->error, 0);
+		do
+			engine_stats(f.e, &st);
+		while (st.kv_pages_used != 0);
+		stop(&f);
+	}
+	assert_memory_equal(p[0]->score, p[1]->score, 199 * sizeof(*p[0]->score));
+	for (uint32_t i = 0; i < 64; i++) {
+		tokens_of(&s[i], got);
+		assert_memory_equal(got, want[i % 16], 24 * sizeof(*got));
+	}
+	probe_free(&p[0]), probe_free(&p[1]);
+	free(s);
+}
+
+static void
+test_probe_time_and_cancel(void **state)
+{
+	struct fixture f;
+	struct engine_config cfg = config(&f);
+	struct engine_stats st;
+	struct probe *p;
+	struct err err;
+
+	(void)state;
+	start(&f, NULL, 2, &cfg, bf16);
+	p = make_probe(PROBE_TIME, 100, 1, bf16, fp8);
+	p->rows = 4, p->rounds = 10, p->seconds = 60;
+	assert_int_equal(engine_probe(f.e, p, &err), 0);
+	assert_ptr_equal(reap_probe(&f), p);
+	assert_int_equal(p->error, 0);
+	assert_int_equal(p->rounds_run, 10);
+	for (uint32_t i = 0; i < 10; i++)
+		assert_true(p->us[0][i] > 0 && p->us[1][i] > 0);
+	probe_free(&p);
+
+	p = make_probe(PROBE_TIME, 100, 1, bf16, fp8);
+	p->rows = 1, p->rounds = UINT32_MAX / 64, p->seconds = 600;
+	assert_int_equal(engine_probe(f.e, p, &err), 0);
+	do
+		engine_stats(f.e, &st);
+	while (st.step < 200);
+	engine_cancel_probe(f.e, p);
+	assert_ptr_equal(reap_probe(&f), p);
+	assert_int_equal(p->error, -ECANCELED);
+	probe_free(&p);
+	do
+		engine_stats(f.e, &st);
+	while (st.kv_pages_used != 0);
+
+	p = make_probe(PROBE_SCORE, model->shape.max_context + 1, 1, bf16, fp8);
+	assert_int_equal(engine_probe(f.e, p, &err), -EINVAL);
+	probe_free(&p);
+	stop(&f);
+}
+
 int
 main(void)
 {
@@ -929,6 +1112,9 @@ main(void)
 		cmocka_unit_test(test_park_and_cancel),
 		cmocka_unit_test(test_evidence),
 		cmocka_unit_test(test_refusals),
+		cmocka_unit_test(test_probe),
+		cmocka_unit_test(test_probe_company),
+		cmocka_unit_test(test_probe_time_and_cancel),
 	};
 
 	return cmocka_run_group_tests_name("engine", tests, setup, teardown);

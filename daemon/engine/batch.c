@@ -205,7 +205,8 @@ batch_admit(struct engine *e)
 		else if (s->plan == NULL || (!seq_has_own_plan(s) && !e->cfg.pin))
 			seq_set_plan(s, e->plan, e->epoch);
 		promised += pages_wanted(e, s);
-		if (e->n_running > 0 && promised > kv_available(&e->kv))
+		if (e->n_running > 0 && promised > kv_available(&e->kv) &&
+		    !(probe_drop_pages(e) && promised <= kv_available(&e->kv)))
 			return;
 		r = *rp;
 		*rp = r->next;
@@ -323,6 +324,8 @@ reserve(struct engine *e, uint32_t i)
 			e->pick[i].rows = got;
 			return;
 		}
+		if (probe_drop_pages(e))
+			continue;
 		v = victim(e);
 		if (v == i && e->n_running == 1) {
 			/* Alone, and blocks in two formats took what the bound of engine_submit() left out. */

@@ -13,6 +13,7 @@
 #include "daemon/engine/engine.h"
 #include "daemon/engine/forward.h"
 #include "daemon/engine/kv.h"
+#include "daemon/engine/probe.h"
 #include "daemon/engine/sample.h"
 #include "daemon/engine/sched.h"
 
@@ -56,6 +57,7 @@ struct engine {
 	struct engine_config new_cfg;
 	struct request *finished, **finished_end;
 	struct flip *applied, **applied_end;
+	struct probe *probes_posted, **probes_posted_end, *probes_done, **probes_done_end;
 	uint32_t n_queued;          /* atomic: posted or waiting */
 	uint64_t order;
 
@@ -77,6 +79,8 @@ struct engine {
 	uint32_t n_want;
 	uint64_t preemptions;
 	double ms_per_row;
+	struct probe *probes;       /* by ->next; the first runs */
+	double live_ms, probe_row_ms; /* a step without a probe; what a row of one adds */
 
 	struct evidence *evidence;
 

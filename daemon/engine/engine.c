@@ -69,13 +69,15 @@ take_mail(struct engine *e)
 {
 	struct request *posted;
 	struct flip *flips;
+	struct probe *probes;
 	bool stop;
 
 	if (!__atomic_exchange_n(&e->mail, 0, __ATOMIC_ACQUIRE))
 		return true;
 	pthread_mutex_lock(&e->lock);
-	posted = e->posted, flips = e->flips, stop = e->stop;
+	posted = e->posted, flips = e->flips, probes = e->probes_posted, stop = e->stop;
 	e->posted = NULL, e->posted_end = &e->posted;
+	e->probes_posted = NULL, e->probes_posted_end = &e->probes_posted;
 	e->flips = NULL, e->flips_end = &e->flips;
 	if (e->new_cfg_set) {
 		e->cfg = e->new_cfg;
@@ -91,6 +93,13 @@ take_mail(struct engine *e)
 		*end = posted;
 		for (struct request *r = posted; r != NULL; r = r->next)
 			seq_set_state(r->seq, SEQ_QUEUED);
+	}
+	if (probes != NULL) {
+		struct probe **end = &e->probes;
+
+		while (*end != NULL)
+			end = &(*end)->next;
+		*end = probes;
 	}
 	if (flips != NULL) {
 		struct flip **end = &flips;
@@ -140,6 +149,7 @@ drop_cancelled(struct engine *e)
 		} else
 			rp = &r->next;
 	}
+	probe_drop_cancelled(e);
 }
 
 static void
@@ -166,6 +176,7 @@ static void
 note_state(struct engine *e)
 {
 	pthread_mutex_lock(&e->stats_lock);
+	e->stats.step = e->step;
 	e->stats.running = e->n_running;
 	e->stats.queued = __atomic_load_n(&e->n_queued, __ATOMIC_RELAXED);
 	e->stats.kv_pages_used = e->kv.n_used - e->kv.n_idle_pages;
@@ -198,6 +209,7 @@ engine_main(void *arg)
 		e->waiting = r->next;
 		batch_finish(e, r, WIRE_FINISH_CANCELLED, 0);
 	}
+	probe_finish_all(e, -ECANCELED);
 	return NULL;
 }
 
@@ -256,6 +268,7 @@ engine_new(struct engine **out, const struct model *m, const struct k_ops *ops, 
 	e->plan = plan_ref(plan);
 	e->posted_end = &e->posted, e->flips_end = &e->flips;
 	e->finished_end = &e->finished, e->applied_end = &e->applied;
+	e->probes_posted_end = &e->probes_posted, e->probes_done_end = &e->probes_done;
 	pthread_mutex_init(&e->lock, NULL);
 	pthread_cond_init(&e->wake, NULL);
 	pthread_mutex_init(&e->stats_lock, NULL);

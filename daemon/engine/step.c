@@ -115,13 +115,14 @@ take_result(struct engine *e, struct seq *s, uint32_t pos, const struct result *
 }
 
 static void
-note_step(struct engine *e, uint32_t rows, double ms, uint32_t prompt_rows, uint32_t tokens)
+note_step(struct engine *e, uint32_t rows, uint32_t probe_rows, double ms, uint32_t prompt_rows, uint32_t tokens)
 {
 	double per_row = ms / rows;
 
-	e->ms_per_row = e->ms_per_row == 0 ? per_row : 0.8 * e->ms_per_row + 0.2 * per_row;
+	if (probe_rows == 0)
+		e->ms_per_row = e->ms_per_row == 0 ? per_row : 0.8 * e->ms_per_row + 0.2 * per_row;
 	pthread_mutex_lock(&e->stats_lock);
-	e->stats.step = e->step;
+	e->stats.step = e->step; /* at once: tokens of this step are out */
 	e->stats.batch_rows = rows;
 	e->stats.prompt_tokens += prompt_rows;
 	e->stats.output_tokens += tokens;
@@ -173,30 +174,43 @@ note_evidence(struct engine *e)
 bool
 step_run(struct engine *e)
 {
-	double start = engine_now_ms();
-	uint32_t rows, prompt_rows = 0, tokens = 0, want = 0, running = e->n_running;
+	double start = engine_now_ms(), forward;
+	uint32_t rows = 0, probe_rows, prompt_rows = 0, tokens = 0, want = 0, running = e->n_running;
 	bool sample;
 
-	rows = batch_choose(e);
-	if (rows == 0)
+	e->n_want = 0;
+	probe_rows = probe_alone(e) ? probe_choose(e, 0) : 0;
+	if (probe_rows == 0) {
+		rows = batch_choose(e);
+		probe_rows = probe_choose(e, rows);
+	}
+	if (rows + probe_rows == 0)
 		return e->n_running != running; /* who was preempted may be admitted again */
 	e->step++;
-	sample = e->cfg.evidence_steps != 0 && e->step % e->cfg.evidence_steps == 0;
+	sample = rows > 0 && e->cfg.evidence_steps != 0 && e->step % e->cfg.evidence_steps == 0;
 	if (sample)
 		forward_sample(e->forward, e->evidence, (uint32_t)(e->step / e->cfg.evidence_steps % rows));
-	e->logits = forward_run(e->forward, e->row, rows);
+	forward = engine_now_ms();
+	e->logits = forward_run(e->forward, e->row, rows + probe_rows);
+	forward = engine_now_ms() - forward;
 	if (sample)
 		note_evidence(e);
 	if (e->n_want > 0)
 		team_run(e->team, sample_part, e);
+	/* First: a live row that is not finite is computed again, over the logits. */
+	if (probe_rows > 0)
+		probe_after(e, probe_rows, rows, e->logits + (size_t)e->n_want * e->m->shape.vocab, forward);
+	else
+		probe_note_live(e, forward);
 
-	for (uint32_t i = 0; i < e->n_running; i++) {
+	for (uint32_t i = 0; i < e->n_running && rows > 0; i++) {
 		uint32_t n = e->pick[i].rows;
 
 		if (n > 0 && !after_step(e, e->running[i], n, &want, &prompt_rows, &tokens))
 			e->running[i] = NULL;
 	}
 	batch_drop_gone(e);
-	note_step(e, rows, engine_now_ms() - start, prompt_rows, tokens);
+	if (rows > 0)
+		note_step(e, rows, probe_rows, engine_now_ms() - start, prompt_rows, tokens);
 	return true;
 }
