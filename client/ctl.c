@@ -298,6 +298,15 @@ ctl_page(struct ctl *c, const struct octet_page **out, struct err *err)
 	return rc;
 }
 
+int
+ctl_take_fd(struct ctl *c)
+{
+	int fd = c->page_fd;
+
+	c->page_fd = -1;
+	return fd;
+}
+
 bool
 ctl_operator(const struct ctl *c)
 {

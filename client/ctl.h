@@ -22,6 +22,8 @@ void ctl_close(struct ctl **);
 /* Steals nothing: request stays the caller's. *reply is a new reference, set
  * also when the daemon refused (then -errno from its code and its text in err). */
 int ctl_call(struct ctl *, json_t *request, json_t **reply, int timeout_ms, struct err *);
+/* The descriptor that came with the last reply, now the caller's; -1: none. */
+int ctl_take_fd(struct ctl *);
 /* Maps the status page read-only. */
 int ctl_page(struct ctl *, const struct octet_page **, struct err *);
 void ctl_page_free(const struct octet_page **);

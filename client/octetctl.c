@@ -3,22 +3,16 @@
 #include <errno.h>
 #include <getopt.h>
 #include <inttypes.h>
+#include <math.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
-#include "client/ctl.h"
+#include "client/ctl-cmd.h"
 
-#define FLIP_TIMEOUT_MS 60000
 #define DRAIN_POLL_MS 50
-
-struct options {
-	const char *socket;
-	bool json, ini, dry_run;
-	int64_t if_epoch, to, limit, confirm, timeout; /* -1: not given */
-};
 
 /* One verb: how the command line becomes a request, how its reply is shown. */
 struct verb {
@@ -27,9 +21,10 @@ struct verb {
 	int min_args, max_args; /* max -1: any */
 	const char *list;      /* --json prints this member of the reply alone */
 	void (*show)(const json_t *reply, const struct options *);
+	int (*run)(const struct options *, char **args, int n); /* in place of one request */
 };
 
-static const char *
+const char *
 str(const json_t *o, const char *key)
 {
 	const char *s = json_string_value(json_object_get(o, key));
@@ -45,10 +40,25 @@ str_or(const json_t *o, const char *key, const char *empty)
 	return *s == '\0' ? empty : s;
 }
 
-static json_int_t
+json_int_t
 num(const json_t *o, const char *key)
 {
 	return json_integer_value(json_object_get(o, key));
+}
+
+double
+real(const json_t *o, const char *key)
+{
+	const json_t *v = json_object_get(o, key);
+
+	return json_is_number(v) ? json_number_value(v) : NAN;
+}
+
+int
+complain(const struct err *err)
+{
+	fprintf(stderr, "octetctl: %s\n", err->text);
+	return 1;
 }
 
 static const char *
@@ -243,20 +253,27 @@ show_drain(const json_t *r, const struct options *o)
 }
 
 static const struct verb verbs[] = {
-	{"status", "", "what runs, where, in which formats", "", 0, 0, NULL, show_status},
-	{"plan", "[--ini]", "the active plan; --ini: as a policy section to paste", "i", 0, 0, NULL, show_plan},
+	{"status", "", "what runs, where, in which formats", "", 0, 0, NULL, show_status, NULL},
+	{"plan", "[--ini]", "the active plan; --ini: as a policy section to paste", "i", 0, 0, NULL, show_plan, NULL},
 	{"set", "[--dry-run] [--if-epoch N] [--confirm SECONDS] SELECTOR=FORMAT...", "flip sites on top of the active plan",
-	    "dec", 1, -1, NULL, show_flip},
-	{"use", "[--dry-run] [--if-epoch N] [--confirm SECONDS] POLICY", "make a policy active", "dec", 1, 1, NULL, show_flip},
-	{"confirm", "[EPOCH]", "a change made with --confirm is to stay", "", 0, 1, NULL, show_confirm},
+	    "dec", 1, -1, NULL, show_flip, NULL},
+	{"use", "[--dry-run] [--if-epoch N] [--confirm SECONDS] POLICY", "make a policy active", "dec", 1, 1, NULL, show_flip, NULL},
+	{"confirm", "[EPOCH]", "a change made with --confirm is to stay", "", 0, 1, NULL, show_confirm, NULL},
 	{"rollback", "[--dry-run] [--to EPOCH]", "undo the last change; repeated, walk further back", "dt", 0, 0, NULL,
-	    show_flip},
-	{"history", "[-n COUNT]", "every change: who, why, what, result", "n", 0, 0, "history", show_history},
-	{"reload", "", "read the configuration file again", "", 0, 0, NULL, show_reload},
-	{"save", "NAME", "keep the active plan as a policy", "", 1, 1, NULL, show_save},
-	{"drain", "[--timeout SECONDS]", "take no new requests; wait for those that run", "s", 0, 0, NULL, show_drain},
-	{"resume", "", "take requests again", "", 0, 0, NULL, show_drain},
-	{"clients", "", "who is connected", "", 0, 0, "clients", show_clients},
+	    show_flip, NULL},
+	{"history", "[-n COUNT]", "every change: who, why, what, result", "n", 0, 0, "history", show_history, NULL},
+	{"reload", "", "read the configuration file again", "", 0, 0, NULL, show_reload, NULL},
+	{"save", "NAME", "keep the active plan as a policy", "", 1, 1, NULL, show_save, NULL},
+	{"drain", "[--timeout SECONDS]", "take no new requests; wait for those that run", "s", 0, 0, NULL, show_drain, NULL},
+	{"resume", "", "take requests again", "", 0, 0, NULL, show_drain, NULL},
+	{"eval", "--candidate POLICY [--baseline POLICY] (--text FILE | --task FILE)... [--context N] [--exclusive] "
+	    "[--stop TEXT] [--save NAME] [--dump-logits FILE]", "measure a plan against another, beside live traffic", "EBFCXNDS", 0, 0,
+	    NULL, NULL, cmd_eval},
+	{"sweep", "[--by group|layer|site] [--format FORMAT] [--baseline POLICY] (--text FILE | --task FILE)... [--context N] "
+	    "[--budget-kl X | --budget-ppl PERCENT] [--save NAME] [--svg FILE] [--again]",
+	    "measure each flip alone; choose a policy within a budget", "BFCXNSYRKPGA", 0, 0, NULL, NULL, cmd_sweep},
+	{"evals", "[list [--all] | show ID | compare ID ID | delete ID]", "stored results", "L", 0, 3, NULL, NULL, cmd_evals},
+	{"clients", "", "who is connected", "", 0, 0, "clients", show_clients, NULL},
 };
 
 static void
@@ -291,7 +308,24 @@ parse_number(const char *s, int64_t *out)
 }
 
 enum { OPT_SOCKET = 256, OPT_INI, OPT_DRY, OPT_EPOCH, OPT_TO, OPT_HELP, OPT_VERSION, OPT_JSON, OPT_CONFIRM,
-	OPT_TIMEOUT };
+	OPT_TIMEOUT, OPT_CANDIDATE, OPT_BASELINE, OPT_TEXT, OPT_TASK, OPT_CONTEXT, OPT_EXCLUSIVE, OPT_SAVE, OPT_DUMP, OPT_STOP,
+	OPT_BY, OPT_FORMAT, OPT_BUDGET_KL, OPT_BUDGET_PPL, OPT_SVG, OPT_AGAIN, OPT_ALL };
+
+static bool
+parse_real(const char *s, double *out)
+{
+	char *end;
+
+	*out = strtod(s, &end);
+	return end != s && *end == '\0' && isfinite(*out) && *out >= 0;
+}
+
+static void
+add_file(struct options *o, const char *path, bool is_task)
+{
+	o->file[o->n_files] = path;
+	o->is_task[o->n_files++] = is_task;
+}
 
 /* Options may stand before or after the verb. Returns -1 to go on, or an exit status. */
 static int
@@ -302,12 +336,21 @@ parse(int argc, char **argv, struct options *o, char *used, size_t used_len)
 		{"ini", no_argument, NULL, OPT_INI}, {"dry-run", no_argument, NULL, OPT_DRY},
 		{"if-epoch", required_argument, NULL, OPT_EPOCH}, {"to", required_argument, NULL, OPT_TO},
 		{"confirm", required_argument, NULL, OPT_CONFIRM}, {"timeout", required_argument, NULL, OPT_TIMEOUT},
+		{"candidate", required_argument, NULL, OPT_CANDIDATE}, {"baseline", required_argument, NULL, OPT_BASELINE},
+		{"text", required_argument, NULL, OPT_TEXT}, {"task", required_argument, NULL, OPT_TASK},
+		{"context", required_argument, NULL, OPT_CONTEXT}, {"exclusive", no_argument, NULL, OPT_EXCLUSIVE},
+		{"save", required_argument, NULL, OPT_SAVE}, {"dump-logits", required_argument, NULL, OPT_DUMP},
+		{"stop", required_argument, NULL, OPT_STOP}, {"by", required_argument, NULL, OPT_BY},
+		{"format", required_argument, NULL, OPT_FORMAT}, {"budget-kl", required_argument, NULL, OPT_BUDGET_KL},
+		{"budget-ppl", required_argument, NULL, OPT_BUDGET_PPL}, {"svg", required_argument, NULL, OPT_SVG},
+		{"again", no_argument, NULL, OPT_AGAIN}, {"all", no_argument, NULL, OPT_ALL},
 		{"help", no_argument, NULL, OPT_HELP}, {"version", no_argument, NULL, OPT_VERSION}, {NULL, 0, NULL, 0}};
 	size_t n = 0;
 	int c;
 
 	while ((c = getopt_long(argc, argv, "n:h", longs, NULL)) != -1) {
 		int64_t *number = NULL;
+		double *share = NULL;
 		char letter = 0;
 
 		switch (c) {
@@ -319,6 +362,27 @@ parse(int argc, char **argv, struct options *o, char *used, size_t used_len)
 		case OPT_TO: number = &o->to; letter = 't'; break;
 		case OPT_CONFIRM: number = &o->confirm; letter = 'c'; break;
 		case OPT_TIMEOUT: number = &o->timeout; letter = 's'; break;
+		case OPT_CANDIDATE: o->candidate = optarg; letter = 'E'; break;
+		case OPT_BASELINE: o->baseline = optarg; letter = 'B'; break;
+		case OPT_TEXT:
+		case OPT_TASK:
+			if (o->n_files == MAX_FILES)
+				return bad_usage("'%s': too many files", optarg);
+			add_file(o, optarg, c == OPT_TASK);
+			letter = 'F';
+			break;
+		case OPT_CONTEXT: number = &o->context; letter = 'C'; break;
+		case OPT_EXCLUSIVE: o->exclusive = true; letter = 'X'; break;
+		case OPT_SAVE: o->name = optarg; letter = 'N'; break;
+		case OPT_DUMP: o->dump = optarg; letter = 'D'; break;
+		case OPT_STOP: o->stop = optarg; letter = 'S'; break;
+		case OPT_BY: o->by = optarg; letter = 'Y'; break;
+		case OPT_FORMAT: o->format = optarg; letter = 'R'; break;
+		case OPT_BUDGET_KL: share = &o->budget_kl; letter = 'K'; break;
+		case OPT_BUDGET_PPL: share = &o->budget_ppl; letter = 'P'; break;
+		case OPT_SVG: o->svg = optarg; letter = 'G'; break;
+		case OPT_AGAIN: o->again = true; letter = 'A'; break;
+		case OPT_ALL: o->all = true; letter = 'L'; break;
 		case 'n': number = &o->limit; letter = 'n'; break;
 		case 'h':
 		case OPT_HELP: usage(stdout); return 0;
@@ -327,6 +391,8 @@ parse(int argc, char **argv, struct options *o, char *used, size_t used_len)
 		}
 		if (number != NULL && !parse_number(optarg, number))
 			return bad_usage("'%s' is no number", optarg);
+		if (share != NULL && !parse_real(optarg, share))
+			return bad_usage("'%s' is no number, not negative", optarg);
 		if (letter != 0 && n + 1 < used_len)
 			used[n++] = letter;
 	}
@@ -372,7 +438,7 @@ call(const struct verb *v, const struct options *o, char **args, int n)
 	int rc = ctl_open(&ctl, o->socket, &err);
 
 	if (rc == 0)
-		rc = ctl_call(ctl, request, &reply, FLIP_TIMEOUT_MS, &err);
+		rc = ctl_call(ctl, request, &reply, CALL_TIMEOUT_MS, &err);
 	/* drain, said again until nothing runs. */
 	for (int64_t waited = 0; rc == 0 && o->timeout > 0 && num(reply, "in_flight") > 0; waited += DRAIN_POLL_MS) {
 		if (waited >= o->timeout * 1000) {
@@ -382,7 +448,7 @@ call(const struct verb *v, const struct options *o, char **args, int n)
 		usleep(DRAIN_POLL_MS * 1000);
 		json_decref(reply);
 		reply = NULL;
-		rc = ctl_call(ctl, request, &reply, FLIP_TIMEOUT_MS, &err);
+		rc = ctl_call(ctl, request, &reply, CALL_TIMEOUT_MS, &err);
 	}
 	if (rc != 0)
 		fprintf(stderr, "octetctl: %s\n", err.text);
@@ -401,9 +467,10 @@ call(const struct verb *v, const struct options *o, char **args, int n)
 int
 main(int argc, char **argv)
 {
-	struct options o = {.if_epoch = -1, .to = -1, .limit = -1, .confirm = -1, .timeout = -1};
+	struct options o = {.if_epoch = -1, .to = -1, .limit = -1, .confirm = -1, .timeout = -1, .budget_kl = -1,
+	    .budget_ppl = -1};
 	const struct verb *v = NULL;
-	char used[32];
+	char used[64];
 	int64_t number;
 	int rc = parse(argc, argv, &o, used, sizeof(used)), n;
 
@@ -427,5 +494,5 @@ main(int argc, char **argv)
 		return bad_usage("%s does not take that option", v->name);
 	if (strcmp(v->name, "confirm") == 0 && n == 1 && !parse_number(argv[optind + 1], &number))
 		return bad_usage("'%s' is no number", argv[optind + 1]);
-	return call(v, &o, argv + optind + 1, n);
+	return (v->run != NULL ? v->run(&o, argv + optind + 1, n) : call(v, &o, argv + optind + 1, n));
 }

@@ -7,6 +7,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include "daemon/eval.h"
 #include "daemon/log.h"
 #include "daemon/octetd.h"
 #include "daemon/status.h"
@@ -39,6 +40,7 @@ struct conn {
 	size_t in_len;
 	char *out;
 	size_t out_len, out_at;
+	struct eval *eval;
 	int out_fd;             /* goes with the first byte of out; borrowed, -1: none */
 };
 
@@ -55,7 +57,8 @@ struct control {
 };
 
 static const struct verb *const verbs[] = {&verb_status, &verb_plan, &verb_set, &verb_use, &verb_rollback, &verb_history,
-    &verb_reload, &verb_clients, &verb_page, &verb_confirm, &verb_drain, &verb_resume, &verb_save};
+    &verb_reload, &verb_clients, &verb_page, &verb_confirm, &verb_drain, &verb_resume, &verb_save, &verb_eval,
+    &verb_evals};
 
 static void conn_run(struct conn *);
 
@@ -98,6 +101,7 @@ conn_close(struct conn *c)
 	c->ctl->n_conns--;
 	if (c->watches)
 		status_unwatch(c->ctl->d->status);
+	eval_drop(&c->eval);
 	uv_close((uv_handle_t *)&c->poll, on_conn_closed);
 }
 
@@ -253,6 +257,18 @@ call_watch(struct call *call, int fd)
 	if (!c->watches)
 		status_watch(c->ctl->d->status);
 	c->watches = true;
+}
+
+void
+call_attach(struct call *call, int fd)
+{
+	call->conn.out_fd = fd;
+}
+
+struct eval **
+call_eval(struct call *call)
+{
+	return &call->conn.eval;
 }
 
 /* ---- requests ---- */

@@ -29,7 +29,7 @@ struct verb_field {
 struct verb {
 	const char *name;
 	bool operator; /* changes something */
-	struct verb_field fields[8]; /* checked before exec */
+	struct verb_field fields[14]; /* checked before exec; the last is empty */
 	/* 0 and *reply (an object, "ok" is added), VERB_LATER, or -errno with a message. */
 	int (*exec)(struct octetd *, struct call *, const json_t *request, json_t **reply, struct err *);
 };
@@ -46,7 +46,13 @@ void call_refuse(struct call *, int code, const char *why);
 /* Sends a descriptor (borrowed) with the reply and counts the connection as a
  * watcher of the status page. */
 void call_watch(struct call *, int fd);
+/* Sends a descriptor (borrowed) with the reply. */
+void call_attach(struct call *, int fd);
+/* The eval of this connection: dropped with it. */
+struct eval;
+struct eval **call_eval(struct call *);
 
 extern const struct verb verb_status, verb_plan, verb_clients, verb_history, verb_page;
+extern const struct verb verb_eval, verb_evals;
 extern const struct verb verb_set, verb_use, verb_rollback, verb_reload, verb_confirm, verb_drain, verb_resume, verb_save;
 #endif

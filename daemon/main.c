@@ -17,6 +17,8 @@
 #include "client/tok.h"
 #include "daemon/bench.h"
 #include "daemon/control.h"
+#include "daemon/eval.h"
+#include "daemon/evals.h"
 #include "daemon/log.h"
 #include "daemon/octetd.h"
 #include "daemon/status.h"
@@ -335,8 +337,24 @@ on_reap(uv_async_t *h)
 {
 	struct octetd *d = h->data;
 
+	struct request *mine = NULL, **end = &mine;
+
 	flipper_reaped(d->flips, engine_reap_flips(d->engine));
-	server_reaped(d->server, engine_reap(d->engine));
+	for (struct request *r = engine_reap(d->engine), *next; r != NULL; r = next) {
+		next = r->next;
+		r->next = NULL;
+		if (r->done != NULL)
+			r->done(r);
+		else
+			*end = r, end = &r->next;
+	}
+	server_reaped(d->server, mine);
+	for (struct probe *p = engine_reap_probes(d->engine), *next; p != NULL; p = next) {
+		struct probe_owner *owner = p->owner;
+
+		next = p->next;
+		owner->done(owner, p);
+	}
 }
 
 static void
@@ -435,6 +453,7 @@ serve(struct daemon *m, const struct first_plan *f, struct err *err)
 		return rc;
 	flips.engine = d->engine;
 	if ((rc = flipper_new(&d->flips, &flips, f->plan, f->epoch, f->policy, m->file_plan->digest, err)) != 0 ||
+	    (rc = evals_open(&d->evals, &d->loop, d->conf->state_dir, err)) != 0 ||
 	    (rc = status_new(&d->status, d, err)) != 0 ||
 	    (rc = control_new(&d->control, d, d->conf->control_socket, (unsigned)d->conf->control_mode, err)) != 0)
 		return rc;
@@ -468,6 +487,8 @@ free_all(struct daemon *m, struct first_plan *f)
 	struct octetd *d = &m->d;
 
 	control_free(&d->control);
+	while (d->measuring > 0)
+		uv_run(&d->loop, UV_RUN_ONCE);
 	server_free(&d->server);
 	engine_free(&d->engine);
 	status_free(&d->status);
@@ -476,6 +497,7 @@ free_all(struct daemon *m, struct first_plan *f)
 	uv_run(&d->loop, UV_RUN_DEFAULT);
 	if (uv_loop_close(&d->loop) != 0)
 		log_error("stop", "why=\"a handle is still open\"");
+	evals_close(&d->evals);
 	journal_close(&d->journal);
 	plan_unref(&f->plan);
 	plan_unref(&m->file_plan);

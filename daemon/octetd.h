@@ -22,6 +22,7 @@
 #include "kernels/kernels.h"
 
 struct control;
+struct evals;
 struct status;
 
 struct octetd {
@@ -39,6 +40,8 @@ struct octetd {
 	struct flipper *flips;
 	struct control *control;
 	struct status *status;
+	struct evals *evals;
+	uint32_t measuring;         /* probes and requests of evals that the engine has */
 	void (*notify)(void *);     /* engine thread: wakes the loop; gets struct octetd */
 	int64_t started_us;         /* Unix time */
 	bool draining;              /* stopping */

@@ -1,8 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0 */
+#include "daemon/evals.h"
 #include "daemon/status.h"
 
 #include <errno.h>
 #include <fcntl.h>
+#include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -34,6 +36,7 @@ struct status {
 	struct sample sample[RATE_SAMPLES];
 	uint32_t n_samples;
 	uint64_t seen_changes;     /* flipper_changes() + 1 the history was copied at */
+	uint64_t seen_evals;    /* the same of evals */
 };
 
 /* ---- filling ---- */
@@ -180,6 +183,81 @@ fill_history(struct status *s)
 	free(list);
 }
 
+static double
+deep(const json_t *r, const char *a, const char *b, const char *c)
+{
+	const json_t *v = json_object_get(json_object_get(json_object_get(r, a), b), c);
+
+	return json_number_value(c != NULL ? v : json_object_get(json_object_get(r, a), b));
+}
+
+static int64_t
+unix_us(const char *text)
+{
+	struct tm tm = {0};
+
+	return text != NULL && strptime(text, "%Y-%m-%dT%H:%M:%SZ", &tm) != NULL ? (int64_t)timegm(&tm) * 1000000 : 0;
+}
+
+/* KL of a site that a sweep flipped alone: "mlp.up_proj@3 bf16->fp8". */
+static void
+fill_site(struct octet_page *p, const json_t *r, int64_t at)
+{
+	const char *change = json_string_value(json_object_get(r, "change")), *to = change != NULL ? strstr(change, "->") : NULL;
+	size_t len;
+
+	if (to == NULL || json_integer_value(json_object_get(r, "sites")) != 1)
+		return;
+	for (uint32_t g = 0; g < p->n_groups; g++) {
+		len = strlen(p->group[g]);
+		if (strncmp(change, p->group[g], len) != 0 || strchr("@ ", change[len]) == NULL)
+			continue;
+		p->kl[g][change[len] == '@' ? strtoul(change + len + 1, NULL, 10) % PAGE_LAYERS : 0] =
+		    (float)deep(r, "text", "kl", "mean");
+		p->sweep_us = at > p->sweep_us ? at : p->sweep_us;
+		COPY(p->sweep_format, to + 2);
+	}
+}
+
+/* Only what measured the model that runs. */
+static void
+fill_evals(struct status *s)
+{
+	struct octet_page *p = &s->next;
+	const json_t *all = evals_all(s->d->evals);
+	char digest[17];
+
+	if (s->seen_evals == evals_changes(s->d->evals) + 1)
+		return;
+	s->seen_evals = evals_changes(s->d->evals) + 1;
+	snprintf(digest, sizeof(digest), "%016" PRIx64, s->d->model->digest);
+	p->n_evals = 0;
+	for (size_t i = 0; i < json_array_size(all); i++) {
+		const json_t *r = json_array_get(all, i), *corpus = json_array_get(json_object_get(r, "corpora"), 0);
+		const json_t *model = json_object_get(json_object_get(r, "key"), "model_digest");
+		int64_t at = unix_us(json_string_value(json_object_get(r, "time")));
+		struct page_eval *e = &p->eval[0];
+
+		if (!json_is_string(model) || strcmp(json_string_value(model), digest) != 0 || json_object_get(r, "text") == NULL)
+			continue;
+		if (json_is_true(json_object_get(r, "sweep"))) {
+			fill_site(p, r, at);
+			continue;
+		}
+		memmove(&p->eval[1], &p->eval[0], (PAGE_EVALS - 1) * sizeof(*e));
+		p->n_evals += p->n_evals < PAGE_EVALS;
+		*e = (struct page_eval){.time_us = at, .id = (uint64_t)json_integer_value(json_object_get(r, "id")),
+		    .tokens = (uint64_t)json_integer_value(json_object_get(json_object_get(r, "text"), "tokens")),
+		    .perplexity_base = deep(r, "text", "perplexity", "baseline"), .perplexity = deep(r, "text", "perplexity", "candidate"),
+		    .kl_mean = deep(r, "text", "kl", "mean"), .kl_p99 = deep(r, "text", "kl", "p99"), .kl_max = deep(r, "text", "kl", "max"),
+		    .top1 = deep(r, "text", "top1", NULL), .tokens_per_s_base = deep(r, "text", "tokens_s", "baseline"),
+		    .tokens_per_s = deep(r, "text", "tokens_s", "candidate")};
+		COPY(e->baseline, json_string_value(json_object_get(r, "baseline")));
+		COPY(e->candidate, json_string_value(json_object_get(r, "candidate")));
+		COPY(e->corpus, corpus != NULL ? json_string_value(json_object_get(corpus, "file")) : "");
+	}
+}
+
 /* Readers copy until seq is even and unchanged. */
 static void
 publish(struct status *s)
@@ -202,6 +280,7 @@ refresh(struct status *s)
 	fill_stats(s);
 	fill_rates(s);
 	fill_history(s);
+	fill_evals(s);
 	s->next.n_clients = server_clients(s->d->server, s->next.client, PAGE_CLIENTS);
 	if (s->next.n_clients > PAGE_CLIENTS)
 		s->next.n_clients = PAGE_CLIENTS;

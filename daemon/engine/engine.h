@@ -74,6 +74,7 @@ struct request {
 	uint64_t scope;      /* prefix blocks are shared within it; below 2^63 */
 	struct sink sink;
 	void *owner;         /* the front's */
+	void (*done)(struct request *); /* who takes it back; NULL: the server */
 	/* Set by the engine before it comes back. */
 	uint32_t n_output;
 	enum wire_finish finish;

@@ -42,6 +42,11 @@ struct forward {
 	struct evidence *evidence; /* NULL: none in this run */
 	uint32_t sample_row;
 
+	/* $OCTET_FAULT: a site whose FP8 inputs get a wrong scale, for tests of eval and guardrail. */
+	int fault_group;  /* -1: none */
+	uint32_t fault_layer;
+	float *fault_scale; /* [max_rows] */
+
 	/* forward_find_nonfinite(): check after each phase. */
 	bool trace, found;
 	struct forward_site site;
@@ -83,6 +88,22 @@ max3(uint32_t a, uint32_t b, uint32_t c)
 	return m > c ? m : c;
 }
 
+static void
+plant_fault(struct forward *f)
+{
+	const char *fault = getenv("OCTET_FAULT");
+
+	f->fault_group = -1;
+	for (int g = 0; fault != NULL && g <= GROUP_LM_HEAD; g++) {
+		size_t len = strlen(plan_group_name((enum plan_group)g));
+
+		if (strncmp(fault, plan_group_name((enum plan_group)g), len) != 0 || (fault[len] != '@' && fault[len] != '\0'))
+			continue;
+		f->fault_group = g;
+		f->fault_layer = fault[len] == '@' ? (uint32_t)strtoul(fault + len + 1, NULL, 10) : 0;
+	}
+}
+
 int
 forward_new(struct forward **out, const struct model *m, const struct k_ops *ops, struct team *team,
     struct kv_pool *kv, uint32_t max_rows, struct err *err)
@@ -114,6 +135,8 @@ forward_new(struct forward **out, const struct model *m, const struct k_ops *ops
 	f->in.bf16 = buffer((size_t)max_rows * f->in.ld, sizeof(uint16_t), &ok);
 	f->in.fp8 = buffer((size_t)max_rows * f->in.ld, sizeof(uint16_t), &ok);
 	f->in.scale = buffer(max_rows, sizeof(float), &ok);
+	f->fault_scale = buffer(max_rows, sizeof(float), &ok);
+	plant_fault(f);
 	if (!ok) {
 		forward_free(&f);
 		return err_set(err, -ENOMEM, "no memory for a batch of %u rows", max_rows);
@@ -131,7 +154,7 @@ forward_free(struct forward **fp)
 		return;
 	free(f->x), free(f->q), free(f->k), free(f->v), free(f->attn), free(f->gate), free(f->up);
 	free(f->logits), free(f->tmp), free(f->block), free(f->plan);
-	free(f->in.bf16), free(f->in.fp8), free(f->in.scale);
+	free(f->in.bf16), free(f->in.fp8), free(f->in.scale), free(f->fault_scale);
 	free(f);
 	*fp = NULL;
 }
@@ -186,6 +209,18 @@ add_bias(const struct forward *f, const struct site *s, uint32_t row0, uint32_t 
 			s->y[r * s->ldy + c] += bias[c];
 }
 
+/* Parts write the same values side by side: each its own would be a buffer more. */
+static const float *
+wrong_scale(struct forward *f, uint32_t from, uint32_t to)
+{
+	for (uint32_t r = from; r < to; r++) {
+		float wrong = 4 * f->in.scale[r];
+
+		__atomic_store(&f->fault_scale[r], &wrong, __ATOMIC_RELAXED);
+	}
+	return f->fault_scale;
+}
+
 static void
 linear_part(void *arg, uint32_t part, uint32_t parts)
 {
@@ -210,13 +245,16 @@ linear_part(void *arg, uint32_t part, uint32_t parts)
 		for (uint32_t r = 0, end; r < p->n_rows; r = end) {
 			enum plan_format fmt = plan_at(f->plan[r], s->group, f->layer);
 			bool fp8 = k_is_w8a8((enum k_format)fmt);
+			const float *scale = f->in.scale;
 
 			for (end = r + 1; end < p->n_rows && plan_at(f->plan[end], s->group, f->layer) == fmt; end++)
 				;
+			if (fp8 && f->fault_group == (int)s->group && f->fault_layer == f->layer)
+				scale = wrong_scale(f, r, end);
 			f->ops->linear(&(struct k_linear){
 			    .w = s->w, .format = (enum k_format)fmt,
 			    .x = (fp8 ? f->in.fp8 : f->in.bf16) + r * f->in.ld,
-			    .x_scale = fp8 ? f->in.scale + r : NULL,
+			    .x_scale = fp8 ? scale + r : NULL,
 			    .rows = end - r, .ldx = f->in.ld,
 			    .y = s->y + r * s->ldy, .ldy = s->ldy, .add = s->add,
 			    .panel0 = p0, .panel1 = p1});
