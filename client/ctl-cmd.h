@@ -14,13 +14,14 @@ struct options {
 	const char *socket;
 	bool json, ini, dry_run;
 	int64_t if_epoch, to, limit, confirm, timeout; /* -1: not given */
-	/* eval, evals, sweep; NULL or 0: not given */
+	/* eval, evals, sweep, rollout; NULL or 0: not given */
 	const char *candidate, *baseline, *dump, *name, *stop, *by, *format, *svg;
 	const char *file[MAX_FILES];
 	bool is_task[MAX_FILES];
 	unsigned n_files;
 	int64_t context;
 	bool exclusive, all, again;
+	const char *percent, *guard;
 	double budget_kl, budget_ppl; /* < 0: not given */
 };
 
@@ -28,6 +29,7 @@ struct options {
 int cmd_eval(const struct options *, char **args, int n);
 int cmd_evals(const struct options *, char **args, int n);
 int cmd_sweep(const struct options *, char **args, int n);
+int cmd_rollout(const struct options *, char **args, int n);
 
 const char *str(const json_t *o, const char *key);          /* "" if it is none */
 json_int_t num(const json_t *o, const char *key);

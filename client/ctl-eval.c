@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* octetctl eval, evals, sweep: what precision costs and saves. */
+/* octetctl eval, evals, sweep, rollout: what precision costs and saves. */
 #include <errno.h>
 #include <math.h>
 #include <signal.h>
@@ -797,5 +797,64 @@ cmd_sweep(const struct options *o, char **args, int n)
 	json_decref(s.whole);
 	ctl_close(&s.ctl);
 	free(s.t);
+	return rc != 0 ? complain(&err) : fflush(stdout) != 0;
+}
+
+/* ---- rollout ---- */
+
+static void
+print_sides(const json_t *r)
+{
+	const json_t *g = json_object_get(r, "guard"), *b = json_object_get(r, "baseline"), *c = json_object_get(r, "candidate"),
+	             *s = json_object_get(r, "shadow");
+
+	printf("rollout of %s: %g %% by %s, epoch %lld\n", str(r, "policy"), real(r, "percent"), str(r, "by"), (long long)num(r, "epoch"));
+	printf("%-16s %12s %12s\n", "", "active", "candidate");
+	printf("%-16s %12lld %12lld\n", "requests", (long long)num(b, "requests"), (long long)num(c, "requests"));
+	printf("%-16s %12lld %12lld\n", "tokens", (long long)num(b, "tokens"), (long long)num(c, "tokens"));
+	printf("%-16s %12lld %12lld\n", "failed", (long long)num(b, "failed"), (long long)num(c, "failed"));
+	printf("%-16s %12.2f %12.2f  ms p50\n", "first token", real(b, "ttft_ms_p50"), real(c, "ttft_ms_p50"));
+	printf("%-16s %12.2f %12.2f  ms p99\n", "", real(b, "ttft_ms_p99"), real(c, "ttft_ms_p99"));
+	printf("%-16s %12.2f %12.2f  ms p50\n", "each token", real(b, "token_ms_p50"), real(c, "token_ms_p50"));
+	printf("%-16s %12.2f %12.2f  ms p99\n", "", real(b, "token_ms_p99"), real(c, "token_ms_p99"));
+	if (json_is_object(s))
+		printf("shadow: KL %.6f, top-1 %.2f %% over %lld requests\n", real(s, "kl"), 100 * real(s, "agree"),
+		    (long long)num(s, "requests"));
+	if (real(g, "kl") > 0 || real(g, "agree") > 0 || real(g, "p99_ms") > 0)
+		printf("guard: KL %g, agreement %g, p99 %+g %% (0: none)\n", real(g, "kl"), real(g, "agree"), 100 * real(g, "p99_ms"));
+}
+
+int
+cmd_rollout(const struct options *o, char **args, int n)
+{
+	const char *op = n > 0 ? args[0] : "status";
+	bool takes = strcmp(op, "start") == 0 || strcmp(op, "percent") == 0;
+	json_t *request = json_pack("{s:s,s:s}", "verb", "rollout", "op", op), *reply = NULL;
+	struct ctl *ctl = NULL;
+	struct err err = {""};
+	int rc = 0;
+
+	if (n > 0 && n != 1 + takes)
+		rc = err_set(&err, -EINVAL, "rollout: start POLICY --percent P, percent P, promote, abort or status");
+	if (rc == 0 && takes)
+		json_object_set_new(request, strcmp(op, "start") == 0 ? "policy" : "percent", json_string(args[1]));
+	if (o->percent != NULL)
+		json_object_set_new(request, "percent", json_string(o->percent));
+	if (o->by != NULL)
+		json_object_set_new(request, "by", json_string(o->by));
+	if (o->guard != NULL)
+		json_object_set_new(request, "guard", json_string(o->guard));
+	if (rc == 0 && (rc = open_ctl(o, &ctl, &err)) == 0)
+		rc = ask(ctl, json_incref(request), &reply, &err);
+	json_decref(request);
+	if (rc == 0 && o->json) {
+		json_dumpf(json_object_get(reply, "rollout"), stdout, JSON_INDENT(1) | JSON_ENCODE_ANY);
+		printf("\n");
+	} else if (rc == 0 && json_is_object(json_object_get(reply, "rollout")))
+		print_sides(json_object_get(reply, "rollout"));
+	else if (rc == 0)
+		printf("there is no rollout\n");
+	json_decref(reply);
+	ctl_close(&ctl);
 	return rc != 0 ? complain(&err) : fflush(stdout) != 0;
 }

@@ -129,6 +129,21 @@ show_status(const json_t *r, const struct options *o)
 	if (json_is_object(waits))
 		printf("waiting   epoch %" JSON_INTEGER_FORMAT " is taken back in %" JSON_INTEGER_FORMAT
 		       " s unless it is confirmed\n", num(waits, "epoch"), num(waits, "seconds_left"));
+	if (json_is_object(json_object_get(r, "rollout")))
+		printf("rollout   %s for %g %% of the requests; see octetctl rollout\n", str(json_object_get(r, "rollout"), "policy"),
+		    real(json_object_get(r, "rollout"), "percent"));
+	if (num(json_object_get(r, "shadow"), "scored") > 0)
+		printf("shadow    %" JSON_INTEGER_FORMAT " requests scored against %s in %.1f s of idle time\n",
+		    num(json_object_get(r, "shadow"), "scored"), str(json_object_get(r, "shadow"), "baseline"),
+		    real(json_object_get(r, "shadow"), "seconds"));
+	if (json_is_object(json_object_get(json_object_get(r, "shadow"), "active"))) {
+		const json_t *seen = json_object_get(json_object_get(r, "shadow"), "active");
+
+		printf("          active plan: KL %.6f, top-1 %.2f %% over %" JSON_INTEGER_FORMAT " tokens\n", real(seen, "kl"),
+		    100 * real(seen, "agree"), num(seen, "tokens"));
+	}
+	if (*str(json_object_get(r, "surge"), "policy") != '\0')
+		printf("surge     %s: %s\n", str(json_object_get(r, "surge"), "policy"), str(json_object_get(r, "surge"), "state"));
 	if (json_is_true(json_object_get(r, "draining")))
 		printf("draining  no new requests are taken\n");
 	printf("\n");
@@ -273,6 +288,8 @@ static const struct verb verbs[] = {
 	    "[--budget-kl X | --budget-ppl PERCENT] [--save NAME] [--svg FILE] [--again]",
 	    "measure each flip alone; choose a policy within a budget", "BFCXNSYRKPGA", 0, 0, NULL, NULL, cmd_sweep},
 	{"evals", "[list [--all] | show ID | compare ID ID | delete ID]", "stored results", "L", 0, 3, NULL, NULL, cmd_evals},
+	{"rollout", "[start POLICY --percent P [--by client|request] [--guard kl=0.01,agree=0.98,p99_ms=+10%] | percent P | promote | "
+	    "abort | status]", "a candidate policy for some of the requests", "QYU", 0, 2, NULL, NULL, cmd_rollout},
 	{"clients", "", "who is connected", "", 0, 0, "clients", show_clients, NULL},
 };
 
@@ -309,7 +326,7 @@ parse_number(const char *s, int64_t *out)
 
 enum { OPT_SOCKET = 256, OPT_INI, OPT_DRY, OPT_EPOCH, OPT_TO, OPT_HELP, OPT_VERSION, OPT_JSON, OPT_CONFIRM,
 	OPT_TIMEOUT, OPT_CANDIDATE, OPT_BASELINE, OPT_TEXT, OPT_TASK, OPT_CONTEXT, OPT_EXCLUSIVE, OPT_SAVE, OPT_DUMP, OPT_STOP,
-	OPT_BY, OPT_FORMAT, OPT_BUDGET_KL, OPT_BUDGET_PPL, OPT_SVG, OPT_AGAIN, OPT_ALL };
+	OPT_BY, OPT_FORMAT, OPT_BUDGET_KL, OPT_BUDGET_PPL, OPT_SVG, OPT_AGAIN, OPT_ALL, OPT_PERCENT, OPT_GUARD };
 
 static bool
 parse_real(const char *s, double *out)
@@ -344,6 +361,7 @@ parse(int argc, char **argv, struct options *o, char *used, size_t used_len)
 		{"format", required_argument, NULL, OPT_FORMAT}, {"budget-kl", required_argument, NULL, OPT_BUDGET_KL},
 		{"budget-ppl", required_argument, NULL, OPT_BUDGET_PPL}, {"svg", required_argument, NULL, OPT_SVG},
 		{"again", no_argument, NULL, OPT_AGAIN}, {"all", no_argument, NULL, OPT_ALL},
+		{"percent", required_argument, NULL, OPT_PERCENT}, {"guard", required_argument, NULL, OPT_GUARD},
 		{"help", no_argument, NULL, OPT_HELP}, {"version", no_argument, NULL, OPT_VERSION}, {NULL, 0, NULL, 0}};
 	size_t n = 0;
 	int c;
@@ -382,6 +400,8 @@ parse(int argc, char **argv, struct options *o, char *used, size_t used_len)
 		case OPT_BUDGET_PPL: share = &o->budget_ppl; letter = 'P'; break;
 		case OPT_SVG: o->svg = optarg; letter = 'G'; break;
 		case OPT_AGAIN: o->again = true; letter = 'A'; break;
+		case OPT_PERCENT: o->percent = optarg; letter = 'Q'; break;
+		case OPT_GUARD: o->guard = optarg; letter = 'U'; break;
 		case OPT_ALL: o->all = true; letter = 'L'; break;
 		case 'n': number = &o->limit; letter = 'n'; break;
 		case 'h':

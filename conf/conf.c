@@ -13,7 +13,7 @@
 #define MAX_LINE 200
 #define MAX_SECTION 49 /* it cuts longer names without a word */
 
-enum type { TYPE_STRING, TYPE_WORD, TYPE_PATH, TYPE_NUMBER, TYPE_SIZE, TYPE_MODE, TYPE_ENUM };
+enum type { TYPE_STRING, TYPE_WORD, TYPE_PATH, TYPE_NUMBER, TYPE_SIZE, TYPE_MODE, TYPE_ENUM, TYPE_SHARE };
 
 struct option {
 	const char *section, *key;
@@ -83,6 +83,25 @@ static const struct option options[] = {
 	{"precision", "policy", TYPE_STRING, AT(policy), "bf16", 0, 0, NULL, LIVE, "", "the active policy"},
 	{"precision", "on_flip", TYPE_ENUM, AT(on_flip), "switch", 0, 0, on_flips, LIVE, "",
 	    "whether running sequences follow a flip or finish under their plan"},
+	{"shadow", "sample", TYPE_SHARE, AT(shadow_sample), "0", 0, 1000000, NULL, LIVE, "",
+	    "share of finished requests that are scored again under the baseline; 0: none"},
+	{"shadow", "baseline", TYPE_STRING, AT(shadow_baseline), "bf16", 0, 0, NULL, LIVE, "", "the policy to compare with"},
+	{"shadow", "share", TYPE_SHARE, AT(shadow_share), "0.05", 0, 1000000, NULL, LIVE, "",
+	    "what shadow may add to a step with live requests"},
+	{"shadow", "max_kl", TYPE_SHARE, AT(shadow_max_kl), "0", 0, 1000000, NULL, LIVE, "",
+	    "a plan that diverges more per token is rolled back; 0: never"},
+	{"shadow", "min_agree", TYPE_SHARE, AT(shadow_min_agree), "0", 0, 1000000, NULL, LIVE, "",
+	    "a plan whose first choices agree less is rolled back; 0: never"},
+	{"shadow", "cooldown_s", TYPE_NUMBER, AT(shadow_cooldown_s), "300", 0, 86400, NULL, LIVE, "s",
+	    "after the guardrail acted it does not act again for so long"},
+	{"surge", "policy", TYPE_STRING, AT(surge_policy), "", 0, 0, NULL, LIVE, "",
+	    "a faster policy while requests wait too long; empty: none"},
+	{"surge", "enter_queue_ms", TYPE_NUMBER, AT(surge_enter_queue_ms), "1000", 1, 3600000, NULL, LIVE, "ms",
+	    "it starts when the oldest request has waited longer"},
+	{"surge", "leave_queue_ms", TYPE_NUMBER, AT(surge_leave_queue_ms), "100", 0, 3600000, NULL, LIVE, "ms",
+	    "it ends when none has waited longer"},
+	{"surge", "min_hold_s", TYPE_NUMBER, AT(surge_min_hold_s), "30", 0, 86400, NULL, LIVE, "s",
+	    "and the plan stays at least so long each time"},
 	{"access", "operators", TYPE_STRING, AT(operators), "", 0, 0, NULL, LIVE, "",
 	    "who may change: user:NAME, group:NAME, uid:N, gid:N, *; root and octetd's own user always may"},
 	{"access", "viewers", TYPE_STRING, AT(viewers), "*", 0, 0, NULL, LIVE, "", "who may look"},
@@ -175,6 +194,21 @@ parse_digits(const char *s, int base, uint64_t *out)
 	return errno == 0 && isdigit((unsigned char)*s) && *end == '\0';
 }
 
+/* "0.01" or "1%", in millionths. */
+static bool
+parse_share(const char *s, uint64_t *out)
+{
+	char *end;
+	double v = strtod(s, &end);
+
+	if (end != s && strcmp(end, "%") == 0)
+		v /= 100, end++;
+	if (end == s || *end != '\0' || !(v >= 0 && v <= 1000))
+		return false;
+	*out = (uint64_t)(v * 1e6 + 0.5);
+	return true;
+}
+
 /* The place of text among the choices. */
 static int
 find_choice(const struct option *o, const char *text, uint64_t *out, struct err *err)
@@ -237,13 +271,20 @@ set_option(struct conf *c, const struct option *o, const char *text, struct err 
 	case TYPE_NUMBER:
 		ok = parse_digits(text, 10, &n);
 		break;
+	case TYPE_SHARE:
+		ok = parse_share(text, &n);
+		break;
 	}
 	if (!ok)
 		return err_set(err, -EINVAL, "%s '%s' is no %s", o->key, text,
-		    o->type == TYPE_SIZE ? "size (like 512M)" : o->type == TYPE_MODE ? "octal mode" : "number");
+		    o->type == TYPE_SIZE ? "size (like 512M)" : o->type == TYPE_MODE ? "octal mode"
+		    : o->type == TYPE_SHARE                                                         ? "share (like 1% or 0.01)"
+		                                                                                    : "number");
 	if (n < o->min || n > o->max) {
 		if (o->type == TYPE_MODE)
 			return err_set(err, -EINVAL, "%s '%s' is not between 0 and 0777", o->key, text);
+		if (o->type == TYPE_SHARE)
+			return err_set(err, -EINVAL, "%s '%s' is not between 0 and 1", o->key, text);
 		return err_set(err, -EINVAL, "%s '%s' is not between %llu and %llu", o->key, text, (unsigned long long)o->min,
 		    (unsigned long long)o->max);
 	}
@@ -258,6 +299,8 @@ print_value(const struct conf *c, const struct option *o, char *buf, size_t len)
 		snprintf(buf, len, "%s", *string_at(c, o) != NULL ? *string_at(c, o) : "");
 	else if (o->type == TYPE_ENUM)
 		snprintf(buf, len, "%s", o->choices[get_number(c, o)]);
+	else if (o->type == TYPE_SHARE)
+		snprintf(buf, len, "%g", (double)get_number(c, o) / 1e6);
 	else
 		snprintf(buf, len, o->type == TYPE_MODE ? "0%llo" : "%llu", (unsigned long long)get_number(c, o));
 }
@@ -795,11 +838,13 @@ print_bounds(FILE *f, const struct option *o)
 {
 	const char *comma = *o->unit != '\0' ? ", " : "";
 
-	if (*o->unit == '\0' && o->type != TYPE_NUMBER && o->choices == NULL)
+	if (*o->unit == '\0' && o->type != TYPE_NUMBER && o->type != TYPE_SHARE && o->choices == NULL)
 		return;
 	fprintf(f, " (%s", o->unit);
 	if (o->type == TYPE_NUMBER)
 		fprintf(f, "%s%llu to %llu", comma, (unsigned long long)o->min, (unsigned long long)o->max);
+	if (o->type == TYPE_SHARE)
+		fprintf(f, "0 to 1");
 	for (size_t i = 0; o->choices != NULL && o->choices[i] != NULL; i++)
 		fprintf(f, "%s%s", i > 0 ? ", " : "", o->choices[i]);
 	fprintf(f, ")");

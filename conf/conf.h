@@ -50,6 +50,10 @@ struct conf {
 	/* [precision] */
 	char *policy;
 	uint32_t on_flip;
+	/* [shadow], [surge]; shares and bounds in millionths */
+	char *shadow_baseline, *surge_policy;
+	uint32_t shadow_sample, shadow_share, shadow_max_kl, shadow_min_agree, shadow_cooldown_s, surge_enter_queue_ms,
+	    surge_leave_queue_ms, surge_min_hold_s;
 	/* [access] */
 	char *operators, *viewers, *policies_of_requests;
 	/* [policy NAME], the built-in ones first unless the file redefines them */

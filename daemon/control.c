@@ -10,6 +10,7 @@
 #include "daemon/eval.h"
 #include "daemon/log.h"
 #include "daemon/octetd.h"
+#include "daemon/rollout.h"
 #include "daemon/status.h"
 
 #define MAX_LINE 65536u         /* a request, newline included */
@@ -58,7 +59,7 @@ struct control {
 
 static const struct verb *const verbs[] = {&verb_status, &verb_plan, &verb_set, &verb_use, &verb_rollback, &verb_history,
     &verb_reload, &verb_clients, &verb_page, &verb_confirm, &verb_drain, &verb_resume, &verb_save, &verb_eval,
-    &verb_evals};
+    &verb_evals, &verb_rollout};
 
 static void conn_run(struct conn *);
 

@@ -53,7 +53,7 @@ struct flipper {
 	char policy[64];
 };
 
-static const char *const kind_names[] = {"set", "use", "rollback", "reload", "confirm"};
+static const char *const kind_names[] = {"set", "use", "rollback", "reload", "confirm", "note"};
 
 static void dispatch(struct flipper *);
 
@@ -112,6 +112,7 @@ job_free(struct job **jp)
 		return;
 	flip_rules_free(&j->ask.rule, j->ask.n_rules);
 	plan_unref(&j->plan);
+	plan_unref(&j->ask.note_plan);
 	free(j->change);
 	free(j);
 	*jp = NULL;
@@ -199,6 +200,8 @@ find_epoch(struct flipper *f, uint64_t epoch, struct journal_record *out, struct
 			continue;
 		*out = list[i].r;
 		rc = 0;
+		if (list[i].r.kind == JOURNAL_ROLLOUT)
+			rc = err_set(err, -EINVAL, "epoch %" PRIu64 " is a step of a rollout, not a plan", epoch);
 		if (strcmp(list[i].outcome, "applied") != 0)
 			rc = err_set(err, -EINVAL, "epoch %" PRIu64 " never ran: %s", epoch, list[i].outcome);
 	}
@@ -242,6 +245,10 @@ derive(struct flipper *f, struct job *j, struct err *err)
 		copy_text(j->rec.policy, sizeof(j->rec.policy), j->ask.policy);
 		break;
 	case FLIP_CONFIRM: break;
+	case FLIP_NOTE:
+		j->plan = plan_ref(j->ask.note_plan);
+		copy_text(j->rec.policy, sizeof(j->rec.policy), j->ask.policy);
+		break;
 	case FLIP_RELOAD:
 		rc = j->ask.prepare(j->ask.prepare_arg, &j->plan, label, &j->file_policy, err);
 		copy_text(j->rec.policy, sizeof(j->rec.policy), label);
@@ -256,7 +263,7 @@ derive(struct flipper *f, struct job *j, struct err *err)
 static void
 finish(struct flipper *f, struct job *j, int rc, bool changed)
 {
-	struct flip_result r = {.epoch = f->epoch, .changed = changed, .dry_run = j->ask.dry_run, .sites = j->sites,
+	struct flip_result r = {.epoch = j->ask.kind == FLIP_NOTE && rc == 0 ? j->rec.epoch : f->epoch, .changed = changed, .dry_run = j->ask.dry_run, .sites = j->sites,
 	    .unjournaled = changed && j->unjournaled, .change = j->change != NULL ? j->change : "", .policy = f->policy,
 	    .step = changed ? j->flip.step : 0, .plan_digest = f->active->digest};
 	const struct flip_who *w = &j->ask.who;
@@ -468,6 +475,14 @@ after_intent(uv_work_t *w, int status)
 		dispatch(f);
 		return;
 	}
+	if (j->ask.kind == FLIP_NOTE) {
+		f->changes++;
+		f->now = NULL;
+		set_state(f, FLIP_IDLE);
+		finish(f, j, 0, false);
+		dispatch(f);
+		return;
+	}
 	j->unjournaled = j->rc != 0;
 	j->flip = (struct flip){.plan = plan_ref(j->plan), .epoch = j->rec.epoch, .owner = j,
 	    .force = j->ask.kind == FLIP_ROLLBACK};
@@ -488,6 +503,8 @@ fill_record(struct flipper *f, struct job *j)
 		r->epoch = f->unconfirmed;
 	} else
 		r->epoch = ++f->last_epoch;
+	if (j->ask.kind == FLIP_NOTE)
+		r->kind = JOURNAL_ROLLOUT;
 	r->confirm_s = j->ask.confirm_s;
 	r->time_us = now_us();
 	r->uid = j->ask.who.uid;
@@ -521,10 +538,11 @@ check(struct flipper *f, struct job *j)
 	rc = derive(f, j, &j->err);
 	if (rc != 0 || j->plan == NULL)
 		return rc;
-	if (f->unconfirmed != 0 && j->ask.kind != FLIP_ROLLBACK && j->ask.kind != FLIP_CONFIRM)
+	if (f->unconfirmed != 0 && j->ask.kind != FLIP_ROLLBACK && j->ask.kind != FLIP_CONFIRM &&
+	    j->ask.kind != FLIP_NOTE)
 		return err_set(&j->err, -EBUSY, "epoch %" PRIu64 " waits for its confirmation: confirm it or roll it back first",
 		    f->unconfirmed);
-	j->change = plan_diff(f->active, j->plan);
+	j->change = j->ask.kind == FLIP_NOTE ? strdup(j->ask.note) : plan_diff(f->active, j->plan);
 	if (j->change == NULL)
 		return err_set(&j->err, -ENOMEM, "out of memory");
 	j->sites = plan_distance(f->active, j->plan);
@@ -539,7 +557,7 @@ start(struct flipper *f, struct job *j)
 	j->rc = check(f, j);
 	/* A plain rollback walks on even over a change that left no trace, or
 	 * it could never get behind it. */
-	same = j->ask.kind != FLIP_CONFIRM && (j->plan == NULL || (j->plan->digest == f->active->digest && j->rec.undoes == 0));
+	same = j->ask.kind != FLIP_CONFIRM && j->ask.kind != FLIP_NOTE && (j->plan == NULL || (j->plan->digest == f->active->digest && j->rec.undoes == 0));
 	if (j->rc == 0 && !j->ask.dry_run && same)
 		f->file_policy = j->file_policy;
 	if (j->rc != 0 || j->ask.dry_run || same) {
@@ -586,6 +604,7 @@ flip_ask(struct flipper *f, struct flip_ask *ask, flip_done done, void *arg)
 		rc = err_set(&err, -ESHUTDOWN, "octetd is stopping");
 	if (rc != 0) {
 		flip_rules_free(&ask->rule, ask->n_rules);
+		plan_unref(&ask->note_plan);
 		free(j);
 		done(arg, rc, &err, &none);
 		return;

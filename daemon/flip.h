@@ -23,7 +23,8 @@ struct flip_who {
 	char program[32];
 };
 
-enum flip_kind { FLIP_SET, FLIP_USE, FLIP_ROLLBACK, FLIP_RELOAD, FLIP_CONFIRM };
+enum flip_kind { FLIP_SET, FLIP_USE, FLIP_ROLLBACK, FLIP_RELOAD, FLIP_CONFIRM,
+	FLIP_NOTE }; /* a record of its own in the journal; changes no plan */
 
 struct flip_ask {
 	enum flip_kind kind;
@@ -34,8 +35,10 @@ struct flip_ask {
 	uint64_t to;                /* ROLLBACK, CONFIRM */
 	uint32_t confirm_s;         /* SET, USE: taken back after so long unless it is confirmed; 0: stays */
 	bool expired;               /* ROLLBACK: nobody confirmed if_epoch */
-	char policy[64];            /* USE: its name */
+	char policy[64];            /* USE, NOTE: its name */
 	char **rule; size_t n_rules; /* SET: "SELECTOR=FORMAT"; taken over, freed with flip_rules_free() */
+	struct plan *note_plan;     /* NOTE: what it is about (a reference, taken over), and in words */
+	char note[128];
 	/* RELOAD: called when its turn has come. 0 and *plan NULL: nothing to flip. */
 	int (*prepare)(void *arg, struct plan **plan, char policy[64], uint64_t *file_policy, struct err *);
 	void *prepare_arg;

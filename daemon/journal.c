@@ -26,7 +26,7 @@
 
 static const char *const kind_name[] = {
 	[JOURNAL_START] = "start", [JOURNAL_INTENT] = "intent", [JOURNAL_APPLIED] = "applied", [JOURNAL_FAILED] = "failed",
-	[JOURNAL_CONFIRMED] = "confirmed"};
+	[JOURNAL_CONFIRMED] = "confirmed", [JOURNAL_ROLLOUT] = "rollout"};
 #define N_KINDS (sizeof(kind_name) / sizeof(*kind_name))
 
 struct known_plan {
@@ -689,6 +689,21 @@ journal_last_applied(struct journal *j, struct journal_record *out)
 			*out = j->rec[i];
 			found = true;
 		}
+	}
+	pthread_mutex_unlock(&j->lock);
+	return found;
+}
+
+bool
+journal_last_rollout(struct journal *j, struct journal_record *out)
+{
+	bool found = false;
+
+	pthread_mutex_lock(&j->lock);
+	for (size_t i = j->n; i-- > 0 && !found;) {
+		found = j->rec[i].kind == JOURNAL_ROLLOUT;
+		if (found)
+			*out = j->rec[i];
 	}
 	pthread_mutex_unlock(&j->lock);
 	return found;

@@ -20,6 +20,7 @@ enum journal_kind {
 	JOURNAL_APPLIED,  /* it runs since step */
 	JOURNAL_FAILED,   /* it does not, and why */
 	JOURNAL_CONFIRMED, /* a change made with confirm_s is to stay */
+	JOURNAL_ROLLOUT,  /* a step of a rollout: policy and plan are the candidate's, change its terms; the active plan stays */
 };
 
 struct journal_record {
@@ -69,6 +70,7 @@ struct plan *journal_plan(struct journal *, uint64_t digest);
 uint64_t journal_last_epoch(struct journal *);
 /* The last applied change (start included): false if none. */
 bool journal_last_applied(struct journal *, struct journal_record *);
+bool journal_last_rollout(struct journal *, struct journal_record *);
 /* Does the last applied change still wait for its confirmation? */
 bool journal_unconfirmed(struct journal *);
 /* Where a plain rollback goes from here: the change to undo and the epoch whose

@@ -21,6 +21,8 @@
 #include "daemon/evals.h"
 #include "daemon/log.h"
 #include "daemon/octetd.h"
+#include "daemon/rollout.h"
+#include "daemon/shadow.h"
 #include "daemon/status.h"
 
 #define DRAIN_POLL_MS 10u
@@ -339,7 +341,14 @@ on_reap(uv_async_t *h)
 
 	struct request *mine = NULL, **end = &mine;
 
-	flipper_reaped(d->flips, engine_reap_flips(d->engine));
+	for (struct flip *f = engine_reap_flips(d->engine), *next; f != NULL; f = next) {
+		next = f->next;
+		f->next = NULL;
+		if (f->done != NULL)
+			f->done(f);
+		else
+			flipper_reaped(d->flips, f);
+	}
 	for (struct request *r = engine_reap(d->engine), *next; r != NULL; r = next) {
 		next = r->next;
 		r->next = NULL;
@@ -454,6 +463,7 @@ serve(struct daemon *m, const struct first_plan *f, struct err *err)
 	flips.engine = d->engine;
 	if ((rc = flipper_new(&d->flips, &flips, f->plan, f->epoch, f->policy, m->file_plan->digest, err)) != 0 ||
 	    (rc = evals_open(&d->evals, &d->loop, d->conf->state_dir, err)) != 0 ||
+	    (rc = shadow_new(&d->shadow, d, err)) != 0 || (rc = rollout_new(&d->rollout, d, err)) != 0 ||
 	    (rc = status_new(&d->status, d, err)) != 0 ||
 	    (rc = control_new(&d->control, d, d->conf->control_socket, (unsigned)d->conf->control_mode, err)) != 0)
 		return rc;
@@ -492,12 +502,14 @@ free_all(struct daemon *m, struct first_plan *f)
 	server_free(&d->server);
 	engine_free(&d->engine);
 	status_free(&d->status);
+	rollout_free(&d->rollout);
 	flipper_free(&d->flips);
 	close_main_handles(m);
 	uv_run(&d->loop, UV_RUN_DEFAULT);
 	if (uv_loop_close(&d->loop) != 0)
 		log_error("stop", "why=\"a handle is still open\"");
 	evals_close(&d->evals);
+	shadow_free(&d->shadow);
 	journal_close(&d->journal);
 	plan_unref(&f->plan);
 	plan_unref(&m->file_plan);

@@ -14,6 +14,8 @@
 
 #include "daemon/listen.h"
 #include "daemon/log.h"
+#include "daemon/rollout.h"
+#include "daemon/shadow.h"
 
 int64_t
 octetd_now_us(void)
@@ -44,7 +46,8 @@ octetd_engine_config(const struct octetd *d, const struct conf *c, struct engine
 }
 
 static int
-request_policy(void *arg, const struct peer *peer, const char *name, struct plan **plan, uint64_t *epoch)
+request_policy(void *arg, const struct peer *peer, const char *name, uint64_t request, struct plan **plan, uint64_t *epoch,
+    bool *rollout)
 {
 	const struct octetd *d = arg;
 
@@ -54,12 +57,24 @@ request_policy(void *arg, const struct peer *peer, const char *name, struct plan
 	for (size_t i = 0; name == NULL && i < d->conf->n_clients; i++)
 		if (peer_matches(peer, d->conf->clients[i].who))
 			name = d->conf->clients[i].policy;
-	if (name == NULL)
+	if (name == NULL) {
+		*plan = rollout_choose(d->rollout, peer, request, epoch);
+		*rollout = *plan != NULL;
 		return 0;
+	}
 	*epoch = flipper_epoch(d->flips);
 	if (conf_policy(d->conf, name) == NULL)
 		return -ENOENT;
 	return octetd_policy_plan(d->conf, name, d->model->shape.n_layers, plan, NULL);
+}
+
+static void
+request_finished(void *arg, const struct request *r)
+{
+	const struct octetd *d = arg;
+
+	rollout_take(d->rollout, r);
+	shadow_take(d->shadow, r);
 }
 
 /* One that ran, or one of the policies that only requests use. */
@@ -90,6 +105,7 @@ octetd_server_config(struct octetd *d, const struct conf *c, struct server_confi
 		.spin_us = (uint32_t)c->spin_us,
 		.share_prefixes = c->prefix_cache == CONF_PREFIX_ALL,
 		.policy = request_policy,
+		.finished = request_finished,
 		.plan = known_plan,
 		.arg = d,
 	};
@@ -164,6 +180,10 @@ octetd_policies_check(const struct conf *c, uint32_t n_layers, struct plan **act
 		if (conf_policy(c, c->clients[i].policy) == NULL)
 			return err_set(err, -EINVAL, "%s:%d: policy '%s' is not defined", c->file, c->clients[i].line,
 			    c->clients[i].policy);
+	if (conf_policy(c, c->shadow_baseline) == NULL)
+		return err_set(err, -EINVAL, "%s: [shadow] baseline: policy '%s' is not defined", c->file, c->shadow_baseline);
+	if (*c->surge_policy != '\0' && conf_policy(c, c->surge_policy) == NULL)
+		return err_set(err, -EINVAL, "%s: [surge] policy '%s' is not defined", c->file, c->surge_policy);
 	rc = octetd_policy_plan(c, c->policy, n_layers, active, err);
 	if (rc != 0)
 		err_prefix(err, "%s: [precision]", c->file);

@@ -23,6 +23,8 @@
 
 struct control;
 struct evals;
+struct rollout;
+struct shadow;
 struct status;
 
 struct octetd {
@@ -41,6 +43,8 @@ struct octetd {
 	struct control *control;
 	struct status *status;
 	struct evals *evals;
+	struct shadow *shadow;
+	struct rollout *rollout;
 	uint32_t measuring;         /* probes and requests of evals that the engine has */
 	void (*notify)(void *);     /* engine thread: wakes the loop; gets struct octetd */
 	int64_t started_us;         /* Unix time */

@@ -392,7 +392,8 @@ read_policy(struct reader *in, const struct wire_desc *d, struct request *r)
 	name[d->policy_bytes] = '\0';
 	if (r->replay != NULL)
 		return d->policy_bytes == 0 ? 0 : -EINVAL;
-	return cfg->policy(cfg->arg, &in->s->peer, d->policy_bytes == 0 ? NULL : name, &r->plan, &r->plan_epoch);
+	return cfg->policy(cfg->arg, &in->s->peer, d->policy_bytes == 0 ? NULL : name, in->s->server->next_request + 1, &r->plan,
+	    &r->plan_epoch, &r->rollout);
 }
 
 static bool
@@ -876,6 +877,8 @@ server_reaped(struct server *v, struct request *r)
 		slot->request = NULL;
 		count_request(v, s, -1);
 		s->tokens += r->n_output;
+		if (v->cfg.finished != NULL)
+			v->cfg.finished(v->cfg.arg, r);
 		request_free(&r);
 		if (s->state == SESSION_OPEN)
 			take_submissions(s);

@@ -26,8 +26,11 @@ struct server_config {
 	bool share_prefixes;                   /* between users, too */
 	/* The plan of a request that does not follow the active one: of the policy
 	 * it names, else (name NULL) of the one for its client. 0 and *plan NULL:
-	 * it follows. -EACCES, -ENOENT. */
-	int (*policy)(void *arg, const struct peer *, const char *name, struct plan **plan, uint64_t *epoch);
+	 * it follows. *rollout: it is a candidate's. -EACCES, -ENOENT. */
+	int (*policy)(void *arg, const struct peer *, const char *name, uint64_t request, struct plan **plan,
+	    uint64_t *epoch, bool *rollout);
+	/* A request came back, just before it is freed. */
+	void (*finished)(void *arg, const struct request *);
 	/* A plan that once ran, for a replay; NULL if it is not known. A reference. */
 	struct plan *(*plan)(void *arg, uint64_t digest);
 	void *arg;                             /* fixed after server_new(), like the two above */

@@ -11,6 +11,8 @@
 #include "daemon/engine/evidence.h"
 #include "daemon/engine/kv.h"
 #include "daemon/octetd.h"
+#include "daemon/rollout.h"
+#include "daemon/shadow.h"
 #include "daemon/status.h"
 
 #define HISTORY_MAX 20000u
@@ -107,6 +109,11 @@ exec_status(struct octetd *d, struct call *call, const json_t *request, json_t *
 	epoch = flipper_unconfirmed(d->flips, &left);
 	json_object_set_new(r, "unconfirmed", epoch == 0 ? json_null() : json_pack("{s:o,s:i}", "epoch", number(epoch),
 	    "seconds_left", (int)left));
+	json_object_set_new(r, "queue_ms", json_real(st.queue_ms));
+	json_object_set_new(r, "measuring", json_integer(d->measuring));
+	json_object_set_new(r, "shadow", shadow_json(d->shadow));
+	json_object_set_new(r, "rollout", rollout_json(d->rollout));
+	json_object_set_new(r, "surge", surge_json(d->rollout));
 	json_object_set_new(r, "clients", number(server_clients(d->server, NULL, 0)));
 	json_object_set_new(r, "draining", json_boolean(d->draining || d->drained));
 	json_object_set_new(r, "journal", json_pack("{s:o,s:i}", "path", json_lossy(d->conf->state_dir), "unjournaled",

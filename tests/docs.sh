@@ -22,8 +22,8 @@ paragraph() { sed -n "/^\.B $1\$/,/^(.*)\$/p" "$man/octet.ini.5"; }
 comment() { awk -v key="$1" '/^# /{ c = c " " substr($0, 3); next } $0 ~ "^#?" key " =" { print c; print } { c = "" }' "$srcdir/conf/octet.ini"; }
 wrong=
 while IFS='|' read -r key fallback bounds choices when; do
-	page=$(paragraph "$key" | tail -1) sample=$(comment "$key")
-	case $page in *"; $when)") ;; *) wrong="$wrong page:$key:$when" ;; esac
+	page=$(paragraph "$key" | grep '^(.*)$') sample=$(comment "$key")
+	case $page in *"; $when)"*) ;; *) wrong="$wrong page:$key:$when" ;; esac
 	case $page in *"$bounds"*) ;; *) wrong="$wrong page:$key:$bounds" ;; esac
 	case $page in *"default: ${fallback:-}"*) ;; *) wrong="$wrong page:$key:default" ;; esac
 	case $sample in *"$bounds"*) ;; *) wrong="$wrong sample:$key:$bounds" ;; esac

@@ -41,6 +41,7 @@ batch_finish(struct engine *e, struct request *r, enum wire_finish how, uint64_t
 	seq_set_state(s, SEQ_FINISHED);
 	kv_close(&e->kv, &s->kv);
 	r->finish = how;
+	r->done_ms = engine_now_ms();
 	r->error = how == WIRE_FINISH_ERROR ? -(int)(uint32_t)detail : 0;
 	batch_put(r, (struct wire_event){.kind = WIRE_EV_DONE, .token = how, .a = detail});
 	r->sink.flush(r->sink.arg);

@@ -42,11 +42,50 @@ request_free(struct request **rp)
 	*rp = NULL;
 }
 
+const uint32_t *
+request_tokens(const struct request *r, uint32_t *n)
+{
+	*n = r->seq->n_known;
+	return r->seq->token;
+}
+
+uint32_t
+request_segments(const struct request *r, const struct segment **seg)
+{
+	*seg = r->seq->seg;
+	return r->seq->n_seg;
+}
+
 /* ---- between steps ---- */
+
+/* Those of a rollout follow the active plan from here on. */
+static void
+retire(struct engine *e, struct request *r)
+{
+	if (!r->rollout || r->plan == NULL)
+		return;
+	plan_unref(&r->plan);
+	if (r->seq->plan != NULL)
+		seq_set_plan(r->seq, e->plan, e->epoch);
+}
+
+static void
+retire_rollout(struct engine *e)
+{
+	for (uint32_t i = 0; i < e->n_running; i++)
+		retire(e, e->running[i]->req);
+	for (struct request *r = e->waiting; r != NULL; r = r->next)
+		retire(e, r);
+}
+
 
 static void
 apply_flip(struct engine *e, struct flip *f)
 {
+	if (f->retire_rollout) {
+		retire_rollout(e);
+		return;
+	}
 	plan_unref(&e->plan);
 	e->plan = plan_ref(f->plan);
 	e->epoch = f->epoch;
@@ -184,6 +223,7 @@ note_state(struct engine *e)
 	e->stats.prefix_hit_tokens = e->kv.hit_tokens;
 	e->stats.prefix_evictions = e->kv.evictions;
 	e->stats.preemptions = e->preemptions;
+	e->stats.queue_ms = e->waiting != NULL ? engine_now_ms() - e->waiting->submitted_ms : 0;
 	pthread_mutex_unlock(&e->stats_lock);
 }
 
@@ -382,6 +422,7 @@ engine_submit(struct engine *e, struct request *r, struct err *err)
 	memcpy(s->token, r->prompt, (size_t)r->n_prompt * sizeof(*s->token));
 	s->req = r, s->n_known = r->n_prompt, s->n_max = n_max;
 	r->seq = s;
+	r->submitted_ms = engine_now_ms();
 	r->next = NULL;
 	__atomic_add_fetch(&e->n_queued, 1, __ATOMIC_RELAXED);
 	pthread_mutex_lock(&e->lock);

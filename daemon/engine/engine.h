@@ -68,6 +68,7 @@ struct request {
 	uint32_t *prompt, n_prompt; /* malloc'd; freed by request_free() */
 	struct sampling sampling;
 	struct plan *plan;   /* its own policy, a reference; NULL: follows the active plan */
+	bool rollout;        /* the plan is a rollout's candidate */
 	uint64_t plan_epoch; /* epoch of that policy's plan */
 	struct segment *replay; /* [n_replay] malloc'd: runs under these, the first from 0; NULL: no replay */
 	uint32_t n_replay;
@@ -77,6 +78,7 @@ struct request {
 	void (*done)(struct request *); /* who takes it back; NULL: the server */
 	/* Set by the engine before it comes back. */
 	uint32_t n_output;
+	double submitted_ms, first_ms, done_ms; /* monotonic; of the first token */
 	enum wire_finish finish;
 	int error;
 	/* The engine's own. */
@@ -85,12 +87,17 @@ struct request {
 	struct seq *seq;
 };
 void request_free(struct request **);
+/* Of one that came back: prompt and output; what ran where. Borrowed. */
+const uint32_t *request_tokens(const struct request *, uint32_t *n);
+uint32_t request_segments(const struct request *, const struct segment **);
 
 struct flip {
 	struct plan *plan;   /* the flip holds a reference */
 	uint64_t epoch;
 	void *owner;
 	bool force;          /* move pinned sequences too: rollback, guardrail */
+	bool retire_rollout; /* changes no plan: requests of a rollout follow the active one from here on */
+	void (*done)(struct flip *); /* who takes it back; NULL: the flipper */
 	uint64_t step;       /* set when applied: first step that runs the plan */
 	struct flip *next;
 };
@@ -111,6 +118,7 @@ struct engine_stats {
 	uint32_t running, queued, batch_rows;
 	uint32_t kv_pages, kv_pages_used, kv_pages_cached, kv_page_tokens;
 	uint64_t prefix_hit_tokens, prefix_evictions, preemptions;
+	double queue_ms;                  /* how long the oldest waits that does not run */
 	uint64_t kv_bytes;
 	double step_ms_p50, step_ms_p90, step_ms_p99, step_ms_max; /* last 1024 steps */
 	uint64_t epoch, plan_digest;      /* what the last step ran */

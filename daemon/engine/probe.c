@@ -336,6 +336,8 @@ probe_choose(struct engine *e, uint32_t n_live)
 			n = p->n - (p->kind == PROBE_TIME ? p->rows : 1) - p->n_run;
 		if (n > p->chunk_max)
 			n = p->chunk_max;
+		if (p->max_rows != 0 && n > p->max_rows)
+			n = p->max_rows;
 		if (p->chunk > 0) /* the other side of what the baseline ran */
 			n = n == 0 ? 0 : p->chunk <= e->cfg.max_batch_tokens - n_live ? p->chunk : 0;
 	}

@@ -37,6 +37,7 @@ struct probe {
 	struct plan *plan[N_SIDES]; /* references */
 	uint32_t from;              /* SCORE: tokens [from, n) are scored; 1 at least */
 	double share;               /* 0.2: steps with live rows take a fifth longer */
+	uint32_t max_rows;          /* of a pass; 0: what fits */
 	bool exclusive;             /* live requests wait */
 	uint32_t rows, rounds;      /* TIME: the last rows positions as one step, so often on each side */
 	double seconds;             /* TIME: no more rounds after so long */

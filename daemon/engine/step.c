@@ -104,7 +104,8 @@ take_result(struct engine *e, struct seq *s, uint32_t pos, const struct result *
 		return false;
 	}
 	put_token(req, WIRE_EV_TOKEN, s->n_known, &r->s);
-	req->n_output++;
+	if (req->n_output++ == 0)
+		req->first_ms = engine_now_ms();
 	(*tokens)++;
 	s->token[s->n_known++] = r->s.token;
 	if (s->n_known == s->n_max) {

@@ -9,9 +9,10 @@
 static struct plan *a_plan;
 
 static int
-policy(void *arg, const struct peer *peer, const char *name, struct plan **plan, uint64_t *epoch)
+policy(void *arg, const struct peer *peer, const char *name, uint64_t request, struct plan **plan, uint64_t *epoch,
+    bool *rollout)
 {
-	(void)arg, (void)peer;
+	(void)arg, (void)peer, (void)request, (void)rollout;
 	*epoch = 1;
 	*plan = name != NULL && *name == 'p' ? plan_ref(a_plan) : NULL;
 	if (name != NULL && strlen(name) > WIRE_MAX_POLICY)
