@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Which kernels this machine can run. C fills the table, levels overwrite upward. */
+#include <cpuid.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <string.h>
@@ -16,6 +17,16 @@ always(void)
 }
 
 static bool
+has_avx2(void)
+{
+	uint32_t a, b, c, d;
+
+	/* The builtin of clang 14 does not know F16C. */
+	return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __get_cpuid(1, &a, &b, &c, &d) &&
+	    (c & bit_F16C) != 0;
+}
+
+static bool
 has_avx512(void)
 {
 	return __builtin_cpu_supports("fma") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -28,6 +39,7 @@ static const struct level {
 	void (*fill)(struct k_ops *);
 } levels[] = {
 	{"ref", "", always, kernels_fill_ref},
+	{"avx2", "AVX2, FMA and F16C", has_avx2, kernels_fill_avx2},
 	{"avx512", "AVX-512 F, BW, VL and DQ", has_avx512, kernels_fill_avx512},
 };
 #define N_LEVELS (sizeof(levels) / sizeof(*levels))
@@ -65,7 +77,7 @@ kernels_select(const char *level, char *why, size_t why_len)
 		snprintf(why, why_len, "CPU level '%s' needs %s, which this machine lacks", level, levels[i].needs);
 		return NULL;
 	}
-	snprintf(why, why_len, "unknown CPU level '%s' (ref, avx512)", level);
+	snprintf(why, why_len, "unknown CPU level '%s' (ref, avx2, avx512)", level);
 	return NULL;
 }
 

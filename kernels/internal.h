@@ -5,6 +5,7 @@
 #include "kernels/kernels.h"
 
 void kernels_fill_ref(struct k_ops *);
+void kernels_fill_avx2(struct k_ops *);
 void kernels_fill_avx512(struct k_ops *);
 
 /*
