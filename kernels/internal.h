@@ -7,6 +7,16 @@
 void kernels_fill_ref(struct k_ops *);
 void kernels_fill_avx2(struct k_ops *);
 void kernels_fill_avx512(struct k_ops *);
+void kernels_fill_amx(struct k_ops *);
+
+/* Of avx512.c, for amx.c: a whole linear layer; one block as BF16, [2 tiles][16 input pairs][16 channels][2 inputs];
+ * totals of a panel, scaled, to y. */
+void linear_avx512(const struct k_linear *);
+void avx512_unpack_block(const struct k_weight *, uint32_t panel, uint32_t block, enum k_format, uint16_t out[1024]);
+void avx512_write_panel(const struct k_linear *, uint32_t panel, uint32_t row, uint32_t rows,
+    const float (*total)[K_PANEL]);
+
+bool amx_agrees(void); /* with ref on a block; in a thread after kernels_thread_init() */
 
 /*
  * exp(x) for x <= 0 and a little above: 2^n * p(r), r = x - n ln 2 in two steps

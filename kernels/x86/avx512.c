@@ -351,7 +351,19 @@ many_panels(const struct k_linear *a, uint32_t p0, uint32_t p1, uint32_t row, ui
 		write_panel(a, p, row, rows, (const totals *)total[p - p0]);
 }
 
-static void
+AVX512 void
+avx512_unpack_block(const struct k_weight *w, uint32_t panel, uint32_t block, enum k_format format, uint16_t out[1024])
+{
+	unpack_block(w, panel, block, format, out);
+}
+
+AVX512 void
+avx512_write_panel(const struct k_linear *a, uint32_t panel, uint32_t row, uint32_t rows, const totals *total)
+{
+	write_panel(a, panel, row, rows, total);
+}
+
+void
 linear_avx512(const struct k_linear *a)
 {
 	static void (*const few[FEW])(const struct k_linear *, uint32_t, uint32_t) = {few_1, few_2, few_3, few_4, few_5,

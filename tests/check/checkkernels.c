@@ -199,7 +199,7 @@ linear_agrees(struct weights *w, uint32_t rows, enum k_format format, bool add, 
 static void
 check_linear(void)
 {
-	static const uint32_t dims[] = {1, 3, 17, 31, 32, 33, 65, 172, 288, 576}, rows[] = {1, 2, 3, 4, 5, 16, 17, 65};
+	static const uint32_t dims[] = {1, 3, 17, 31, 32, 33, 65, 172, 288, 576}, rows[] = {1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 31, 32, 33, 65, 130};
 
 	for (size_t i = 0; i < sizeof(dims) / sizeof(*dims); i++) {
 		for (size_t j = 0; j < sizeof(dims) / sizeof(*dims); j += 1 + below(3)) {
@@ -491,10 +491,49 @@ check_attention(void)
 	}
 }
 
+/* ---- levels ---- */
+
+/* Of amx-emulated.c. */
+void kernels_fill_amx_emulated(struct k_ops *);
+bool amx_agrees_emulated(void);
+
+#define EMULATED "amx-emulated"
+
+/* Those of the library, and one more. */
+static const char *
+level_name(size_t i)
+{
+	const char *name = kernels_level(i);
+
+	return name == NULL && kernels_level(i - 1) != NULL ? EMULATED : name;
+}
+
+static const struct k_ops *
+select_level(const char *name, char *why, size_t why_len)
+{
+	static struct k_ops emulated;
+	const struct k_ops *below;
+
+	if (strcmp(name, EMULATED) != 0)
+		return kernels_select(name, why, why_len);
+	below = kernels_select("avx512", why, why_len);
+	if (below == NULL)
+		return NULL;
+	emulated = *below;
+	emulated.name = EMULATED;
+	kernels_fill_amx_emulated(&emulated);
+	return &emulated;
+}
+
 static void
 check_level(void)
 {
 	rng = seed * 0x9e3779b97f4a7c15u + 1;
+	if (strcmp(ops->name, EMULATED) == 0) {
+		ok(amx_agrees_emulated(), "self-check", "");
+		check_linear();
+		return;
+	}
 	check_codes();
 	check_rows("act_bf16", run_bf16);
 	check_rows("act_fp8", run_fp8);
@@ -752,26 +791,26 @@ main(int argc, char **argv)
 	}
 	kernels_thread_init();
 	ref = kernels_select("ref", why, sizeof(why));
-	if (only != NULL && kernels_select(only, why, sizeof(why)) == NULL) {
+	if (only != NULL && select_level(only, why, sizeof(why)) == NULL) {
 		fprintf(stderr, "checkkernels: %s\n", why);
 		return 1;
 	}
 	rng = seed;
 	if (!benching)
 		printf("# seed %llu\n", (unsigned long long)seed);
-	for (size_t i = 0; (name = kernels_level(i)) != NULL; i++) {
+	for (size_t i = 0; (name = level_name(i)) != NULL; i++) {
 		if ((only != NULL && strcmp(only, name) != 0) || (!benching && i == 0 && only == NULL))
 			continue;
-		ops = kernels_select(name, why, sizeof(why));
+		ops = select_level(name, why, sizeof(why));
 		if (ops == NULL) {
 			if (!benching)
 				printf("# skipped: %s\n", why);
 			continue;
 		}
-		if (benching)
-			bench();
-		else
+		if (!benching)
 			check_level();
+		else if (strcmp(name, EMULATED) != 0)
+			bench();
 	}
 	if (!benching) {
 		/* On a machine that has no other level, ref against itself still walks the guards. */
