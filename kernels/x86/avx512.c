@@ -765,31 +765,44 @@ page_softmax(const struct head_page *page, struct head *head)
 	}
 }
 
-/* The block's output for n heads. */
+/* The block's output for n heads, 32 dimensions at a time: hd_pad has them. */
 INLINE void
 page_output(const struct k_attention *a, const struct head_page *page, struct head *head, const uint32_t n)
 {
-	for (uint32_t d = 0; d < a->head_dim; d += 16) {
-		__m512 even[TEAM], odd[TEAM], e, o;
+	for (uint32_t d = 0; d < a->head_dim; d += 32) {
+		__m512 even[TEAM][2], odd[TEAM][2], e[2], o[2];
 
 		UNROLL
 		for (uint32_t h = 0; h < n; h++)
-			even[h] = odd[h] = _mm512_setzero_ps();
+			even[h][0] = even[h][1] = odd[h][0] = odd[h][1] = _mm512_setzero_ps();
 		for (uint32_t j = page->lo & ~1u; j < page->hi; j += 2) {
-			halves(page->v + (j / 2 * a->hd_pad + d) * 2, &e, &o);
+			const uint16_t *v = page->v + (j / 2 * a->hd_pad + d) * 2;
+
+			halves(v, &e[0], &o[0]);
+			halves(v + 32, &e[1], &o[1]);
 			/* The even slot of the first pair and the odd one of the last may hold anything. */
 			if (j >= page->lo)
 				UNROLL
-				for (uint32_t h = 0; h < n; h++)
-					even[h] = _mm512_fmadd_ps(e, _mm512_set1_ps(head[h].p[j]), even[h]);
+				for (uint32_t h = 0; h < n; h++) {
+					__m512 p = broadcast(&head[h].p[j]);
+
+					even[h][0] = _mm512_fmadd_ps(e[0], p, even[h][0]);
+					even[h][1] = _mm512_fmadd_ps(e[1], p, even[h][1]);
+				}
 			if (j + 1 < page->hi)
 				UNROLL
-				for (uint32_t h = 0; h < n; h++)
-					odd[h] = _mm512_fmadd_ps(o, _mm512_set1_ps(head[h].p[j + 1]), odd[h]);
+				for (uint32_t h = 0; h < n; h++) {
+					__m512 p = broadcast(&head[h].p[j + 1]);
+
+					odd[h][0] = _mm512_fmadd_ps(o[0], p, odd[h][0]);
+					odd[h][1] = _mm512_fmadd_ps(o[1], p, odd[h][1]);
+				}
 		}
 		UNROLL
-		for (uint32_t h = 0; h < n; h++)
-			_mm512_store_ps(head[h].block + d, _mm512_add_ps(even[h], odd[h]));
+		for (uint32_t h = 0; h < n; h++) {
+			_mm512_store_ps(head[h].block + d, _mm512_add_ps(even[h][0], odd[h][0]));
+			_mm512_store_ps(head[h].block + d + 16, _mm512_add_ps(even[h][1], odd[h][1]));
+		}
 	}
 }
 
