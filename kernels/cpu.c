@@ -36,13 +36,17 @@ lacks_avx2(void)
 	return "needs AVX2, FMA and F16C, which this machine lacks";
 }
 
+bool
+kernels_have_avx512(void)
+{
+	return __builtin_cpu_supports("fma") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+	    __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+
 static const char *
 lacks_avx512(void)
 {
-	if (__builtin_cpu_supports("fma") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-	    __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-		return NULL;
-	return "needs AVX-512 F, BW, VL and DQ, which this machine lacks";
+	return kernels_have_avx512() ? NULL : "needs AVX-512 F, BW, VL and DQ, which this machine lacks";
 }
 
 static const char *

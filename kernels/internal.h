@@ -16,6 +16,15 @@ void avx512_unpack_block(const struct k_weight *, uint32_t panel, uint32_t block
 void avx512_write_panel(const struct k_linear *, uint32_t panel, uint32_t row, uint32_t rows,
     const float (*total)[K_PANEL]);
 
+/* k_pack_panel() without vectors: it defines the bytes. */
+int k_pack_panel_ref(struct k_weight *, uint32_t panel, const uint16_t *rows, struct k_exception **exc, uint32_t *n_exc,
+    uint32_t *cap, uint32_t *bad_row, uint32_t *bad_col);
+bool kernels_have_avx512(void);
+/* Of pack.c: the largest magnitude of a row; a tile of 16 channels [16, ld] with their exponents k, except the weights
+ * of each pair of inputs that `left` has a bit for. */
+uint16_t avx512_absmax(const uint16_t *row, uint32_t n);
+void avx512_pack_tile(const uint16_t *rows, size_t ld, const int16_t *k, uint8_t *hi, int8_t *lo, uint32_t left[16]);
+
 bool amx_agrees(void); /* with ref on a block; in a thread after kernels_thread_init() */
 
 /*
