@@ -27,6 +27,13 @@ void avx512_pack_tile(const uint16_t *rows, size_t ld, const int16_t *k, uint8_t
 
 bool amx_agrees(void); /* with ref on a block; in a thread after kernels_thread_init() */
 
+/* -O2 leaves short loops alone, and arrays of registers in memory. */
+#ifdef __clang__
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+
 /*
  * exp(x) for x <= 0 and a little above: 2^n * p(r), r = x - n ln 2 in two steps
  * (Cody and Waite), p the Taylor polynomial to r^6 by Horner. The levels do

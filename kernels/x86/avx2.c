@@ -19,9 +19,6 @@
 #define CHUNK 4u         /* blocks of it: 128 inputs */
 #define AHEAD 2048u      /* bytes of prefetch */
 
-/* -O2 leaves short loops alone, and arrays of registers in memory. */
-#define UNROLL _Pragma("GCC unroll 16")
-
 /* ---- numbers ---- */
 
 INLINE __m256i

@@ -19,9 +19,6 @@
 #define CHUNK 4u         /* blocks of it: 128 inputs */
 #define AHEAD 2048u      /* bytes of prefetch: one core fills DRAM bandwidth only so */
 
-/* -O2 leaves short loops alone, and arrays of registers in memory. */
-#define UNROLL _Pragma("GCC unroll 16")
-
 /* ---- linear ---- */
 
 /* E4M3 codes to BF16: four bits up and another bias, that of the eight

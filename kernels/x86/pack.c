@@ -5,7 +5,6 @@
 #include "kernels/internal.h"
 
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")))
-#define UNROLL _Pragma("GCC unroll 16")
 
 AVX512 uint16_t
 avx512_absmax(const uint16_t *row, uint32_t n)
