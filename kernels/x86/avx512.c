@@ -68,13 +68,12 @@ channel_shift(const struct k_weight *w, uint32_t first)
 }
 
 /* Where the weights of a block come from. */
-enum source { CODES, PLANES, WORDS, FLOATS };
+enum source { CODES, PLANES, WORDS };
 
 struct block {
 	const uint8_t *hi;
 	const int8_t *lo;
 	const uint16_t *word; /* [1024] unpacked */
-	const float *spread;  /* [2 tiles][16 input pairs][2 inputs][16 channels] */
 };
 
 /* 32 weights, [16 channels][2 inputs], from i on. */
@@ -97,7 +96,7 @@ weights_at(const struct block *b, enum source from, uint32_t i)
 INLINE struct block
 block_at(const struct k_weight *w, uint32_t block, const uint16_t *word)
 {
-	return (struct block){w->hi + (size_t)block * 1024, w->lo + (size_t)block * 1024, word, NULL};
+	return (struct block){w->hi + (size_t)block * 1024, w->lo + (size_t)block * 1024, word};
 }
 
 static void
@@ -148,9 +147,12 @@ unpack_block(const struct k_weight *w, uint32_t panel, uint32_t block, enum k_fo
 	}
 }
 
+/* [2 tiles][16 input pairs][2 inputs][16 channels] */
+typedef float floats[1024];
+
 /* For many rows it pays to shift and mask once, not once for each team of rows. */
 INLINE void
-spread_block(const uint16_t word[1024], float out[1024])
+spread_block(const uint16_t word[1024], floats out)
 {
 	const __m512i high = _mm512_set1_epi32((int)0xffff0000);
 
@@ -166,14 +168,8 @@ spread_block(const uint16_t word[1024], float out[1024])
 INLINE void
 pair_at(const struct block *b, enum source from, uint32_t i, __m512 *even, __m512 *odd)
 {
-	__m512i w;
+	__m512i w = weights_at(b, from, i);
 
-	if (from == FLOATS) {
-		*even = _mm512_load_ps(b->spread + i);
-		*odd = _mm512_load_ps(b->spread + i + 16);
-		return;
-	}
-	w = weights_at(b, from, i);
 	*even = _mm512_castsi512_ps(_mm512_slli_epi32(w, 16));
 	*odd = _mm512_castsi512_ps(_mm512_and_si512(w, _mm512_set1_epi32((int)0xffff0000)));
 }
@@ -301,21 +297,73 @@ FEW_ROWS(4)
 FEW_ROWS(5)
 FEW_ROWS(6)
 
-/* One unpacked block against more than FEW rows, in even teams. */
-AVX512 static void
-many_block(const float spread[1024], const inputs *x, uint32_t x_at, totals *total, uint32_t rows)
+/* The even or the odd chain of a block of one or two panels against n rows. */
+INLINE void
+chain(const floats *w, const float *x, uint32_t odd, __m512 sum[FEW][4], const uint32_t n, const uint32_t panels)
 {
-	struct block b = {.spread = spread};
+	UNROLL
+	for (uint32_t r = 0; r < n; r++)
+		UNROLL
+		for (uint32_t t = 0; t < 2 * panels; t++)
+			sum[r][t] = _mm512_setzero_ps();
+	for (size_t p = 0; p < 16; p++) {
+		__m512 v[4];
+
+		UNROLL
+		for (uint32_t t = 0; t < 2 * panels; t++)
+			v[t] = _mm512_load_ps(&w[t / 2][t % 2 * 512 + p * 32 + odd * 16]);
+		UNROLL
+		for (uint32_t r = 0; r < n; r++) {
+			__m512 in = broadcast(x + r * CHUNK * K_BLOCK + 2 * p + odd);
+
+			UNROLL
+			for (uint32_t t = 0; t < 2 * panels; t++)
+				sum[r][t] = _mm512_fmadd_ps(v[t], in, sum[r][t]);
+		}
+	}
+}
+
+/* One chain after the other: four tiles share a broadcast then, and loads are what is short. */
+INLINE void
+rows_floats(const floats *w, const inputs *x, uint32_t x_at, totals (*total)[ROWS], uint32_t row, const uint32_t n,
+    const uint32_t panels)
+{
+	__m512 sum[FEW][4];
+	_Alignas(64) float even[FEW][4][16];
+
+	chain(w, &x[row][x_at], 0, sum, n, panels);
+	UNROLL
+	for (uint32_t r = 0; r < n; r++)
+		UNROLL
+		for (uint32_t t = 0; t < 2 * panels; t++)
+			_mm512_store_ps(even[r][t], sum[r][t]);
+	chain(w, &x[row][x_at], 1, sum, n, panels);
+	UNROLL
+	for (uint32_t r = 0; r < n; r++) {
+		UNROLL
+		for (uint32_t t = 0; t < 2 * panels; t++) {
+			float *to = &total[t / 2][row + r][t % 2 * 16];
+
+			_mm512_store_ps(to, _mm512_add_ps(_mm512_load_ps(to),
+			    _mm512_add_ps(_mm512_load_ps(even[r][t]), sum[r][t])));
+		}
+	}
+}
+
+/* An unpacked block of one or two panels against more than FEW rows, in even teams. */
+INLINE void
+many_block(const floats *w, const inputs *x, uint32_t x_at, totals (*total)[ROWS], uint32_t rows, const uint32_t panels)
+{
 	uint32_t teams = (rows + FEW - 1) / FEW;
 
 	for (uint32_t i = 0; i < teams; i++) {
 		uint32_t r = rows * i / teams;
 
 		switch (rows * (i + 1) / teams - r) {
-		case 3: rows_block(&b, FLOATS, x + r, x_at, total + r, 3); break;
-		case 4: rows_block(&b, FLOATS, x + r, x_at, total + r, 4); break;
-		case 5: rows_block(&b, FLOATS, x + r, x_at, total + r, 5); break;
-		case 6: rows_block(&b, FLOATS, x + r, x_at, total + r, 6); break;
+		case 3: rows_floats(w, x, x_at, total, r, 3, panels); break;
+		case 4: rows_floats(w, x, x_at, total, r, 4, panels); break;
+		case 5: rows_floats(w, x, x_at, total, r, 5, panels); break;
+		case 6: rows_floats(w, x, x_at, total, r, 6, panels); break;
 		}
 	}
 }
@@ -327,7 +375,7 @@ many_panels(const struct k_linear *a, uint32_t p0, uint32_t p1, uint32_t row, ui
 	const struct k_weight *w = a->w;
 	uint32_t kb_n = w->k_pad / K_BLOCK;
 	_Alignas(64) uint16_t word[1024];
-	_Alignas(64) float spread[1024];
+	_Alignas(64) floats spread[2];
 	_Alignas(64) inputs x[ROWS];
 	_Alignas(64) totals total[GROUP][ROWS];
 
@@ -336,11 +384,18 @@ many_panels(const struct k_linear *a, uint32_t p0, uint32_t p1, uint32_t row, ui
 		uint32_t kb1 = kb_n - kb0 < CHUNK ? kb_n : kb0 + CHUNK;
 
 		expand_inputs(a->x + row * a->ldx + kb0 * K_BLOCK, a->ldx, rows, (kb1 - kb0) * K_BLOCK, x);
-		for (uint32_t p = p0; p < p1; p++) {
+		for (uint32_t p = p0; p < p1; p += 2) {
+			uint32_t n = p1 - p < 2 ? 1 : 2;
+
 			for (uint32_t kb = kb0; kb < kb1; kb++) {
-				unpack_block(w, p, p * kb_n + kb, a->format, word);
-				spread_block(word, spread);
-				many_block(spread, (const inputs *)x, (kb - kb0) * K_BLOCK, total[p - p0], rows);
+				for (uint32_t i = 0; i < n; i++) {
+					unpack_block(w, p + i, (p + i) * kb_n + kb, a->format, word);
+					spread_block(word, spread[i]);
+				}
+				if (n == 2)
+					many_block((const floats *)spread, (const inputs *)x, (kb - kb0) * K_BLOCK, total + p - p0, rows, 2);
+				else
+					many_block((const floats *)spread, (const inputs *)x, (kb - kb0) * K_BLOCK, total + p - p0, rows, 1);
 			}
 		}
 	}
