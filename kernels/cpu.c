@@ -1,38 +1,86 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Which kernels this machine can run. C fills the table, levels overwrite upward. */
+#include <cpuid.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #include <xmmintrin.h>
 
 #include "kernels/internal.h"
 
 #define FTZ_DAZ 0x8040u
 
-static bool
-always(void)
+#define AMX_BF16 (1u << 22) /* of leaf 7, EDX */
+#define AMX_TILE (1u << 24)
+#define ARCH_REQ_XCOMP_PERM 0x1023
+#define XFEATURE_TILE_DATA 18
+
+/* What a machine lacks for a level, NULL if it has all. */
+static const char *
+lacks_nothing(void)
 {
-	return true;
+	return NULL;
 }
 
-static bool
-has_avx512(void)
+static const char *
+lacks_avx2(void)
+{
+	uint32_t a, b, c, d;
+
+	/* The builtin of clang 14 does not know F16C. */
+	if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __get_cpuid(1, &a, &b, &c, &d) &&
+	    (c & bit_F16C) != 0)
+		return NULL;
+	return "needs AVX2, FMA and F16C, which this machine lacks";
+}
+
+bool
+kernels_have_avx512(void)
 {
 	return __builtin_cpu_supports("fma") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
 	    __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
 
+static const char *
+lacks_avx512(void)
+{
+	return kernels_have_avx512() ? NULL : "needs AVX-512 F, BW, VL and DQ, which this machine lacks";
+}
+
+static const char *
+lacks_amx(void)
+{
+	uint32_t a, b, c, d, csr = _mm_getcsr();
+	bool agrees;
+
+	if (lacks_avx512() != NULL || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & AMX_TILE) == 0 ||
+	    (d & AMX_BF16) == 0)
+		return "needs AMX-TILE, AMX-BF16 and AVX-512, which this machine lacks";
+	/* Linux saves tiles only for processes that asked. */
+	if (syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_TILE_DATA) != 0)
+		return "needs AMX tiles, which the operating system of this machine does not grant";
+	kernels_thread_init();
+	agrees = amx_agrees();
+	_mm_setcsr(csr);
+	return agrees ? NULL : "is refused: the tiles of this machine do not sum as 'ref' does";
+}
+
 static const struct level {
-	const char *name, *needs;
-	bool (*here)(void);
+	const char *name;
+	const char *(*lacks)(void);
 	void (*fill)(struct k_ops *);
 } levels[] = {
-	{"ref", "", always, kernels_fill_ref},
-	{"avx512", "AVX-512 F, BW, VL and DQ", has_avx512, kernels_fill_avx512},
+	{"ref", lacks_nothing, kernels_fill_ref},
+	{"avx2", lacks_avx2, kernels_fill_avx2},
+	{"avx512", lacks_avx512, kernels_fill_avx512},
+	{"amx", lacks_amx, kernels_fill_amx},
 };
 #define N_LEVELS (sizeof(levels) / sizeof(*levels))
 
 static struct k_ops table[N_LEVELS]; /* level i and all below it that exist here */
+static const char *lacks[N_LEVELS];
 static size_t best;
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 
@@ -43,7 +91,8 @@ fill_tables(void)
 	for (size_t i = 0; i < N_LEVELS; i++) {
 		if (i > 0)
 			table[i] = table[i - 1];
-		if (levels[i].here()) {
+		lacks[i] = levels[i].lacks();
+		if (lacks[i] == NULL) {
 			levels[i].fill(&table[i]);
 			best = i;
 		}
@@ -60,12 +109,12 @@ kernels_select(const char *level, char *why, size_t why_len)
 	for (size_t i = 0; i < N_LEVELS; i++) {
 		if (strcmp(level, levels[i].name) != 0)
 			continue;
-		if (levels[i].here())
+		if (lacks[i] == NULL)
 			return &table[i];
-		snprintf(why, why_len, "CPU level '%s' needs %s, which this machine lacks", level, levels[i].needs);
+		snprintf(why, why_len, "CPU level '%s' %s", level, lacks[i]);
 		return NULL;
 	}
-	snprintf(why, why_len, "unknown CPU level '%s' (ref, avx512)", level);
+	snprintf(why, why_len, "unknown CPU level '%s' (ref, avx2, avx512, amx)", level);
 	return NULL;
 }
 

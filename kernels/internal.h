@@ -5,7 +5,34 @@
 #include "kernels/kernels.h"
 
 void kernels_fill_ref(struct k_ops *);
+void kernels_fill_avx2(struct k_ops *);
 void kernels_fill_avx512(struct k_ops *);
+void kernels_fill_amx(struct k_ops *);
+
+/* Of avx512.c, for amx.c: a whole linear layer; one block as BF16, [2 tiles][16 input pairs][16 channels][2 inputs];
+ * totals of a panel, scaled, to y. */
+void linear_avx512(const struct k_linear *);
+void avx512_unpack_block(const struct k_weight *, uint32_t panel, uint32_t block, enum k_format, uint16_t out[1024]);
+void avx512_write_panel(const struct k_linear *, uint32_t panel, uint32_t row, uint32_t rows,
+    const float (*total)[K_PANEL]);
+
+/* k_pack_panel() without vectors: it defines the bytes. */
+int k_pack_panel_ref(struct k_weight *, uint32_t panel, const uint16_t *rows, struct k_exception **exc, uint32_t *n_exc,
+    uint32_t *cap, uint32_t *bad_row, uint32_t *bad_col);
+bool kernels_have_avx512(void);
+/* Of pack.c: the largest magnitude of a row; a tile of 16 channels [16, ld] with their exponents k, except the weights
+ * of each pair of inputs that `left` has a bit for. */
+uint16_t avx512_absmax(const uint16_t *row, uint32_t n);
+void avx512_pack_tile(const uint16_t *rows, size_t ld, const int16_t *k, uint8_t *hi, int8_t *lo, uint32_t left[16]);
+
+bool amx_agrees(void); /* with ref on a block; in a thread after kernels_thread_init() */
+
+/* -O2 leaves short loops alone, and arrays of registers in memory. */
+#ifdef __clang__
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
 
 /*
  * exp(x) for x <= 0 and a little above: 2^n * p(r), r = x - n ln 2 in two steps

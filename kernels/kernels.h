@@ -152,7 +152,7 @@ struct k_ops {
 	double (*probe_fma)(uint32_t rounds);
 };
 
-/* The best level of this machine, or the named one ("ref", "avx512").
+/* The best level of this machine, or the named one ("ref", "avx2", "avx512", "amx").
  * NULL with why for a level that is unknown or that the machine lacks. */
 const struct k_ops *kernels_select(const char *level, char *why, size_t why_len);
 const char *kernels_level(size_t i); /* names from the lowest up, NULL past the end; not all may run here */

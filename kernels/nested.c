@@ -3,7 +3,7 @@
  * Number formats and nested weights: the E4M3 and BF16 codecs, packing a
  * panel into its two planes, reading a weight back.
  */
-#include "kernels/kernels.h"
+#include "kernels/internal.h"
 
 #include <errno.h>
 #include <math.h>
@@ -138,21 +138,27 @@ block_of(const struct k_weight *w, uint32_t row, uint32_t col)
 
 /* ---- packing ---- */
 
-/* k = floor(log2(448 / absmax)), exact: 448 = 1.75 * 2^8. */
-static int
-row_exponent(const uint16_t *row, uint32_t n)
+static uint16_t
+absmax(const uint16_t *row, uint32_t n)
 {
-	uint32_t max = 0;
-	int e, k;
+	uint16_t max = 0;
 
 	for (uint32_t i = 0; i < n; i++)
-		if ((row[i] & 0x7fffu) > max)
-			max = row[i] & 0x7fffu;
+		max = (row[i] & 0x7fff) > max ? row[i] & 0x7fff : max;
+	return max;
+}
+
+/* k = floor(log2(448 / absmax)), exact: 448 = 1.75 * 2^8. */
+static int
+exponent_for(uint16_t max)
+{
+	int e, k;
+
 	if (max == 0)
 		return 120;
-	frexp(magnitude((uint16_t)max), &e); /* max = m * 2^e, m in [0.5, 1) */
+	frexp(magnitude(max), &e); /* max = m * 2^e, m in [0.5, 1) */
 	k = 9 - e;
-	if (ldexp(magnitude((uint16_t)max), k) > 448)
+	if (ldexp(magnitude(max), k) > 448)
 		k--;
 	return k > 120 ? 120 : k < -120 ? -120 : k;
 }
@@ -215,53 +221,117 @@ split(uint16_t bits, int k, uint8_t *hi, int8_t *lo)
 	return true;
 }
 
+struct packing {
+	struct k_weight *w;
+	const uint16_t *rows;
+	int16_t k[K_PANEL];
+	struct k_exception **exc;
+	uint32_t *n_exc, *cap;
+};
+
+static int
+pack_weight(const struct packing *p, uint32_t block, uint32_t index, uint32_t r, uint32_t i)
+{
+	size_t at = (size_t)block * K_PANEL * K_BLOCK + index;
+	uint16_t bits = p->rows[(size_t)r * p->w->k + i];
+
+	if (split(bits, p->k[r], &p->w->hi[at], &p->w->lo[at]))
+		return 0;
+	p->w->flag[block] = 1;
+	return push_exception(p->exc, p->n_exc, p->cap, (struct k_exception){block, (uint16_t)index, bits});
+}
+
+/* In index order, so that exceptions come out sorted. */
+static int
+pack_block(const struct packing *p, uint32_t block, uint32_t kb, uint32_t n)
+{
+	size_t base = (size_t)block * K_PANEL * K_BLOCK;
+	int rc = 0;
+
+	memset(p->w->hi + base, 0, K_PANEL * K_BLOCK);
+	memset(p->w->lo + base, 0, K_PANEL * K_BLOCK);
+	for (uint32_t index = 0; index < K_PANEL * K_BLOCK && rc == 0; index++) {
+		uint32_t r = index / 512 * 16 + index / 2 % 16, i = kb * K_BLOCK + index / 32 % 16 * 2 + index % 2;
+
+		if (r < n && i < p->w->k)
+			rc = pack_weight(p, block, index, r, i);
+	}
+	return rc;
+}
+
+/* The same of a block without padding. */
+static int
+pack_block_avx512(const struct packing *p, uint32_t block, uint32_t kb)
+{
+	size_t base = (size_t)block * K_PANEL * K_BLOCK;
+	uint32_t left[16];
+	int rc = 0;
+
+	for (uint32_t t = 0; t < 2; t++) {
+		avx512_pack_tile(p->rows + (size_t)t * 16 * p->w->k + kb * K_BLOCK, p->w->k, p->k + t * 16,
+		    p->w->hi + base + t * 512, p->w->lo + base + t * 512, left);
+		for (uint32_t pair = 0; pair < 16; pair++) {
+			for (; left[pair] != 0 && rc == 0; left[pair] &= left[pair] - 1) {
+				uint32_t lane = (uint32_t)__builtin_ctz(left[pair]);
+
+				rc = pack_weight(p, block, t * 512 + pair * 32 + lane, t * 16 + lane / 2,
+				    kb * K_BLOCK + pair * 2 + lane % 2);
+			}
+		}
+	}
+	return rc;
+}
+
+static int
+pack_panel(struct packing *p, uint32_t panel, bool avx512, uint32_t *bad_row, uint32_t *bad_col)
+{
+	struct k_weight *w = p->w;
+	uint32_t first = panel * K_PANEL, kb_n = w->k_pad / K_BLOCK;
+	uint32_t n = w->n - first < K_PANEL ? w->n - first : K_PANEL;
+	int rc = 0;
+
+	for (uint32_t r = 0; r < n; r++) {
+		const uint16_t *row = p->rows + (size_t)r * w->k;
+		uint16_t max = avx512 ? avx512_absmax(row, w->k) : absmax(row, w->k);
+
+		if (max >= 0x7f80) {
+			*bad_row = first + r;
+			for (*bad_col = 0; (row[*bad_col] & 0x7f80) != 0x7f80;)
+				(*bad_col)++;
+			return -EINVAL;
+		}
+		p->k[r] = (int16_t)exponent_for(max);
+	}
+	for (uint32_t r = 0; r < K_PANEL; r++)
+		w->scale[first + r] = ldexpf(1.0f, -p->k[r]);
+	for (uint32_t kb = 0; kb < kb_n && rc == 0; kb++) {
+		uint32_t block = panel * kb_n + kb;
+
+		w->flag[block] = 0;
+		if (avx512 && n == K_PANEL && (kb + 1) * K_BLOCK <= w->k)
+			rc = pack_block_avx512(p, block, kb);
+		else
+			rc = pack_block(p, block, kb, n);
+	}
+	return rc;
+}
+
 int
 k_pack_panel(struct k_weight *w, uint32_t panel, const uint16_t *rows, struct k_exception **exc, uint32_t *n_exc,
     uint32_t *cap, uint32_t *bad_row, uint32_t *bad_col)
 {
-	uint32_t first = panel * K_PANEL, kb_n = w->k_pad / K_BLOCK;
-	uint32_t n = w->n - first < K_PANEL ? w->n - first : K_PANEL;
-	size_t at = (size_t)panel * kb_n * K_PANEL * K_BLOCK;
-	int k[K_PANEL] = {0};
+	struct packing p = {w, rows, {0}, exc, n_exc, cap};
 
-	for (uint32_t r = 0; r < n; r++) {
-		const uint16_t *row = rows + (size_t)r * w->k;
+	return pack_panel(&p, panel, kernels_have_avx512(), bad_row, bad_col);
+}
 
-		for (uint32_t i = 0; i < w->k; i++) {
-			if ((row[i] & 0x7f80) == 0x7f80) {
-				*bad_row = first + r;
-				*bad_col = i;
-				return -EINVAL;
-			}
-		}
-		k[r] = row_exponent(row, w->k);
-	}
-	for (uint32_t r = 0; r < K_PANEL; r++)
-		w->scale[first + r] = ldexpf(1.0f, -k[r]);
-	memset(w->hi + at, 0, (size_t)kb_n * K_PANEL * K_BLOCK);
-	memset(w->lo + at, 0, (size_t)kb_n * K_PANEL * K_BLOCK);
+int
+k_pack_panel_ref(struct k_weight *w, uint32_t panel, const uint16_t *rows, struct k_exception **exc, uint32_t *n_exc,
+    uint32_t *cap, uint32_t *bad_row, uint32_t *bad_col)
+{
+	struct packing p = {w, rows, {0}, exc, n_exc, cap};
 
-	for (uint32_t kb = 0; kb < kb_n; kb++) {
-		uint32_t block = panel * kb_n + kb;
-		size_t base = (size_t)block * K_PANEL * K_BLOCK;
-
-		w->flag[block] = 0;
-		/* In index order, so that exceptions come out sorted. */
-		for (uint32_t index = 0; index < K_PANEL * K_BLOCK; index++) {
-			uint32_t r = index / 512 * 16 + index / 2 % 16, i = kb * K_BLOCK + index / 32 % 16 * 2 + index % 2;
-			uint16_t bits;
-
-			if (r >= n || i >= w->k)
-				continue;
-			bits = rows[(size_t)r * w->k + i];
-			if (split(bits, k[r], &w->hi[base + index], &w->lo[base + index]))
-				continue;
-			w->flag[block] = 1;
-			if (push_exception(exc, n_exc, cap, (struct k_exception){block, (uint16_t)index, bits}) != 0)
-				return -ENOMEM;
-		}
-	}
-	return 0;
+	return pack_panel(&p, panel, false, bad_row, bad_col);
 }
 
 void

@@ -19,9 +19,6 @@
 #define CHUNK 4u         /* blocks of it: 128 inputs */
 #define AHEAD 2048u      /* bytes of prefetch: one core fills DRAM bandwidth only so */
 
-/* -O2 leaves short loops alone, and arrays of registers in memory. */
-#define UNROLL _Pragma("GCC unroll 16")
-
 /* ---- linear ---- */
 
 /* E4M3 codes to BF16: four bits up and another bias, that of the eight
@@ -71,13 +68,12 @@ channel_shift(const struct k_weight *w, uint32_t first)
 }
 
 /* Where the weights of a block come from. */
-enum source { CODES, PLANES, WORDS, FLOATS };
+enum source { CODES, PLANES, WORDS };
 
 struct block {
 	const uint8_t *hi;
 	const int8_t *lo;
 	const uint16_t *word; /* [1024] unpacked */
-	const float *spread;  /* [2 tiles][16 input pairs][2 inputs][16 channels] */
 };
 
 /* 32 weights, [16 channels][2 inputs], from i on. */
@@ -100,7 +96,7 @@ weights_at(const struct block *b, enum source from, uint32_t i)
 INLINE struct block
 block_at(const struct k_weight *w, uint32_t block, const uint16_t *word)
 {
-	return (struct block){w->hi + (size_t)block * 1024, w->lo + (size_t)block * 1024, word, NULL};
+	return (struct block){w->hi + (size_t)block * 1024, w->lo + (size_t)block * 1024, word};
 }
 
 static void
@@ -151,9 +147,12 @@ unpack_block(const struct k_weight *w, uint32_t panel, uint32_t block, enum k_fo
 	}
 }
 
+/* [2 tiles][16 input pairs][2 inputs][16 channels] */
+typedef float floats[1024];
+
 /* For many rows it pays to shift and mask once, not once for each team of rows. */
 INLINE void
-spread_block(const uint16_t word[1024], float out[1024])
+spread_block(const uint16_t word[1024], floats out)
 {
 	const __m512i high = _mm512_set1_epi32((int)0xffff0000);
 
@@ -169,14 +168,8 @@ spread_block(const uint16_t word[1024], float out[1024])
 INLINE void
 pair_at(const struct block *b, enum source from, uint32_t i, __m512 *even, __m512 *odd)
 {
-	__m512i w;
+	__m512i w = weights_at(b, from, i);
 
-	if (from == FLOATS) {
-		*even = _mm512_load_ps(b->spread + i);
-		*odd = _mm512_load_ps(b->spread + i + 16);
-		return;
-	}
-	w = weights_at(b, from, i);
 	*even = _mm512_castsi512_ps(_mm512_slli_epi32(w, 16));
 	*odd = _mm512_castsi512_ps(_mm512_and_si512(w, _mm512_set1_epi32((int)0xffff0000)));
 }
@@ -304,21 +297,73 @@ FEW_ROWS(4)
 FEW_ROWS(5)
 FEW_ROWS(6)
 
-/* One unpacked block against more than FEW rows, in even teams. */
-AVX512 static void
-many_block(const float spread[1024], const inputs *x, uint32_t x_at, totals *total, uint32_t rows)
+/* The even or the odd chain of a block of one or two panels against n rows. */
+INLINE void
+chain(const floats *w, const float *x, uint32_t odd, __m512 sum[FEW][4], const uint32_t n, const uint32_t panels)
 {
-	struct block b = {.spread = spread};
+	UNROLL
+	for (uint32_t r = 0; r < n; r++)
+		UNROLL
+		for (uint32_t t = 0; t < 2 * panels; t++)
+			sum[r][t] = _mm512_setzero_ps();
+	for (size_t p = 0; p < 16; p++) {
+		__m512 v[4];
+
+		UNROLL
+		for (uint32_t t = 0; t < 2 * panels; t++)
+			v[t] = _mm512_load_ps(&w[t / 2][t % 2 * 512 + p * 32 + odd * 16]);
+		UNROLL
+		for (uint32_t r = 0; r < n; r++) {
+			__m512 in = broadcast(x + r * CHUNK * K_BLOCK + 2 * p + odd);
+
+			UNROLL
+			for (uint32_t t = 0; t < 2 * panels; t++)
+				sum[r][t] = _mm512_fmadd_ps(v[t], in, sum[r][t]);
+		}
+	}
+}
+
+/* One chain after the other: four tiles share a broadcast then, and loads are what is short. */
+INLINE void
+rows_floats(const floats *w, const inputs *x, uint32_t x_at, totals (*total)[ROWS], uint32_t row, const uint32_t n,
+    const uint32_t panels)
+{
+	__m512 sum[FEW][4];
+	_Alignas(64) float even[FEW][4][16];
+
+	chain(w, &x[row][x_at], 0, sum, n, panels);
+	UNROLL
+	for (uint32_t r = 0; r < n; r++)
+		UNROLL
+		for (uint32_t t = 0; t < 2 * panels; t++)
+			_mm512_store_ps(even[r][t], sum[r][t]);
+	chain(w, &x[row][x_at], 1, sum, n, panels);
+	UNROLL
+	for (uint32_t r = 0; r < n; r++) {
+		UNROLL
+		for (uint32_t t = 0; t < 2 * panels; t++) {
+			float *to = &total[t / 2][row + r][t % 2 * 16];
+
+			_mm512_store_ps(to, _mm512_add_ps(_mm512_load_ps(to),
+			    _mm512_add_ps(_mm512_load_ps(even[r][t]), sum[r][t])));
+		}
+	}
+}
+
+/* An unpacked block of one or two panels against more than FEW rows, in even teams. */
+INLINE void
+many_block(const floats *w, const inputs *x, uint32_t x_at, totals (*total)[ROWS], uint32_t rows, const uint32_t panels)
+{
 	uint32_t teams = (rows + FEW - 1) / FEW;
 
 	for (uint32_t i = 0; i < teams; i++) {
 		uint32_t r = rows * i / teams;
 
 		switch (rows * (i + 1) / teams - r) {
-		case 3: rows_block(&b, FLOATS, x + r, x_at, total + r, 3); break;
-		case 4: rows_block(&b, FLOATS, x + r, x_at, total + r, 4); break;
-		case 5: rows_block(&b, FLOATS, x + r, x_at, total + r, 5); break;
-		case 6: rows_block(&b, FLOATS, x + r, x_at, total + r, 6); break;
+		case 3: rows_floats(w, x, x_at, total, r, 3, panels); break;
+		case 4: rows_floats(w, x, x_at, total, r, 4, panels); break;
+		case 5: rows_floats(w, x, x_at, total, r, 5, panels); break;
+		case 6: rows_floats(w, x, x_at, total, r, 6, panels); break;
 		}
 	}
 }
@@ -330,7 +375,7 @@ many_panels(const struct k_linear *a, uint32_t p0, uint32_t p1, uint32_t row, ui
 	const struct k_weight *w = a->w;
 	uint32_t kb_n = w->k_pad / K_BLOCK;
 	_Alignas(64) uint16_t word[1024];
-	_Alignas(64) float spread[1024];
+	_Alignas(64) floats spread[2];
 	_Alignas(64) inputs x[ROWS];
 	_Alignas(64) totals total[GROUP][ROWS];
 
@@ -339,11 +384,18 @@ many_panels(const struct k_linear *a, uint32_t p0, uint32_t p1, uint32_t row, ui
 		uint32_t kb1 = kb_n - kb0 < CHUNK ? kb_n : kb0 + CHUNK;
 
 		expand_inputs(a->x + row * a->ldx + kb0 * K_BLOCK, a->ldx, rows, (kb1 - kb0) * K_BLOCK, x);
-		for (uint32_t p = p0; p < p1; p++) {
+		for (uint32_t p = p0; p < p1; p += 2) {
+			uint32_t n = p1 - p < 2 ? 1 : 2;
+
 			for (uint32_t kb = kb0; kb < kb1; kb++) {
-				unpack_block(w, p, p * kb_n + kb, a->format, word);
-				spread_block(word, spread);
-				many_block(spread, (const inputs *)x, (kb - kb0) * K_BLOCK, total[p - p0], rows);
+				for (uint32_t i = 0; i < n; i++) {
+					unpack_block(w, p + i, (p + i) * kb_n + kb, a->format, word);
+					spread_block(word, spread[i]);
+				}
+				if (n == 2)
+					many_block((const floats *)spread, (const inputs *)x, (kb - kb0) * K_BLOCK, total + p - p0, rows, 2);
+				else
+					many_block((const floats *)spread, (const inputs *)x, (kb - kb0) * K_BLOCK, total + p - p0, rows, 1);
 			}
 		}
 	}
@@ -351,7 +403,19 @@ many_panels(const struct k_linear *a, uint32_t p0, uint32_t p1, uint32_t row, ui
 		write_panel(a, p, row, rows, (const totals *)total[p - p0]);
 }
 
-static void
+AVX512 void
+avx512_unpack_block(const struct k_weight *w, uint32_t panel, uint32_t block, enum k_format format, uint16_t out[1024])
+{
+	unpack_block(w, panel, block, format, out);
+}
+
+AVX512 void
+avx512_write_panel(const struct k_linear *a, uint32_t panel, uint32_t row, uint32_t rows, const totals *total)
+{
+	write_panel(a, panel, row, rows, total);
+}
+
+void
 linear_avx512(const struct k_linear *a)
 {
 	static void (*const few[FEW])(const struct k_linear *, uint32_t, uint32_t) = {few_1, few_2, few_3, few_4, few_5,
@@ -432,23 +496,45 @@ round_e4m3(__m512 x)
 	return _mm512_srli_epi32(r, 16);
 }
 
-AVX512 static void
-act_fp8_avx512(const float *x, uint32_t n, uint32_t n_pad, uint16_t *out, float *scale)
+/* To E4M3 codes, in the low bytes of 32-bit lanes. */
+INLINE __m512i
+e4m3_code(__m512 x)
+{
+	__m512i r = round_e4m3(x), sign = _mm512_and_si512(_mm512_srli_epi32(r, 8), _mm512_set1_epi32(0x80));
+	__m512i mag = _mm512_and_si512(r, _mm512_set1_epi32(0x7fff));
+	__m512i code = _mm512_sub_epi32(_mm512_srli_epi32(mag, 4), _mm512_set1_epi32(120 << 3));
+	__mmask16 small = _mm512_cmplt_epi32_mask(mag, _mm512_set1_epi32(0x3c80)); /* below 2^-6: multiples of 2^-9 */
+
+	code = _mm512_min_epi32(code, _mm512_set1_epi32(0x7f)); /* NaN */
+	code = _mm512_mask_cvtps_epi32(code, small,
+	    _mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(mag, 16)), _mm512_set1_ps(512.0f)));
+	return _mm512_or_si512(code, sign);
+}
+
+/* absmax / 448, or 1. Magnitudes compare as integers, and a NaN is above them all. */
+INLINE float
+absmax_scale(const float *x, uint32_t n)
 {
 	__m512i max = _mm512_setzero_si512();
 	uint32_t bits;
 	float s;
 
-	/* Magnitudes compare as integers, and a NaN is above them all. */
 	for (uint32_t i = 0; i < n; i += 16)
 		max = _mm512_max_epu32(max, absolute(_mm512_maskz_loadu_ps(tail(i, n), x + i)));
 	bits = _mm512_reduce_max_epu32(max);
 	memcpy(&s, &bits, sizeof(s));
 	s = s / 448.0f;
-	*scale = s = s == 0 ? 1.0f : s;
+	return s == 0 ? 1.0f : s;
+}
+
+AVX512 static void
+act_fp8_avx512(const float *x, uint32_t n, uint32_t n_pad, uint16_t *out, float *scale)
+{
+	const __m512 s = _mm512_set1_ps(*scale = absmax_scale(x, n));
+
 	for (uint32_t i = 0; i < n; i += 16) {
 		__mmask16 m = tail(i, n);
-		__m512 v = _mm512_div_ps(_mm512_maskz_loadu_ps(m, x + i), _mm512_set1_ps(s));
+		__m512 v = _mm512_div_ps(_mm512_maskz_loadu_ps(m, x + i), s);
 
 		_mm512_mask_cvtepi32_storeu_epi16(out + i, m, round_e4m3(v));
 	}
@@ -539,12 +625,74 @@ silu_mul_avx512(const float *gate, const float *up, uint32_t n, float *y)
 	}
 }
 
+/* ---- KV pages ---- */
+
+/* A head as BF16, or with a scale as E4M3 codes; zeros up to hd_pad. */
+INLINE void
+encode_head(const float *x, uint32_t head_dim, uint32_t hd_pad, const float *scale, uint16_t *out)
+{
+	for (uint32_t d = 0; d < hd_pad; d += 16) {
+		__mmask16 m = d < head_dim ? tail(d, head_dim) : 0;
+		__m512 v = _mm512_maskz_loadu_ps(m, x + d);
+		__m512i w = scale == NULL ? round_bf16(v) : e4m3_code(_mm512_div_ps(v, _mm512_set1_ps(*scale)));
+
+		_mm256_store_si256((__m256i *)(void *)(out + d), _mm512_cvtepi32_epi16(_mm512_maskz_mov_epi32(m, w)));
+	}
+}
+
+/* A neighbour may write the other slot of a pair at the same time: nothing but the slot is stored. */
+AVX512 static void
+kv_write_avx512(const struct k_kv_block *b, const float *k, const float *v, uint32_t n_kv_heads, uint32_t head_dim,
+    uint32_t hd_pad, uint32_t slot)
+{
+	const __m512i row = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+	    _mm512_set1_epi32(2 * K_BLOCK * sizeof(uint16_t)));
+	const uint32_t odd = slot % 2;
+	uint32_t size = hd_pad * K_BLOCK;
+	bool fp8 = b->fp8 >> slot & 1;
+	_Alignas(64) uint16_t word[256];
+
+	for (uint32_t h = 0; h < n_kv_heads; h++, k += head_dim, v += head_dim) {
+		uint32_t at = h * size, v_at = at + slot / 2 * hd_pad * 2;
+		float *ks = fp8 ? b->scale + h * K_BLOCK + slot : NULL, *vs = fp8 ? ks + n_kv_heads * K_BLOCK : NULL;
+
+		if (fp8)
+			*ks = absmax_scale(k, head_dim), *vs = absmax_scale(v, head_dim);
+		encode_head(k, head_dim, hd_pad, ks, word);
+		for (uint32_t d = 0; d < hd_pad && fp8; d += 2)
+			memcpy(b->q + at + d * K_BLOCK + slot * 2, (uint8_t[2]){(uint8_t)word[d], (uint8_t)word[d + 1]}, 2);
+		for (uint32_t d = 0; d < hd_pad && !fp8; d += 32)
+			_mm512_i32scatter_epi32(b->k + at + d * K_BLOCK + slot * 2, row, _mm512_load_si512(word + d), 1);
+		encode_head(v, head_dim, hd_pad, vs, word);
+		for (uint32_t d = 0; d < hd_pad; d += 16) {
+			__m256i w = _mm256_load_si256((const __m256i *)(const void *)(word + d));
+
+			if (fp8)
+				_mm256_mask_storeu_epi8(b->q + n_kv_heads * size + v_at + d * 2, odd ? 0xaaaaaaaau : 0x55555555u,
+				    odd ? _mm256_slli_epi16(w, 8) : w);
+			else
+				_mm512_mask_storeu_epi16(b->v + v_at + d * 2, odd ? 0xaaaaaaaau : 0x55555555u,
+				    _mm512_slli_epi32(_mm512_cvtepu16_epi32(w), odd ? 16 : 0));
+		}
+	}
+}
+
 /* ---- attention ---- */
+
+#define HEADS 16u        /* query heads of one KV head that share its unpacking */
+#define TEAM 4u          /* of these, those whose chains run together */
 
 /* One KV head of a block as BF16, and the scales of its positions (NULL: all BF16). */
 struct head_page {
 	const uint16_t *k, *v;
 	const float *ks, *vs;   /* [32], 1 in BF16 positions */
+	uint32_t lo, hi;        /* slots that count */
+};
+
+/* What a query head has so far. */
+struct head {
+	_Alignas(64) float q[256], out[256], block[256], p[32];
+	float m, l, block_m, block_l;
 };
 
 /* The FP8 positions of a head's K and V as BF16 beside those that are BF16 already. */
@@ -586,79 +734,127 @@ mix_scales(const struct k_attention *a, const struct k_kv_block *b, uint32_t kvh
 	}
 }
 
-/* Scores of the 32 positions of a page, in two registers. */
 INLINE void
-page_scores(const struct k_attention *a, const float *q, const struct head_page *page, __m512 score[2])
+halves(const uint16_t *at, __m512 *even, __m512 *odd)
 {
-	const __m512i high = _mm512_set1_epi32((int)0xffff0000);
+	__m512i w = _mm512_loadu_si512(at);
 
-	for (uint32_t t = 0; t < 2; t++) {
-		__m512 total = _mm512_setzero_ps();
+	*even = _mm512_castsi512_ps(_mm512_slli_epi32(w, 16));
+	*odd = _mm512_castsi512_ps(_mm512_and_si512(w, _mm512_set1_epi32((int)0xffff0000)));
+}
 
-		for (uint32_t d0 = 0; d0 < a->head_dim; d0 += K_BLOCK) {
-			__m512 even = _mm512_setzero_ps(), odd = even;
+/* Scores of the 32 positions of a page for n heads, into p. */
+INLINE void
+page_scores(const struct k_attention *a, const struct head_page *page, struct head *head, const uint32_t n)
+{
+	__m512 total[TEAM][2], even[TEAM][2], odd[TEAM][2], e[2], o[2];
 
-			for (uint32_t d = d0; d < d0 + K_BLOCK && d < a->head_dim; d += 2) {
-				__m512i w = _mm512_loadu_si512(page->k + d * K_BLOCK + t * 32);
+	UNROLL
+	for (uint32_t h = 0; h < n; h++)
+		total[h][0] = total[h][1] = _mm512_setzero_ps();
+	for (uint32_t d0 = 0; d0 < a->head_dim; d0 += K_BLOCK) {
+		UNROLL
+		for (uint32_t h = 0; h < n; h++)
+			even[h][0] = even[h][1] = odd[h][0] = odd[h][1] = _mm512_setzero_ps();
+		for (uint32_t d = d0; d < d0 + K_BLOCK && d < a->head_dim; d += 2) {
+			halves(page->k + d * K_BLOCK, &e[0], &o[0]);
+			halves(page->k + d * K_BLOCK + 32, &e[1], &o[1]);
+			UNROLL
+			for (uint32_t h = 0; h < n; h++) {
+				__m512 qe = broadcast(&head[h].q[d]), qo = broadcast(&head[h].q[d + 1]);
 
-				even = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(w, 16)), _mm512_set1_ps(q[d]), even);
-				odd = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(w, high)), _mm512_set1_ps(q[d + 1]),
-				    odd);
+				even[h][0] = _mm512_fmadd_ps(e[0], qe, even[h][0]);
+				even[h][1] = _mm512_fmadd_ps(e[1], qe, even[h][1]);
+				odd[h][0] = _mm512_fmadd_ps(o[0], qo, odd[h][0]);
+				odd[h][1] = _mm512_fmadd_ps(o[1], qo, odd[h][1]);
 			}
-			total = _mm512_add_ps(total, _mm512_add_ps(even, odd));
 		}
-		if (page->ks != NULL)
-			total = _mm512_mul_ps(total, _mm512_load_ps(page->ks + t * 16));
-		score[t] = _mm512_mul_ps(total, _mm512_set1_ps(a->scale));
+		UNROLL
+		for (uint32_t h = 0; h < n; h++) {
+			total[h][0] = _mm512_add_ps(total[h][0], _mm512_add_ps(even[h][0], odd[h][0]));
+			total[h][1] = _mm512_add_ps(total[h][1], _mm512_add_ps(even[h][1], odd[h][1]));
+		}
+	}
+	UNROLL
+	for (uint32_t h = 0; h < n; h++) {
+		UNROLL
+		for (uint32_t t = 0; t < 2; t++) {
+			__m512 s = total[h][t];
+
+			if (page->ks != NULL)
+				s = _mm512_mul_ps(s, _mm512_load_ps(page->ks + t * 16));
+			_mm512_store_ps(head[h].p + t * 16, _mm512_mul_ps(s, _mm512_set1_ps(a->scale)));
+		}
 	}
 }
 
-/* Slots [lo, hi) of a block. */
+/* Scores in p to probabilities; their maximum and sum. */
 INLINE void
-attend_page(const struct k_attention *a, const float *q, const struct head_page *page, uint32_t lo, uint32_t hi,
-    float *max, float *sum, float *out)
+page_softmax(const struct head_page *page, struct head *head)
 {
-	const __m512i high = _mm512_set1_epi32((int)0xffff0000);
 	const __m512 low = _mm512_set1_ps(-INFINITY);
-	uint32_t slots = (hi == 32 ? 0xffffffffu : (1u << hi) - 1) & ~((1u << lo) - 1);
-	__mmask16 valid[2] = {(__mmask16)slots, (__mmask16)(slots >> 16)};
-	__m512 score[2], prob[2];
-	_Alignas(64) float p[32];
-	__mmask16 nan;
+	uint32_t slots = (page->hi == 32 ? 0xffffffffu : (1u << page->hi) - 1) & ~((1u << page->lo) - 1);
+	__mmask16 valid[2] = {(__mmask16)slots, (__mmask16)(slots >> 16)}, nan;
+	__m512 score[2] = {_mm512_load_ps(head->p), _mm512_load_ps(head->p + 16)}, prob[2];
 
-	page_scores(a, q, page, score);
 	nan = (__mmask16)(_mm512_mask_cmp_ps_mask(valid[0], score[0], score[0], _CMP_UNORD_Q) |
 	    _mm512_mask_cmp_ps_mask(valid[1], score[1], score[1], _CMP_UNORD_Q));
-	*max = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_mask_mov_ps(low, valid[0], score[0]),
+	head->block_m = nan ? NAN : _mm512_reduce_max_ps(_mm512_max_ps(_mm512_mask_mov_ps(low, valid[0], score[0]),
 	    _mm512_mask_mov_ps(low, valid[1], score[1])));
-	if (nan)
-		*max = NAN;
+	UNROLL
 	for (uint32_t t = 0; t < 2; t++) {
-		__m512 e = exp_avx512(_mm512_sub_ps(score[t], _mm512_set1_ps(*max)));
+		__m512 e = exp_avx512(_mm512_sub_ps(score[t], _mm512_set1_ps(head->block_m)));
 
 		prob[t] = _mm512_castsi512_ps(_mm512_maskz_slli_epi32(valid[t], round_bf16(e), 16));
 	}
-	*sum = fold16(_mm512_add_ps(prob[0], prob[1]));
+	head->block_l = fold16(_mm512_add_ps(prob[0], prob[1]));
+	UNROLL
 	for (uint32_t t = 0; t < 2; t++) {
 		if (page->vs != NULL)
 			prob[t] = _mm512_castsi512_ps(_mm512_maskz_slli_epi32(valid[t],
 			    round_bf16(_mm512_mul_ps(prob[t], _mm512_load_ps(page->vs + t * 16))), 16));
-		_mm512_store_ps(p + t * 16, prob[t]);
+		_mm512_store_ps(head->p + t * 16, prob[t]);
 	}
-	for (uint32_t d = 0; d < a->head_dim; d += 16) {
-		__m512 even = _mm512_setzero_ps(), odd = even;
+}
 
-		for (uint32_t j = lo & ~1u; j < hi; j += 2) {
-			__m512i w = _mm512_loadu_si512(page->v + (j / 2 * a->hd_pad + d) * 2);
+/* The block's output for n heads, 32 dimensions at a time: hd_pad has them. */
+INLINE void
+page_output(const struct k_attention *a, const struct head_page *page, struct head *head, const uint32_t n)
+{
+	for (uint32_t d = 0; d < a->head_dim; d += 32) {
+		__m512 even[TEAM][2], odd[TEAM][2], e[2], o[2];
 
+		UNROLL
+		for (uint32_t h = 0; h < n; h++)
+			even[h][0] = even[h][1] = odd[h][0] = odd[h][1] = _mm512_setzero_ps();
+		for (uint32_t j = page->lo & ~1u; j < page->hi; j += 2) {
+			const uint16_t *v = page->v + (j / 2 * a->hd_pad + d) * 2;
+
+			halves(v, &e[0], &o[0]);
+			halves(v + 32, &e[1], &o[1]);
 			/* The even slot of the first pair and the odd one of the last may hold anything. */
-			if (j >= lo)
-				even = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(w, 16)), _mm512_set1_ps(p[j]), even);
-			if (j + 1 < hi)
-				odd = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(w, high)), _mm512_set1_ps(p[j + 1]),
-				    odd);
+			if (j >= page->lo)
+				UNROLL
+				for (uint32_t h = 0; h < n; h++) {
+					__m512 p = broadcast(&head[h].p[j]);
+
+					even[h][0] = _mm512_fmadd_ps(e[0], p, even[h][0]);
+					even[h][1] = _mm512_fmadd_ps(e[1], p, even[h][1]);
+				}
+			if (j + 1 < page->hi)
+				UNROLL
+				for (uint32_t h = 0; h < n; h++) {
+					__m512 p = broadcast(&head[h].p[j + 1]);
+
+					odd[h][0] = _mm512_fmadd_ps(o[0], p, odd[h][0]);
+					odd[h][1] = _mm512_fmadd_ps(o[1], p, odd[h][1]);
+				}
 		}
-		_mm512_storeu_ps(out + d, _mm512_add_ps(even, odd));
+		UNROLL
+		for (uint32_t h = 0; h < n; h++) {
+			_mm512_store_ps(head[h].block + d, _mm512_add_ps(even[h][0], odd[h][0]));
+			_mm512_store_ps(head[h].block + d + 16, _mm512_add_ps(even[h][1], odd[h][1]));
+		}
 	}
 }
 
@@ -668,55 +864,99 @@ exp_one(float x)
 	return _mm512_cvtss_f32(exp_avx512(_mm512_set1_ps(x)));
 }
 
-AVX512 static void
-attend_head(const struct k_attention *a, uint32_t h)
+/* Adds a block to what the head has. */
+INLINE void
+merge(struct head *h, uint32_t hd, bool first)
 {
-	uint32_t kvh = h / (a->n_heads / a->n_kv_heads), hd = a->head_dim, first = a->first / K_BLOCK;
-	size_t head = (size_t)kvh * a->hd_pad * K_BLOCK;
-	_Alignas(64) float q[256], block[256], out[256], ks[32], vs[32];
-	_Alignas(64) uint16_t k[256 * K_BLOCK], v[256 * K_BLOCK];
-	float m = 0, l = 0;
+	float to, fa, fb;
 
+	if (first) {
+		h->m = h->block_m, h->l = h->block_l;
+		memcpy(h->out, h->block, hd * sizeof(*h->out));
+		return;
+	}
+	to = h->block_m > h->m ? h->block_m : h->m;
+	fa = exp_one(h->m - to), fb = exp_one(h->block_m - to);
+	h->l = fmaf(h->l, fa, h->block_l * fb);
 	for (uint32_t d = 0; d < hd; d += 16)
-		_mm512_store_ps(q + d, _mm512_castsi512_ps(_mm512_slli_epi32(
-		    round_bf16(_mm512_maskz_loadu_ps(tail(d, hd), a->q + (size_t)h * hd + d)), 16)));
+		_mm512_store_ps(h->out + d, _mm512_fmadd_ps(_mm512_load_ps(h->out + d), _mm512_set1_ps(fa),
+		    _mm512_mul_ps(_mm512_load_ps(h->block + d), _mm512_set1_ps(fb))));
+	h->m = to;
+}
+
+INLINE void
+attend_page(const struct k_attention *a, const struct head_page *page, struct head *head, bool first, const uint32_t n)
+{
+	page_scores(a, page, head, n);
+	for (uint32_t h = 0; h < n; h++)
+		page_softmax(page, &head[h]);
+	page_output(a, page, head, n);
+	for (uint32_t h = 0; h < n; h++)
+		merge(&head[h], a->head_dim, first);
+}
+
+#define ATTEND(n) \
+	AVX512 static void attend_##n(const struct k_attention *a, const struct head_page *page, struct head *head, \
+	    bool first) \
+	{ \
+		attend_page(a, page, head, first, n); \
+	}
+ATTEND(1)
+ATTEND(2)
+ATTEND(3)
+ATTEND(4)
+
+/* Heads [h0, h1) of one KV head, at most HEADS. */
+AVX512 static void
+attend_heads(const struct k_attention *a, uint32_t kvh, uint32_t h0, uint32_t h1)
+{
+	static void (*const attend[TEAM])(const struct k_attention *, const struct head_page *, struct head *, bool) = {
+	    attend_1, attend_2, attend_3, attend_4};
+	uint32_t hd = a->head_dim, first = a->first / K_BLOCK;
+	size_t at = (size_t)kvh * a->hd_pad * K_BLOCK;
+	_Alignas(64) uint16_t k[256 * K_BLOCK], v[256 * K_BLOCK];
+	_Alignas(64) float ks[32], vs[32];
+	struct head head[HEADS];
+
+	for (uint32_t h = h0; h < h1; h++)
+		for (uint32_t d = 0; d < hd; d += 16)
+			_mm512_store_ps(head[h - h0].q + d, _mm512_castsi512_ps(_mm512_slli_epi32(
+			    round_bf16(_mm512_maskz_loadu_ps(tail(d, hd), a->q + (size_t)h * hd + d)), 16)));
 	for (uint32_t b = first; b <= a->pos / K_BLOCK; b++) {
 		const struct k_kv_block *kv = &a->block[b];
-		struct head_page page = {k, v, ks, vs};
-		uint32_t lo = b == first ? a->first % K_BLOCK : 0;
-		uint32_t hi = a->pos - b * K_BLOCK + 1 < K_BLOCK ? a->pos - b * K_BLOCK + 1 : K_BLOCK;
-		float bm, bl, to, fa, fb;
+		struct head_page page = {k, v, ks, vs, b == first ? a->first % K_BLOCK : 0,
+		    a->pos - b * K_BLOCK + 1 < K_BLOCK ? a->pos - b * K_BLOCK + 1 : K_BLOCK};
 
 		if (kv->fp8 == 0) {
-			page = (struct head_page){kv->k + head, kv->v + head, NULL, NULL};
+			page.k = kv->k + at, page.v = kv->v + at;
+			page.ks = page.vs = NULL;
 		} else {
 			mix_page(a, kv, kvh, k, v);
 			mix_scales(a, kv, kvh, ks, vs);
 		}
-		attend_page(a, q, &page, lo, hi, &bm, &bl, b == first ? out : block);
-		if (b == first) {
-			m = bm, l = bl;
-			continue;
-		}
-		to = bm > m ? bm : m;
-		fa = exp_one(m - to), fb = exp_one(bm - to);
-		l = fmaf(l, fa, bl * fb);
-		for (uint32_t d = 0; d < hd; d += 16)
-			_mm512_store_ps(out + d, _mm512_fmadd_ps(_mm512_load_ps(out + d), _mm512_set1_ps(fa),
-			    _mm512_mul_ps(_mm512_load_ps(block + d), _mm512_set1_ps(fb))));
-		m = to;
+		for (uint32_t h = 0; h < h1 - h0; h += TEAM)
+			attend[(h1 - h0 - h < TEAM ? h1 - h0 - h : TEAM) - 1](a, &page, head + h, b == first);
 	}
-	for (uint32_t d = 0; d < hd; d += 16)
-		_mm512_mask_storeu_ps(a->out + (size_t)h * hd + d, tail(d, hd),
-		    _mm512_div_ps(_mm512_load_ps(out + d), _mm512_set1_ps(l)));
+	for (uint32_t h = h0; h < h1; h++)
+		for (uint32_t d = 0; d < hd; d += 16)
+			_mm512_mask_storeu_ps(a->out + (size_t)h * hd + d, tail(d, hd),
+			    _mm512_div_ps(_mm512_load_ps(head[h - h0].out + d), _mm512_set1_ps(head[h - h0].l)));
 }
 
 static void
 attention_avx512(const struct k_attention *a)
 {
-	for (uint32_t h = a->head0; h < a->head1; h++)
-		attend_head(a, h);
+	uint32_t group = a->n_heads / a->n_kv_heads;
+
+	for (uint32_t h = a->head0, to; h < a->head1; h = to) {
+		to = (h / group + 1) * group;
+		to = to > a->head1 ? a->head1 : to;
+		to = to - h > HEADS ? h + HEADS : to;
+		attend_heads(a, h / group, h, to);
+	}
 }
+
+/* ---- probes ---- */
 
 AVX512 static void
 probe_read_avx512(const void *mem, size_t bytes)
@@ -766,6 +1006,7 @@ kernels_fill_avx512(struct k_ops *ops)
 	ops->rmsnorm = rmsnorm_avx512;
 	ops->rope = rope_avx512;
 	ops->silu_mul = silu_mul_avx512;
+	ops->kv_write = kv_write_avx512;
 	ops->attention = attention_avx512;
 	ops->probe_read = probe_read_avx512;
 	ops->probe_fma = probe_fma_avx512;
