@@ -243,12 +243,23 @@ test_options(void **state)
 		{"engine", "evidence_steps", {"0", "1000000"}, {"1000001", "evidence_steps '1000001' is not between 0 and 1000000"}},
 		{"precision", "policy", {"bf16", "any name"}, {NULL}},
 		{"precision", "on_flip", {"switch", "pin"}, {"wait", "on_flip 'wait' is none of switch, pin"}},
+		{"shadow", "sample", {"0", "1%", "0.25", "1"}, {"101%", "sample '101%' is not between 0 and 1"}},
+		{"shadow", "baseline", {"bf16", "any name"}, {NULL}},
+		{"shadow", "share", {"0", "5%"}, {"x", "share 'x' is no share (like 1% or 0.01)"}},
+		{"shadow", "max_kl", {"0", "0.000001"}, {"-1", "max_kl '-1' is no share (like 1% or 0.01)"}},
+		{"shadow", "min_agree", {"0", "0.98"}, {"1.5", "min_agree '1.5' is not between 0 and 1"}},
+		{"shadow", "cooldown_s", {"0", "86400"}, {"86401", "cooldown_s '86401' is not between 0 and 86400"}},
+		{"surge", "policy", {"", "any name"}, {NULL}},
+		{"surge", "enter_queue_ms", {"1", "3600000"}, {"0", "enter_queue_ms '0' is not between 1 and 3600000"}},
+		{"surge", "leave_queue_ms", {"0", "3600000"}, {"x", "leave_queue_ms 'x' is no number"}},
+		{"surge", "min_hold_s", {"0", "86400"}, {"86401", "min_hold_s '86401' is not between 0 and 86400"}},
 		{"access", "operators", {"", "user:a, group:b *"}, {NULL}},
 		{"access", "viewers", {"", "*"}, {NULL}},
 		{"access", "request_policies", {"", "uid:7"}, {NULL}},
 	};
 	static const char live[] = " max_clients max_clients_per_uid max_requests max_requests_per_uid max_queue handshake_timeout_ms drain_timeout_s log_level "
-	    "step_target_ms spin_us prefix_cache evidence_steps policy on_flip operators viewers request_policies ";
+	    "step_target_ms spin_us prefix_cache evidence_steps policy on_flip sample baseline share max_kl min_agree cooldown_s "
+	    "enter_queue_ms leave_queue_ms min_hold_s operators viewers request_policies ";
 	const size_t n = sizeof(options) / sizeof(*options);
 	const char *section, *key;
 	char text[300];
