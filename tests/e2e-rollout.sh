@@ -56,7 +56,24 @@ wait $client
 ok "a running request follows the abort" test "$(tail -1 "$scratch/long" | jq '.segments | length')" -eq 2
 ok "it stops in order" stop
 
+# No fault, no rollback, however long one looks.
+all=300
+[ -z "${OCTET_LONG-}" ] || all=10000
+printf '[shadow]\nsample = 100%%\nshare = 1\nmax_kl = 0.03\nmin_agree = 0.8\n[policy fast]\n* = fp8\n' | config
+start || exit 1
+octetctl use fast >/dev/null
+scored=0
+while [ "$scored" -lt "$all" ]; do
+	load 1000 8
+	scored=$(octetctl status --json | jq .shadow.scored)
+done
+is "$scored scored requests of a sound plan: no rollback" "$(octetctl --json status | jq -r .policy)" fast
+is "and nothing from the guardrail" "$(octetctl history --json | jq '[.[] | select(.program == "guardrail")] | length')" 0
+ok "it stops in order" stop
+
 # A fault is taken back from live traffic, with the numbers, and does not flap.
+rm -rf "$scratch/state"
+printf '[shadow]\n%s\n[policy fast]\n* = fp8\n' "$shadow_options" | config
 OCTET_FAULT=mlp.up_proj@3
 export OCTET_FAULT
 start || exit 1
