@@ -27,6 +27,7 @@ struct option {
 };
 
 static const char *const backends[] = {"auto", "cpu", "cuda", NULL};
+static const char *const residencies[] = {"both", "nested", NULL};
 static const char *const on_flips[] = {"switch", "pin", NULL};
 static const char *const prefix_caches[] = {"off", "user", "all", NULL};
 static const char *const log_levels[] = {"error", "warn", "info", "debug", NULL};
@@ -62,6 +63,9 @@ static const struct option options[] = {
 	{"daemon", "log_level", TYPE_WORD, AT(log_level), "info", 0, 0, log_levels, LIVE, "", "least severe line that is logged"},
 	{"model", "path", TYPE_PATH, AT(model_path), NULL, 0, 0, NULL, RESTART, "", "Hugging Face model directory (required)"},
 	{"engine", "backend", TYPE_ENUM, AT(backend), "auto", 0, 0, backends, RESTART, "", "where the model runs"},
+	{"engine", "device", TYPE_NUMBER, AT(device), "0", 0, 255, NULL, RESTART, "", "which card, as nvidia-smi counts them"},
+	{"engine", "residency", TYPE_ENUM, AT(residency), "both", 0, 0, residencies, RESTART, "",
+	    "weights on a card: plain in BF16 and FP8, or the nested planes in the memory of BF16"},
 	{"engine", "threads", TYPE_NUMBER, AT(threads), "0", 0, 1024, NULL, RESTART, "",
 	    "worker threads; 0: the CPUs octetd may use"},
 	{"engine", "kv_cache_bytes", TYPE_SIZE, AT(kv_cache_bytes), "256M", 1, UINT64_MAX / 4, NULL, RESTART, "bytes",

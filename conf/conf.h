@@ -32,6 +32,7 @@ struct conf_client {
 };
 
 enum conf_backend { CONF_BACKEND_AUTO, CONF_BACKEND_CPU, CONF_BACKEND_CUDA };
+enum conf_residency { CONF_RESIDENCY_BOTH, CONF_RESIDENCY_NESTED };
 enum conf_prefix_cache { CONF_PREFIX_OFF, CONF_PREFIX_USER, CONF_PREFIX_ALL };
 enum conf_on_flip { CONF_ON_FLIP_SWITCH, CONF_ON_FLIP_PIN };
 
@@ -46,7 +47,7 @@ struct conf {
 	char *model_path;
 	/* [engine] */
 	uint64_t kv_cache_bytes;
-	uint32_t backend, threads, max_batch_tokens, max_batch, max_context, step_target_ms, spin_us, prefix_cache, evidence_steps;
+	uint32_t backend, device, residency, threads, max_batch_tokens, max_batch, max_context, step_target_ms, spin_us, prefix_cache, evidence_steps;
 	/* [precision] */
 	char *policy;
 	uint32_t on_flip;

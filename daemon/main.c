@@ -90,10 +90,30 @@ checkpoint_bytes(const char *dir)
 	return sum;
 }
 
+/* What the card will hold, before anything is read; refused here if it is too much. */
+static int
+check_device_memory(const struct octetd *d, struct model_shape *s, const struct engine_config *cfg, struct err *err)
+{
+	char w[32], k[32], b[32], f[32];
+	struct kd_memory m;
+
+	if (d->conf->max_context != 0 && d->conf->max_context < s->max_context)
+		s->max_context = d->conf->max_context;
+	device_memory(d->device, s, cfg->kv_bytes, cfg->max_batch_tokens, &d->device_options, &m);
+	log_info("device.memory", "weights=%s kv_cache=%s buffers=%s free=%s residency=%s", LOG_Q(human(m.weights, w)),
+	    LOG_Q(human(m.kv, k)), LOG_Q(human(m.buffers, b)), LOG_Q(human(m.free, f)),
+	    d->device_options.nested ? "nested" : "both");
+	if (m.weights + m.kv + m.buffers > m.free)
+		return err_set(err, -ENOMEM, "the card is too small: %s of weights, %s of KV cache and %s of buffers, of which %s "
+		    "are free; residency = nested takes a third off the weights", w, k, b, f);
+	return 0;
+}
+
 static int
 load_model(struct daemon *m, bool check_only, struct err *err)
 {
 	const struct conf *c = m->d.conf;
+	struct model_shape shape;
 	struct engine_config cfg;
 	char a[32], b[32];
 	int rc;
@@ -102,12 +122,15 @@ load_model(struct daemon *m, bool check_only, struct err *err)
 		log_info("memory.plan", "checkpoint=%s kv_cache=%s threads=%u cpu=%s model=%s",
 		    LOG_Q(human(checkpoint_bytes(c->model_path), a)), LOG_Q(human(c->kv_cache_bytes, b)),
 		    team_size(m->d.team), m->d.ops->name, LOG_Q(c->model_path));
+	octetd_engine_config(&m->d, c, &cfg);
+	if (m->d.device != NULL && ((rc = config_read(&shape, c->model_path, NULL, NULL, err)) != 0 ||
+	    (rc = check_device_memory(&m->d, &shape, &cfg, err)) != 0))
+		return rc;
 	m->shown_us = octetd_now_us();
 	rc = model_load(&m->d.model, c->model_path, m->d.team, (uint32_t)c->max_context, c->kv_cache_bytes, check_only,
 	    check_only ? NULL : on_progress, m, err);
 	if (rc != 0)
 		return rc;
-	octetd_engine_config(&m->d, c, &cfg);
 	if (engine_kv_bytes(&m->d.model->shape, &cfg) == 0)
 		return err_set(err, -EINVAL, "%s: kv_cache_bytes = %" PRIu64 " is less than one page of this model", c->file,
 		    c->kv_cache_bytes);
@@ -137,6 +160,32 @@ load_tokenizer(struct octetd *d, struct err *err)
 	return rc;
 }
 
+/* auto: a machine without a card serves on its CPU, and says why once. */
+static int
+start_backend(struct octetd *d, struct err *err)
+{
+	const struct conf *c = d->conf;
+	int rc;
+
+	d->backend = "cpu";
+	if (c->backend == CONF_BACKEND_CPU)
+		return 0;
+	rc = device_open(&d->device, "cuda", c->device, err);
+	if (rc == 0) {
+		d->backend = device_name(d->device);
+		d->device_options = (struct device_options){.nested = c->residency == CONF_RESIDENCY_NESTED,
+		    .cache_dir = c->state_dir};
+		return 0;
+	}
+	if (c->backend == CONF_BACKEND_CUDA) {
+		err_prefix(err, "%s: backend = cuda", c->file);
+		return rc;
+	}
+	log_info("backend", "backend=cpu why=%s", LOG_Q(err->text));
+	*err->text = '\0';
+	return 0;
+}
+
 /* The part of the start that takes no file. */
 static int
 start_team(struct daemon *m, struct err *err)
@@ -145,7 +194,8 @@ start_team(struct daemon *m, struct err *err)
 	char why[256] = "";
 	int rc;
 
-	d->backend = "cpu";
+	if ((rc = start_backend(d, err)) != 0)
+		return rc;
 	d->ops = kernels_select(getenv("OCTET_CPU"), why, sizeof(why));
 	if (d->ops == NULL)
 		return err_set(err, -EINVAL, "OCTET_CPU: %s", why);
@@ -515,6 +565,7 @@ free_all(struct daemon *m, struct first_plan *f)
 	plan_unref(&m->file_plan);
 	free(d->tok_blob);
 	model_free(&d->model);
+	device_close(&d->device);
 	team_free(&d->team);
 	conf_free(&d->conf);
 }

@@ -32,6 +32,8 @@ octetd_engine_config(const struct octetd *d, const struct conf *c, struct engine
 	*out = (struct engine_config){
 		.threads = d->team != NULL ? team_size(d->team) : (uint32_t)c->threads,
 		.spin_us = (uint32_t)c->spin_us,
+		.device = d->device,
+		.device_options = &d->device_options,
 		.kv_bytes = c->kv_cache_bytes,
 		.max_batch_tokens = (uint32_t)c->max_batch_tokens,
 		.max_batch = (uint32_t)c->max_batch,
@@ -121,8 +123,6 @@ octetd_conf_check(const struct conf *c, struct err *err)
 	for (size_t i = 0; i < sizeof(list) / sizeof(*list) && rc == 0; i++)
 		if ((rc = peer_list_check(list[i][1], err)) != 0)
 			err_prefix(err, "%s: %s", c->file, list[i][0]);
-	if (rc == 0 && c->backend == CONF_BACKEND_CUDA)
-		rc = err_set(err, -ENOTSUP, "%s: backend = cuda: this build has no CUDA backend", c->file);
 	return rc;
 }
 

@@ -12,6 +12,7 @@
 #include <uv.h>
 #include "client/err.h"
 #include "conf/conf.h"
+#include "daemon/engine/device.h"
 #include "daemon/engine/engine.h"
 #include "daemon/engine/model.h"
 #include "daemon/engine/plan.h"
@@ -33,6 +34,8 @@ struct octetd {
 	struct conf *conf;          /* as it runs: restart-only options keep their old value */
 	const struct k_ops *ops;
 	const char *backend;
+	struct device *device;      /* NULL: the CPU runs the model */
+	struct device_options device_options;
 	struct team *team;
 	struct model *model;
 	void *tok_blob; size_t tok_len;

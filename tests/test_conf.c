@@ -224,6 +224,8 @@ test_options(void **state)
 		{"model", "path", {"/a"}, {"", "path is empty"}},
 		{"engine", "backend", {"auto", "cpu", "cuda"}, {"gpu", "backend 'gpu' is none of auto, cpu, cuda", "",
 		    "backend '' is none of auto, cpu, cuda"}},
+		{"engine", "device", {"0", "255"}, {"256", "device '256' is not between 0 and 255"}},
+		{"engine", "residency", {"both", "nested"}, {"fp8", "residency 'fp8' is none of both, nested"}},
 		{"engine", "threads", {"0", "1024"}, {"1025", "threads '1025' is not between 0 and 1024", "+1",
 		    "threads '+1' is no number", "1.5", "threads '1.5' is no number", "18446744073709551616",
 		    "threads '18446744073709551616' is no number"}},

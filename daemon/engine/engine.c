@@ -6,6 +6,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "daemon/engine/device.h"
+
 static void
 free_segments(struct segment *seg, uint32_t n)
 {
@@ -274,6 +276,13 @@ allocate(struct engine *e, struct err *err)
 	rc = forward_new(&e->forward, e->m, e->ops, e->team, &e->kv, rows, err);
 	if (rc != 0)
 		return rc;
+	if (e->cfg.device != NULL) {
+		rc = device_load(e->cfg.device, e->m, &e->kv, rows, e->cfg.device_options, err);
+		if (rc != 0)
+			return rc;
+		forward_use_device(e->forward, e->cfg.device);
+		e->cfg.evidence_steps = 0; /* the inputs of its sites stay there */
+	}
 	e->running = calloc(e->max_seqs, sizeof(*e->running));
 	e->pick = calloc(e->max_seqs, sizeof(*e->pick));
 	e->row = calloc(rows, sizeof(*e->row));
@@ -470,6 +479,9 @@ engine_configure(struct engine *e, const struct engine_config *cfg)
 	e->new_cfg.max_batch = e->cfg.max_batch;
 	e->new_cfg.kv_bytes = e->cfg.kv_bytes;
 	e->new_cfg.threads = e->cfg.threads;
+	e->new_cfg.device = e->cfg.device;
+	if (e->cfg.device != NULL)
+		e->new_cfg.evidence_steps = 0;
 	e->new_cfg_set = true;
 	post(e);
 	pthread_mutex_unlock(&e->lock);
@@ -538,6 +550,14 @@ engine_evidence(struct engine *e, enum plan_group g, uint32_t layer, struct evid
 enum plan_format
 engine_executed(const struct engine *e, const struct plan *p, enum plan_group g, uint32_t layer)
 {
-	(void)e; /* the CPU backend runs every format at every site */
-	return plan_at(p, g, layer);
+	enum plan_format f = plan_at(p, g, layer);
+
+	/* The CPU runs every format at every site. */
+	return e->cfg.device != NULL ? device_executes(e->cfg.device, g, layer, f) : f;
+}
+
+struct device *
+engine_device(const struct engine *e)
+{
+	return e->cfg.device;
 }

@@ -18,6 +18,8 @@
 #include "daemon/engine/model.h"
 #include "daemon/engine/plan.h"
 
+struct device;
+struct device_options;
 struct engine;
 
 /* Where a request's events go. Called on the engine thread, never blocks. */
@@ -104,6 +106,8 @@ struct flip {
 
 struct engine_config {
 	uint32_t threads, spin_us;
+	struct device *device;            /* loads the model and runs it; borrowed; NULL: the CPU */
+	const struct device_options *device_options;
 	uint64_t kv_bytes;
 	uint32_t max_batch_tokens, max_batch, max_queue, step_target_ms;
 	bool pin;                         /* on_flip = pin */
@@ -149,4 +153,6 @@ struct evidence_site;
 void engine_evidence(struct engine *, enum plan_group, uint32_t layer, struct evidence_site *);
 /* Format that runs at a site under a plan on this backend. */
 enum plan_format engine_executed(const struct engine *, const struct plan *, enum plan_group, uint32_t layer);
+/* NULL: the CPU runs it. Its device_status() may be asked from any thread. */
+struct device *engine_device(const struct engine *);
 #endif

@@ -6,6 +6,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "daemon/engine/device.h"
+
 /* Inputs of linear layers in both encodings; a site's format picks one. */
 struct inputs {
 	uint16_t *bf16;   /* [max_rows, ld] rounded to BF16 */
@@ -19,6 +21,7 @@ struct forward {
 	const struct k_ops *ops;
 	struct team *team;
 	struct kv_pool *kv;
+	struct device *device; /* NULL: the CPU runs it */
 	uint32_t max_rows;
 
 	float *x;         /* [max_rows, hidden] residual */
@@ -157,6 +160,12 @@ forward_free(struct forward **fp)
 	free(f->in.bf16), free(f->in.fp8), free(f->in.scale), free(f->fault_scale);
 	free(f);
 	*fp = NULL;
+}
+
+void
+forward_use_device(struct forward *f, struct device *d)
+{
+	f->device = d;
 }
 
 /* Phases over rows: one row needs no barrier. */
@@ -492,6 +501,10 @@ forward_run(struct forward *f, const struct forward_row *row, uint32_t n)
 {
 	uint32_t wanted;
 
+	if (f->device != NULL) {
+		device_run(f->device, row, n, f->logits);
+		return f->logits;
+	}
 	f->row = row;
 	for (uint32_t r = 0; r < n; r++)
 		f->plan[r] = row[r].plan;
@@ -521,6 +534,8 @@ forward_sample(struct forward *f, struct evidence *e, uint32_t row)
 bool
 forward_find_nonfinite(struct forward *f, const struct forward_row *row, struct forward_site *site)
 {
+	if (f->device != NULL)
+		return device_find_nonfinite(f->device, row, site);
 	f->trace = true;
 	f->found = false;
 	forward_run(f, row, 1);

@@ -30,6 +30,9 @@ struct forward;
 int forward_new(struct forward **, const struct model *, const struct k_ops *, struct team *,
     struct kv_pool *, uint32_t max_rows, struct err *);
 void forward_free(struct forward **);
+/* From here on a device runs the passes; loaded with the same pool and max_rows, borrowed. */
+struct device;
+void forward_use_device(struct forward *, struct device *);
 
 /* Runs rows [0, n), n <= max_rows. Writes K and V of every row. Returns logits
  * [n_wanted, vocab] FP32 of the rows that want them, in row order; valid until

@@ -5,6 +5,8 @@
 #include <math.h>
 #include <string.h>
 
+#include "daemon/engine/device.h"
+
 static void
 sample_part(void *arg, uint32_t part, uint32_t parts)
 {
@@ -31,6 +33,32 @@ sample_part(void *arg, uint32_t part, uint32_t parts)
 			sample_token(logits, vocab, &s->req->sampling, s->token, s->req->n_prompt, s->n_known,
 			    e->scratch[part], &out->s);
 	}
+}
+
+/* A device samples where the logits are: it is told before the pass what to do with them. */
+static void
+tell_device(struct engine *e)
+{
+	for (uint32_t i = 0; i < e->n_want; i++) {
+		const struct seq *s = e->want[i].seq;
+		uint32_t next = e->want[i].pos + 1;
+
+		if (next < s->n_known)
+			device_score(e->cfg.device, s->token[next], s->req->sampling.top_logprobs);
+		else
+			device_want(e->cfg.device, &s->req->sampling, s->token, s->req->n_prompt, s->n_known);
+	}
+}
+
+static void
+sample(struct engine *e)
+{
+	if (e->cfg.device == NULL) {
+		team_run(e->team, sample_part, e);
+		return;
+	}
+	for (uint32_t i = 0; i < e->n_want; i++)
+		e->result[i].bad = !device_result(e->cfg.device, i, &e->result[i].s);
 }
 
 static bool
@@ -177,7 +205,7 @@ step_run(struct engine *e)
 {
 	double start = engine_now_ms(), forward;
 	uint32_t rows = 0, probe_rows, prompt_rows = 0, tokens = 0, want = 0, running = e->n_running;
-	bool sample;
+	bool evidence;
 
 	e->n_want = 0;
 	probe_rows = probe_alone(e) ? probe_choose(e, 0) : 0;
@@ -188,16 +216,18 @@ step_run(struct engine *e)
 	if (rows + probe_rows == 0)
 		return e->n_running != running; /* who was preempted may be admitted again */
 	e->step++;
-	sample = rows > 0 && e->cfg.evidence_steps != 0 && e->step % e->cfg.evidence_steps == 0;
-	if (sample)
+	evidence = rows > 0 && e->cfg.evidence_steps != 0 && e->step % e->cfg.evidence_steps == 0;
+	if (evidence)
 		forward_sample(e->forward, e->evidence, (uint32_t)(e->step / e->cfg.evidence_steps % rows));
+	if (e->cfg.device != NULL)
+		tell_device(e);
 	forward = engine_now_ms();
 	e->logits = forward_run(e->forward, e->row, rows + probe_rows);
 	forward = engine_now_ms() - forward;
-	if (sample)
+	if (evidence)
 		note_evidence(e);
 	if (e->n_want > 0)
-		team_run(e->team, sample_part, e);
+		sample(e);
 	/* First: a live row that is not finite is computed again, over the logits. */
 	if (probe_rows > 0)
 		probe_after(e, probe_rows, rows, e->logits + (size_t)e->n_want * e->m->shape.vocab, forward);

@@ -1,0 +1,135 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#ifndef OCTET_KERNELS_DEVICE_H
+#define OCTET_KERNELS_DEVICE_H
+/*
+ * What a device plugin gives: the forward pass of a whole step, and sampling,
+ * on a device of its own. Plain structs and one table of functions, since the
+ * plugin is loaded at run time and knows nothing of the engine. One thread at a
+ * time calls it; nothing but kd_open() and kd_load() may allocate host memory.
+ *
+ * The host keeps the books of the KV pages (which block of which sequence lies in
+ * which page); the device has the pages. A page number means the same on both.
+ */
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include "kernels/kernels.h"
+
+#define KD_ABI 1u
+#define KD_SYMBOL "octet_device_api"
+#define KD_LM_HEAD 7u   /* groups below are the linear layers of a layer */
+#define KD_KV_CACHE 8u
+#define KD_GROUPS 9u
+#define KD_MAX_TOP 20u
+
+struct kd_device;
+
+struct kd_layer {
+	const float *input_norm, *post_norm; /* [hidden] */
+	const float *q_norm, *k_norm;        /* [head_dim]; NULL: none */
+	const struct k_weight *linear;       /* [KD_LM_HEAD] by group */
+	const float *const *bias;            /* [KD_LM_HEAD]; [n] each, or NULL */
+	bool no_rope;
+};
+
+enum kd_residency { KD_BOTH, KD_NESTED };
+
+/* Everything is copied by load(); the masters may go after it. */
+struct kd_model {
+	uint32_t hidden, intermediate, n_layers, n_heads, n_kv_heads, head_dim, vocab, max_context, window;
+	float rms_eps;
+	const struct kd_layer *layer;        /* [n_layers] */
+	const struct k_weight *lm_head;
+	const uint16_t *embed;               /* [vocab, hidden] BF16; NULL: lm_head's BF16 */
+	const float *final_norm;             /* [hidden] */
+	const float *rope_cos, *rope_sin;    /* [max_context, head_dim / 2] */
+	enum kd_residency residency;
+	uint32_t max_rows;                   /* of a step */
+	uint32_t n_pages;                    /* of the KV cache, [n_kv_heads * hd_pad * 32] 16-bit values each */
+	const char *cache_dir;               /* where found plans of cuBLASLt are kept; NULL: nowhere */
+	void (*progress)(void *, int percent);
+	void *progress_arg;
+};
+
+struct kd_memory {
+	uint64_t weights, kv, buffers, free, total; /* bytes; free and total of the device */
+};
+
+/* Pages of one layer's block, as the engine's struct kv_block; UINT32_MAX: none. */
+struct kd_block {
+	uint32_t k, v, q, fp8;
+};
+
+/* Rows of one sequence and one plan lie together, in ascending positions. */
+struct kd_row {
+	uint32_t token, pos;
+	const struct kd_block *table;        /* [pos / 32 + 1][n_layers] */
+	const uint8_t *plan;                 /* [KD_GROUPS][n_layers] enum k_format */
+	uint64_t digest;                     /* equal plans have equal digests */
+	bool wants;                          /* logits */
+};
+
+/* What is to become of the logits of a row that wants them. */
+enum kd_want_kind { KD_LOGITS, KD_SCORE, KD_DRAW };
+
+struct kd_edit {                         /* a logit that changes before a token is drawn */
+	uint32_t id;
+	uint32_t n_output;               /* how often it was output already */
+	float bias;
+	bool seen;                       /* in prompt or output: repetition applies */
+};
+
+struct kd_want {
+	enum kd_want_kind kind;
+	uint32_t position;               /* of the token to come: Philox' counter */
+	uint32_t token;                  /* KD_SCORE: the one that is known */
+	uint64_t seed;
+	float temperature, top_p, min_p, repetition, presence, frequency;
+	uint32_t top_k, n_top;
+	bool logprob;
+	const struct kd_edit *edit;      /* [n_edit] */
+	uint32_t n_edit;
+};
+
+struct kd_result {
+	uint32_t token;
+	float logprob;
+	bool bad;                        /* a logit is not finite */
+	uint32_t n_top;
+	uint32_t top_id[KD_MAX_TOP];
+	float top_logprob[KD_MAX_TOP];
+};
+
+struct kd_status {
+	char device[64], kernels[128];   /* what it is called; driver and library versions */
+	uint64_t mem_used, mem_total;    /* bytes */
+	uint32_t sm_mhz, mem_mhz, watts, limit_watts, busy_percent, celsius; /* 0: not known */
+	uint64_t graphs, graph_launches, eager_steps;
+	double host_us, device_us;       /* of a step, lately */
+	char failure[128];               /* empty: none */
+};
+
+struct kd_api {
+	uint32_t abi;                    /* KD_ABI; first */
+	uint32_t bytes;                  /* sizeof(struct kd_api) */
+	const char *name;                /* "cuda" */
+	/* 0 or -errno with one line of why. */
+	int (*open)(struct kd_device **, uint32_t index, char *why, size_t why_len);
+	void (*close)(struct kd_device **);
+	bool (*has_fp8)(const struct kd_device *);
+	/* The bytes load() would take, by kd_model's sizes alone. */
+	void (*plan_memory)(struct kd_device *, const struct kd_model *, struct kd_memory *);
+	int (*load)(struct kd_device *, const struct kd_model *, char *why, size_t why_len);
+	/* Runs rows [0, n). want [n_wanted] may be NULL: then all logits are copied. logits: [n_wanted, vocab], the
+	 * rows of kind KD_LOGITS are written; result [n_wanted], the others. -EIO: the device failed, for good. */
+	int (*run)(struct kd_device *, const struct kd_row *, uint32_t n, const struct kd_want *, float *logits,
+	    struct kd_result *, char *why, size_t why_len);
+	/* One row again, to find where it first goes non-finite: 1 found, 0 not. */
+	int (*find_nonfinite)(struct kd_device *, const struct kd_row *, uint32_t *group, uint32_t *layer);
+	/* Any thread. The format that runs at a site where `format` is wanted, and in words the kernel that decodes one
+	 * row, and many. */
+	enum k_format (*executes)(const struct kd_device *, uint32_t group, uint32_t layer, enum k_format);
+	void (*kernel_name)(const struct kd_device *, uint32_t group, uint32_t layer, enum k_format, char *, size_t);
+	void (*status)(struct kd_device *, struct kd_status *);
+};
+#endif
