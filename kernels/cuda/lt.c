@@ -1,0 +1,349 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * cuBLASLt: descriptors and an algorithm for each (kind, shape), made once. Row-major y = x w^T is its D = A^T B with A = w,
+ * B = x, D = y, all column-major. The timed choices are kept in a file of the device, its driver's library version and
+ * the shape; what is in there for another version is ignored.
+ */
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "kernels/cuda/plugin.h"
+
+#define WORKSPACE ((size_t)32 << 20)
+#define CHOICES 8
+#define TIMED 10  /* runs of each choice */
+#define BUCKETS 1024u
+
+struct key {
+	uint32_t kind, n, k, t, ldx, ldy, add;
+};
+
+struct plan {
+	struct key key;
+	bool failed;      /* not to be had */
+	bool tuned;
+	float us;
+	cublasLtMatmulDesc_t desc;
+	cublasLtMatrixLayout_t a, b, c;
+	cublasLtMatmulAlgo_t algo;
+	struct plan *next;
+};
+
+/* A line of the file, until a plan takes it. */
+struct kept {
+	struct key key;
+	float us;
+	cublasLtMatmulAlgo_t algo;
+	struct kept *next;
+};
+
+struct lt {
+	cublasLtHandle_t handle;
+	cublasLtMatmulPreference_t pref;
+	void *workspace;
+	bool fast, dirty;
+	struct plan *plan[BUCKETS];
+	struct kept *kept;
+	char path[4096];
+};
+
+static uint32_t
+bucket_of(const struct key *k)
+{
+	uint32_t h = 2166136261u;
+
+	for (size_t i = 0; i < sizeof(*k) / 4; i++)
+		h = (h ^ ((const uint32_t *)(const void *)k)[i]) * 16777619u;
+	return (h >> 16 ^ h) % BUCKETS;
+}
+
+/* ---- the file ---- */
+
+static void
+read_kept(struct lt *lt)
+{
+	FILE *f = *lt->path != '\0' ? fopen(lt->path, "r") : NULL;
+	char line[512];
+
+	while (f != NULL && fgets(line, sizeof(line), f) != NULL) {
+		struct kept *k = calloc(1, sizeof(*k));
+		unsigned long long w[8];
+
+		if (k == NULL)
+			break;
+		if (sscanf(line, "%u %u %u %u %u %u %u %f %llx %llx %llx %llx %llx %llx %llx %llx", &k->key.kind, &k->key.n, &k->key.k,
+		    &k->key.t, &k->key.ldx, &k->key.ldy, &k->key.add, &k->us, &w[0], &w[1], &w[2], &w[3], &w[4], &w[5], &w[6],
+		    &w[7]) != 16) {
+			free(k);
+			continue;
+		}
+		for (int i = 0; i < 8; i++)
+			k->algo.data[i] = w[i];
+		k->next = lt->kept;
+		lt->kept = k;
+	}
+	if (f != NULL)
+		fclose(f);
+}
+
+void
+lt_save(struct lt *lt)
+{
+	char temp[4200];
+	FILE *f;
+
+	if (!lt->dirty || *lt->path == '\0')
+		return;
+	snprintf(temp, sizeof(temp), "%s.new", lt->path);
+	if ((f = fopen(temp, "w")) == NULL)
+		return; /* it is a cache */
+	for (uint32_t b = 0; b < BUCKETS; b++)
+		for (const struct plan *p = lt->plan[b]; p != NULL; p = p->next) {
+			if (!p->tuned || p->failed)
+				continue;
+			fprintf(f, "%u %u %u %u %u %u %u %.3f", p->key.kind, p->key.n, p->key.k, p->key.t, p->key.ldx, p->key.ldy, p->key.add,
+			    (double)p->us);
+			for (int i = 0; i < 8; i++)
+				fprintf(f, " %llx", (unsigned long long)p->algo.data[i]);
+			fprintf(f, "\n");
+		}
+	if (fclose(f) == 0 && rename(temp, lt->path) == 0)
+		lt->dirty = false;
+	else
+		remove(temp);
+}
+
+int
+lt_new(struct lt **out, const char *cache_dir, const char *device, bool fast, char *why, size_t why_len)
+{
+	struct lt *lt = calloc(1, sizeof(*lt));
+	size_t bytes = WORKSPACE;
+	cublasStatus_t s;
+
+	*out = lt;
+	if (lt == NULL)
+		return snprintf(why, why_len, "out of memory"), -ENOMEM;
+	lt->fast = fast;
+	if ((s = cublasLtCreate(&lt->handle)) != CUBLAS_STATUS_SUCCESS)
+		return snprintf(why, why_len, "cuBLASLt does not start: %s", cublasLtGetStatusString(s)), -ENODEV;
+	if (cublasLtMatmulPreferenceCreate(&lt->pref) != CUBLAS_STATUS_SUCCESS ||
+	    cublasLtMatmulPreferenceSetAttribute(lt->pref, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &bytes, sizeof(bytes)) !=
+	    CUBLAS_STATUS_SUCCESS)
+		return snprintf(why, why_len, "cuBLASLt: no preference"), -ENODEV;
+	if (cudaMalloc(&lt->workspace, WORKSPACE) != cudaSuccess)
+		return snprintf(why, why_len, "no device memory for cuBLASLt's workspace of 32 MiB"), -ENOMEM;
+	if (cache_dir != NULL) {
+		int n = snprintf(lt->path, sizeof(lt->path), "%s/cublaslt-%zu%s-", cache_dir, cublasLtGetVersion(), fast ? "-fast" : "");
+
+		for (const char *c = device; *c != '\0' && n > 0 && (size_t)n + 1 < sizeof(lt->path); c++)
+			lt->path[n++] = (*c >= 'a' && *c <= 'z') || (*c >= 'A' && *c <= 'Z') || (*c >= '0' && *c <= '9') ? *c : '-';
+	}
+	read_kept(lt);
+	return 0;
+}
+
+static void
+free_plan(struct plan *p)
+{
+	if (p->desc != NULL)
+		cublasLtMatmulDescDestroy(p->desc);
+	if (p->a != NULL)
+		cublasLtMatrixLayoutDestroy(p->a);
+	if (p->b != NULL)
+		cublasLtMatrixLayoutDestroy(p->b);
+	if (p->c != NULL)
+		cublasLtMatrixLayoutDestroy(p->c);
+	free(p);
+}
+
+void
+lt_free(struct lt **ltp)
+{
+	struct lt *lt = *ltp;
+
+	if (lt == NULL)
+		return;
+	for (uint32_t b = 0; b < BUCKETS; b++)
+		for (struct plan *p = lt->plan[b], *next; p != NULL; p = next) {
+			next = p->next;
+			free_plan(p);
+		}
+	for (struct kept *k = lt->kept, *next; k != NULL; k = next) {
+		next = k->next;
+		free(k);
+	}
+	if (lt->pref != NULL)
+		cublasLtMatmulPreferenceDestroy(lt->pref);
+	if (lt->handle != NULL)
+		cublasLtDestroy(lt->handle);
+	cudaFree(lt->workspace);
+	free(lt);
+	*ltp = NULL;
+}
+
+/* ---- plans ---- */
+
+static bool
+set(struct plan *p, cublasLtMatmulDescAttributes_t a, const void *v, size_t n)
+{
+	return cublasLtMatmulDescSetAttribute(p->desc, a, v, n) == CUBLAS_STATUS_SUCCESS;
+}
+
+static bool
+describe(const struct lt *lt, struct plan *p)
+{
+	const struct key *k = &p->key;
+	cudaDataType_t in = k->kind == LT_BF16 ? CUDA_R_16BF : CUDA_R_8F_E4M3;
+	cublasOperation_t yes = CUBLAS_OP_T, no = CUBLAS_OP_N;
+	int32_t mode = CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F;
+	int8_t fast = lt->fast;
+
+	return cublasLtMatmulDescCreate(&p->desc, CUBLAS_COMPUTE_32F, CUDA_R_32F) == CUBLAS_STATUS_SUCCESS &&
+	    set(p, CUBLASLT_MATMUL_DESC_TRANSA, &yes, sizeof(yes)) && set(p, CUBLASLT_MATMUL_DESC_TRANSB, &no, sizeof(no)) &&
+	    (k->kind == LT_BF16 || set(p, CUBLASLT_MATMUL_DESC_FAST_ACCUM, &fast, sizeof(fast))) &&
+	    (k->kind != LT_FP8_OUTER || (set(p, CUBLASLT_MATMUL_DESC_A_SCALE_MODE, &mode, sizeof(mode)) &&
+	        set(p, CUBLASLT_MATMUL_DESC_B_SCALE_MODE, &mode, sizeof(mode)))) &&
+	    cublasLtMatrixLayoutCreate(&p->a, in, k->k, k->n, k->k) == CUBLAS_STATUS_SUCCESS &&
+	    cublasLtMatrixLayoutCreate(&p->b, in, k->k, k->t, k->ldx) == CUBLAS_STATUS_SUCCESS &&
+	    cublasLtMatrixLayoutCreate(&p->c, CUDA_R_32F, k->n, k->t, k->ldy) == CUBLAS_STATUS_SUCCESS;
+}
+
+struct operands {
+	const void *w, *x;
+	const float *w_scale, *x_scale;
+	float *y;
+	cudaStream_t stream;
+};
+
+static bool
+multiply(const struct lt *lt, struct plan *p, const struct operands *o)
+{
+	float one = 1, beta = p->key.add ? 1 : 0;
+
+	if (p->key.kind == LT_FP8_OUTER && (!set(p, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, &o->w_scale, sizeof(o->w_scale)) ||
+	    !set(p, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, &o->x_scale, sizeof(o->x_scale))))
+		return false;
+	return cublasLtMatmul(lt->handle, p->desc, &one, o->w, p->a, o->x, p->b, &beta, o->y, p->c, o->y, p->c, &p->algo,
+	    lt->workspace, WORKSPACE, o->stream) == CUBLAS_STATUS_SUCCESS;
+}
+
+static float
+time_choice(struct lt *lt, struct plan *p, const struct operands *o)
+{
+	cudaEvent_t a = NULL, b = NULL;
+	float ms = -1;
+	bool ok = multiply(lt, p, o);
+
+	cudaEventCreate(&a), cudaEventCreate(&b);
+	cudaEventRecord(a, o->stream);
+	for (int i = 0; i < TIMED && ok; i++)
+		ok = multiply(lt, p, o);
+	cudaEventRecord(b, o->stream);
+	if (cudaEventSynchronize(b) != cudaSuccess || cudaEventElapsedTime(&ms, a, b) != cudaSuccess)
+		ok = false;
+	cudaEventDestroy(a), cudaEventDestroy(b);
+	return ok ? ms * 1e3f / TIMED : -1;
+}
+
+static bool
+take_kept(const struct lt *lt, struct plan *p)
+{
+	for (const struct kept *k = lt->kept; k != NULL; k = k->next)
+		if (memcmp(&k->key, &p->key, sizeof(p->key)) == 0) {
+			p->algo = k->algo;
+			p->us = k->us;
+			return p->tuned = true;
+		}
+	return false;
+}
+
+/* The first that runs; with tune, the fastest. */
+static void
+choose(struct lt *lt, struct plan *p, const struct operands *o, bool tune)
+{
+	cublasLtMatmulHeuristicResult_t found[CHOICES];
+	cublasLtMatmulAlgo_t best = {{0}};
+	float us = -1;
+	int n = 0;
+
+	memset(found, 0, sizeof(found));
+	p->failed = true;
+	if (cublasLtMatmulAlgoGetHeuristic(lt->handle, p->desc, p->a, p->b, p->c, p->c, lt->pref, CHOICES, found, &n) !=
+	    CUBLAS_STATUS_SUCCESS)
+		return;
+	tune = tune && n > 1;
+	for (int i = 0; i < n; i++) {
+		float t;
+
+		if (found[i].state != CUBLAS_STATUS_SUCCESS)
+			continue;
+		p->algo = found[i].algo;
+		if (!tune) {
+			p->failed = false;
+			return; /* multiply() tells whether it really runs */
+		}
+		t = time_choice(lt, p, o);
+		if (t >= 0 && (us < 0 || t < us))
+			best = p->algo, us = t;
+	}
+	p->failed = us < 0;
+	p->algo = best;
+	p->us = us;
+	p->tuned = lt->dirty = !p->failed;
+}
+
+static struct plan *
+plan_for(struct lt *lt, const struct key *key, const struct operands *o, bool tune)
+{
+	struct plan **at = &lt->plan[bucket_of(key)], *p;
+
+	for (p = *at; p != NULL; p = p->next)
+		if (memcmp(&p->key, key, sizeof(*key)) == 0)
+			return p;
+	p = calloc(1, sizeof(*p));
+	if (p == NULL)
+		return NULL;
+	p->key = *key;
+	p->next = *at;
+	*at = p;
+	if (!describe(lt, p))
+		p->failed = true;
+	else if (!take_kept(lt, p))
+		choose(lt, p, o, tune);
+	return p;
+}
+
+static int
+run(struct lt *lt, const struct key *key, const struct operands *o, bool tune)
+{
+	struct plan *p;
+
+	if (key->k % 16 != 0 || key->n % 8 != 0 || key->t % 16 != 0 || key->ldy % 4 != 0 || (uintptr_t)o->w % 16 != 0 ||
+	    (uintptr_t)o->x % 16 != 0 || (uintptr_t)o->y % 16 != 0 || (uintptr_t)o->w_scale % 16 != 0 || (uintptr_t)o->x_scale % 16 != 0)
+		return -ENOTSUP;
+	p = plan_for(lt, key, o, tune);
+	if (p == NULL || p->failed)
+		return -ENOTSUP;
+	if (multiply(lt, p, o))
+		return 0;
+	p->failed = true;
+	return -ENOTSUP;
+}
+
+int
+lt_run(struct lt *lt, enum lt_kind kind, const void *w, const void *x, size_t ldx, float *y, size_t ldy, uint32_t n,
+    uint32_t k, uint32_t t, bool add, const float *w_scale, const float *x_scale, cudaStream_t stream)
+{
+	return run(lt, &(struct key){kind, n, k, t, (uint32_t)ldx, (uint32_t)ldy, add},
+	    &(struct operands){w, x, w_scale, x_scale, y, stream}, false);
+}
+
+int
+lt_tune(struct lt *lt, enum lt_kind kind, const void *w, const void *x, size_t ldx, float *y, size_t ldy, uint32_t n,
+    uint32_t k, uint32_t t, bool add, const float *w_scale, const float *x_scale, cudaStream_t stream)
+{
+	return run(lt, &(struct key){kind, n, k, t, (uint32_t)ldx, (uint32_t)ldy, add},
+	    &(struct operands){w, x, w_scale, x_scale, y, stream}, true);
+}

@@ -1,0 +1,140 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#ifndef OCTET_CUDA_PLUGIN_H
+#define OCTET_CUDA_PLUGIN_H
+/*
+ * The host side of the plugin: weights.c puts the model on the card, step.c runs
+ * a step (eagerly, or as a graph), lt.c finds and keeps plans of cuBLASLt,
+ * plugin.c opens, tells and is the table. One thread at a time, but for
+ * what the atomics of struct kd_device are for.
+ */
+#include <cublasLt.h>
+#include <pthread.h>
+
+#include "kernels/cuda/cu.h"
+
+enum { G_Q, G_K, G_V, G_O, G_GATE, G_UP, G_DOWN };
+enum bundle_name { B_QKV, B_O, B_GU, B_DOWN, N_BUNDLES };
+
+/* Sites that read the same inputs, their weights one after the other: where
+ * formats agree they are one product. */
+struct bundle {
+	uint32_t parts, group[3], n[3], at[3]; /* at: first output channel */
+	uint32_t n_all, k, ld;
+	uint16_t *bf16;         /* [n_all, ld]; NULL: nested */
+	uint8_t *hi;            /* [n_all, ld] */
+	int8_t *lo;             /* [n_all, ld]; NULL: not nested */
+	float *scale, *tscale;  /* [n_all] */
+	float *bias;            /* [n_all] or NULL */
+	struct cu_exceptions exc[3];
+	bool head;
+};
+
+struct layer {
+	struct bundle b[N_BUNDLES];
+	float *input_norm, *post_norm, *q_norm, *k_norm;
+	bool no_rope;
+};
+
+/* ---- lt.c ---- */
+
+enum lt_kind { LT_BF16, LT_FP8_OUTER, LT_FP8_SCALAR, N_LT_KINDS };
+struct lt;
+int lt_new(struct lt **, const char *cache_dir, const char *device, bool fast, char *why, size_t why_len);
+void lt_free(struct lt **);
+/* y [t, ldy] FP32 = x [t, ldx] w [n, k]^T, + y if add. Scales as LT_FP8_OUTER has them, [n] and [t]; else NULL. -ENOTSUP: this
+ * shape is not to be had. */
+int lt_run(struct lt *, enum lt_kind, const void *w, const void *x, size_t ldx, float *y, size_t ldy, uint32_t n, uint32_t k,
+    uint32_t t, bool add, const float *w_scale, const float *x_scale, cudaStream_t);
+/* The same, and the best of eight algorithms is chosen by timing; y is overwritten. */
+int lt_tune(struct lt *, enum lt_kind, const void *w, const void *x, size_t ldx, float *y, size_t ldy, uint32_t n, uint32_t k,
+    uint32_t t, bool add, const float *w_scale, const float *x_scale, cudaStream_t);
+void lt_save(struct lt *); /* what lt_tune() found */
+
+/* ---- the device ---- */
+
+#define MAX_GRAPHS 64u
+#define MAX_RANGES 64u
+
+struct graph {
+	uint64_t digest, used;
+	uint32_t rows, splits;
+	cudaGraphExec_t exec;   /* NULL: seen once, not captured yet */
+};
+
+/* Rows [row, row + n) of one plan. */
+struct range {
+	const uint8_t *plan;
+	uint32_t row, n;
+};
+
+/* What a step needs, at fixed places, on the host and on the device. */
+struct staged {
+	uint32_t *token, *pos, *first, *from; /* [max_rows] each; from: the rows that want logits */
+	struct cu_tile *tile;   /* [max_rows] */
+	struct cu_want *want;   /* [max_rows] */
+	size_t bytes;           /* of all these */
+	struct kd_edit *edit; size_t cap_edit;    /* grow */
+	struct kd_block *table; size_t cap_table; /* entries */
+};
+
+struct kd_device {
+	int index;
+	uint32_t sm_count, capability; /* 90: 9.0 */
+	char name[64], kernels[128];
+	cudaStream_t stream;
+	cudaEvent_t begin, end;
+	struct lt *lt;
+	void *nvml, *nvml_device; /* NULL: none */
+
+	/* The model. Pointers of the structs in it are NULL. */
+	struct kd_model m;
+	struct layer *layer;
+	struct bundle head;
+	uint16_t *embed; size_t embed_ld; /* NULL: nested, from head */
+	float *final_norm, *cos, *sin;
+	void *weights;          /* one allocation */
+	void *exc_mem[16384];   /* of exceptions */
+	uint32_t n_exc_mem;
+	struct cu_kv kv;
+
+	/* A step's buffers, one allocation; rows padded to 16. */
+	void *buffers;
+	float *x, *qkv, *attn, *gu, *part, *logits, *xs;
+	uint16_t *q, *xb;
+	uint8_t *xq;
+	size_t ldx;             /* of xb and xq */
+	uint64_t *weight;       /* of sampling, [max_rows, vocab] */
+	void *scratch;          /* a layer's weights unpacked */
+	size_t scratch_bytes;
+	float *scalar_y;        /* [max_rows, scalar_n] what scalar mode gave; lm_head is larger */
+	uint32_t scalar_n;
+	struct kd_result *result, *host_result; /* [max_rows] */
+	uint32_t *first_bad;
+	uint32_t max_part;      /* rows * splits that part has room for */
+
+	struct staged host, dev;
+	struct range range[MAX_RANGES];
+	uint32_t n_ranges;
+	struct graph graph[MAX_GRAPHS];
+	uint32_t n_graphs;
+	uint64_t clock;
+	bool trace;
+
+	/* Any thread, atomically. */
+	uint64_t mem_used, graph_launches, eager_steps, captured;
+	uint32_t host_us, device_us, failed;
+	char failure[128];
+};
+
+int weights_load(struct kd_device *, const struct kd_model *, char *why, size_t why_len);
+void weights_free(struct kd_device *);
+void weights_memory(struct kd_device *, const struct kd_model *, struct kd_memory *);
+int step_run(struct kd_device *, const struct kd_row *, uint32_t n, const struct kd_want *, float *logits, struct kd_result *,
+    char *why, size_t why_len);
+int step_find_nonfinite(struct kd_device *, const struct kd_row *, uint32_t *group, uint32_t *layer);
+void step_tune(struct kd_device *); /* once, after loading: plans for the shapes of this model */
+void step_free_graphs(struct kd_device *);
+
+/* 0, or -errno with the call and its error in why. */
+int cu_failed(cudaError_t, const char *what, char *why, size_t why_len);
+#endif

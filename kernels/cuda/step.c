@@ -1,0 +1,658 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * A step: what the engine asks for is laid out in pinned memory, copied, and the kernels of all layers follow on one
+ * stream; results come back in one copy, with one synchronisation. Steps that only decode under one plan are padded up to
+ * a bucket of rows; the second such step of a (bucket, plan, splits) is captured as a graph, and those after it replay
+ * that. A flip is a new plan: its first step runs eagerly.
+ */
+#include <errno.h>
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+#include <time.h>
+
+#include "kernels/cuda/plugin.h"
+
+static double
+now_us(void)
+{
+	struct timespec ts;
+
+	clock_gettime(CLOCK_MONOTONIC, &ts);
+	return (double)ts.tv_sec * 1e6 + (double)ts.tv_nsec * 1e-3;
+}
+
+static enum k_format
+format_at(const struct kd_device *d, const uint8_t *plan, uint32_t group, uint32_t layer)
+{
+	return (enum k_format)plan[(size_t)group * d->m.n_layers + (group == KD_LM_HEAD ? 0 : layer)];
+}
+
+/* ---- linear layers ---- */
+
+/* One product, or several: neighbouring parts of a bundle, neighbouring rows, one format. */
+struct call {
+	const struct bundle *b;
+	uint32_t part0, part1, row0, rows;
+	enum k_format format;
+	float *y;
+	size_t ldy;
+	bool add;
+	bool last;     /* no rows behind it: padding may be written */
+};
+
+static struct cu_linear
+linear_of(const struct kd_device *d, const struct call *c)
+{
+	const struct bundle *b = c->b;
+	uint32_t at = b->at[c->part0], n = b->at[c->part1 - 1] + b->n[c->part1 - 1] - at;
+	size_t to = (size_t)at * b->ld;
+	bool bf16 = c->format == K_BF16;
+
+	return (struct cu_linear){.kind = !bf16 ? (c->format == K_FP8T ? CU_W_E4M3T : CU_W_E4M3) :
+	    b->bf16 != NULL ? CU_W_BF16 : CU_W_NESTED, .w8a8 = k_is_w8a8(c->format),
+	    .bf16 = b->bf16 != NULL ? b->bf16 + to : NULL, .hi = b->hi + to, .lo = b->lo != NULL && bf16 ? b->lo + to : NULL,
+	    .scale = b->scale + at, .tscale = b->tscale + at, .n = n, .k = b->k, .ld = b->ld, .xb = d->xb + c->row0 * d->ldx,
+	    .xq = d->xq + c->row0 * d->ldx, .xs = d->xs + c->row0, .ldx = d->ldx, .rows = c->rows,
+	    .y = c->y + c->row0 * c->ldy + at, .ldy = c->ldy, .add = c->add};
+}
+
+static struct cu_linear
+rows_of(const struct cu_linear *a, uint32_t from, uint32_t rows)
+{
+	struct cu_linear r = *a;
+
+	r.xb += from * a->ldx, r.xq += from * a->ldx, r.xs += from, r.y += from * a->ldy, r.rows = rows;
+	return r;
+}
+
+static void
+run_skinny(struct kd_device *d, const struct call *c, const struct cu_linear *a)
+{
+	for (uint32_t r = 0; r < a->rows; r += CU_SKINNY) {
+		struct cu_linear some = rows_of(a, r, a->rows - r < CU_SKINNY ? a->rows - r : CU_SKINNY);
+
+		cu_linear_skinny(&some, d->stream);
+		for (uint32_t p = c->part0; a->kind == CU_W_NESTED && p < c->part1; p++) {
+			struct cu_linear part = some;
+
+			part.y += c->b->at[p] - c->b->at[c->part0];
+			cu_exceptions_add(&part, &c->b->exc[p], d->stream);
+		}
+	}
+}
+
+typedef int (*lt_fn)(struct lt *, enum lt_kind, const void *, const void *, size_t, float *, size_t, uint32_t, uint32_t,
+    uint32_t, bool, const float *, const float *, cudaStream_t);
+
+/* E4M3 by E4M3: outer-vector scales, else unit scales and the vectors applied by a kernel behind it. */
+static int
+run_w8a8(struct kd_device *d, const struct cu_linear *a, const uint8_t *w, bool tensor, uint32_t t, lt_fn lt)
+{
+	const float *scale = tensor ? a->tscale : a->scale;
+	struct cu_linear real = *a;
+
+	if (lt(d->lt, LT_FP8_OUTER, w, a->xq, a->ldx, a->y, a->ldy, a->n, a->ld, t, a->add, scale, a->xs,
+	    d->stream) == 0)
+		return 0;
+	if (a->n > d->scalar_n || lt(d->lt, LT_FP8_SCALAR, w, a->xq, a->ldx, d->scalar_y, a->n, a->n, a->ld, t, false, NULL, NULL,
+	    d->stream) != 0)
+		return -ENOTSUP;
+	cu_apply_scales(&real, d->scalar_y, a->n, d->stream);
+	return 0;
+}
+
+/* -ENOTSUP: own kernels take it. t: rows with their padding, a multiple of 16. */
+static int
+run_lt(struct kd_device *d, const struct call *c, const struct cu_linear *a, uint32_t t, lt_fn lt)
+{
+	bool fits = (size_t)a->n * a->ld * sizeof(uint16_t) <= d->scratch_bytes;
+	const uint16_t *w = a->bf16;
+
+	switch (a->kind) {
+	case CU_W_E4M3T:
+		if (!fits)
+			return -ENOTSUP;
+		cu_rescale_e4m3(a, d->scratch, d->stream);
+		return run_w8a8(d, a, d->scratch, true, t, lt);
+	case CU_W_E4M3:
+		if (a->w8a8)
+			return run_w8a8(d, a, a->hi, false, t, lt);
+		/* fall through */
+	case CU_W_NESTED:
+		if (!fits)
+			return -ENOTSUP;
+		w = d->scratch;
+		for (uint32_t p = c->part0; p < c->part1; p++) {
+			uint32_t at = c->b->at[p] - c->b->at[c->part0];
+			struct cu_linear part = *a;
+
+			part.n = c->b->n[p], part.hi += (size_t)at * a->ld, part.scale += at;
+			part.lo = a->lo != NULL ? a->lo + (size_t)at * a->ld : NULL;
+			cu_unpack(&part, &c->b->exc[p], (uint16_t *)d->scratch + (size_t)at * a->ld, d->stream);
+		}
+		break;
+	case CU_W_BF16: break;
+	}
+	return lt(d->lt, LT_BF16, w, a->xb, a->ldx, a->y, a->ldy, a->n, a->ld, t, a->add, NULL, NULL, d->stream);
+}
+
+static void
+run_call(struct kd_device *d, const struct call *c)
+{
+	struct cu_linear a = linear_of(d, c), rest;
+	uint32_t whole = c->last ? (a.rows + 15) & ~15u : a.rows & ~15u;
+
+	if (a.rows <= CU_SKINNY) {
+		run_skinny(d, c, &a);
+		return;
+	}
+	rest = rows_of(&a, whole < a.rows ? whole : a.rows, whole < a.rows ? a.rows - whole : 0);
+	if (whole < a.rows)
+		a.rows = whole;
+	if (run_lt(d, c, &a, whole, lt_run) != 0)
+		run_skinny(d, c, &a);
+	if (rest.rows > 0)
+		run_skinny(d, c, &rest);
+}
+
+/* ranges: of the rows that the inputs are for. */
+static void
+run_bundle(struct kd_device *d, const struct bundle *b, uint32_t layer, const struct range *range, uint32_t n_ranges,
+    float *y, size_t ldy, bool add)
+{
+	uint32_t total = n_ranges > 0 ? range[n_ranges - 1].row + range[n_ranges - 1].n : 0;
+
+	for (uint32_t p = 0, p1; p < b->parts; p = p1) {
+		bool same = true;
+
+		/* Parts go together where they agree for all rows. */
+		for (p1 = p + 1; p1 < b->parts && same; p1 += same)
+			for (uint32_t i = 0; i < n_ranges; i++)
+				same = same && format_at(d, range[i].plan, b->group[p1], layer) == format_at(d, range[i].plan, b->group[p], layer);
+		for (uint32_t i = 0, j; i < n_ranges; i = j) {
+			enum k_format f = format_at(d, range[i].plan, b->group[p], layer);
+			uint32_t end;
+
+			for (j = i + 1; j < n_ranges && format_at(d, range[j].plan, b->group[p], layer) == f; j++)
+				;
+			end = range[j - 1].row + range[j - 1].n;
+			run_call(d, &(struct call){b, p, p1, range[i].row, end - range[i].row, f, y, ldy, add, end == total});
+		}
+	}
+	if (b->bias != NULL)
+		cu_add_bias(y, ldy, total, b->n_all, b->bias, d->stream);
+	for (uint32_t p = 0; d->trace && p < b->parts; p++)
+		cu_check_finite(y + b->at[p], b->n[p], (b->head ? d->m.n_layers : layer) * 16 + b->group[p] + (b->group[p] > G_V),
+		    d->first_bad, d->stream);
+}
+
+/* What the inputs of a bundle must be encoded as. */
+static struct cu_encoded
+encoding(const struct kd_device *d, const struct bundle *b, uint32_t layer, const struct range *range, uint32_t n)
+{
+	struct cu_encoded e = {NULL, NULL, NULL, d->ldx};
+
+	for (uint32_t i = 0; i < n; i++)
+		for (uint32_t p = 0; p < b->parts; p++) {
+			if (k_is_w8a8(format_at(d, range[i].plan, b->group[p], layer)))
+				e.xq = d->xq, e.xs = d->xs;
+			else
+				e.xb = d->xb;
+		}
+	return e;
+}
+
+/* ---- all layers ---- */
+
+struct shape {
+	uint32_t rows;          /* padded */
+	uint32_t n_tiles, splits, n_wanted;
+	bool prefill;
+};
+
+static void
+run_layer(struct kd_device *d, uint32_t l, const struct shape *s)
+{
+	const struct kd_model *m = &d->m;
+	const struct layer *layer = &d->layer[l];
+	const struct bundle *b = layer->b;
+	uint32_t q = m->n_heads * m->head_dim, kv = m->n_kv_heads * m->head_dim;
+	struct cu_attention a = {.kv = d->kv, .table = d->dev.table, .first = d->dev.first, .pos = d->dev.pos,
+	    .n_layers = m->n_layers, .layer = l, .n_heads = m->n_heads, .hd = m->head_dim, .window = m->window, .eps = m->rms_eps,
+	    .rows = s->rows, .qkv = d->qkv, .q = d->q, .q_norm = layer->q_norm, .k_norm = layer->k_norm,
+	    .cos = layer->no_rope ? NULL : d->cos, .sin = d->sin, .tile = d->dev.tile, .n_tiles = s->n_tiles, .splits = s->splits,
+	    .prefill = s->prefill, .part = d->part, .scale = 1.0f / sqrtf((float)m->head_dim)};
+	struct cu_encoded e = encoding(d, &b[B_QKV], l, d->range, d->n_ranges);
+
+	cu_rmsnorm(d->x, m->hidden, NULL, layer->input_norm, m->hidden, m->rms_eps, s->rows, &e, d->stream);
+	run_bundle(d, &b[B_QKV], l, d->range, d->n_ranges, d->qkv, q + 2 * kv, false);
+	cu_rope_kv(&a, d->stream);
+	cu_attend(&a, d->stream);
+	e = encoding(d, &b[B_O], l, d->range, d->n_ranges);
+	cu_attention_merge(&a, d->attn, &e, d->stream);
+	if (d->trace)
+		cu_check_finite(d->attn, q, l * 16 + G_V + 1, d->first_bad, d->stream);
+	run_bundle(d, &b[B_O], l, d->range, d->n_ranges, d->x, m->hidden, true);
+
+	e = encoding(d, &b[B_GU], l, d->range, d->n_ranges);
+	cu_rmsnorm(d->x, m->hidden, NULL, layer->post_norm, m->hidden, m->rms_eps, s->rows, &e, d->stream);
+	run_bundle(d, &b[B_GU], l, d->range, d->n_ranges, d->gu, 2 * (size_t)m->intermediate, false);
+	e = encoding(d, &b[B_DOWN], l, d->range, d->n_ranges);
+	cu_silu_mul(d->gu, m->intermediate, s->rows, &e, d->stream);
+	run_bundle(d, &b[B_DOWN], l, d->range, d->n_ranges, d->x, m->hidden, true);
+}
+
+/* The plans of the rows that want logits: ranges of d->range, counted in wanted rows. */
+static uint32_t
+wanted_ranges(const struct kd_device *d, uint32_t n_wanted, struct range *out)
+{
+	uint32_t n = 0, r = 0;
+
+	for (uint32_t i = 0; i < n_wanted; i++) {
+		while (d->host.from[i] >= d->range[r].row + d->range[r].n)
+			r++;
+		if (n > 0 && out[n - 1].plan == d->range[r].plan)
+			out[n - 1].n++;
+		else
+			out[n++] = (struct range){d->range[r].plan, i, 1};
+	}
+	return n;
+}
+
+static void
+run_layers(struct kd_device *d, const struct shape *s)
+{
+	const struct kd_model *m = &d->m;
+	struct cu_linear table = {.hi = d->head.hi, .lo = d->head.lo, .scale = d->head.scale, .ld = d->head.ld};
+	struct range range[MAX_RANGES];
+	struct cu_encoded e;
+	uint32_t n;
+
+	cu_embed(d->dev.token, s->rows, d->embed, &table, &d->head.exc[0], m->hidden, d->embed_ld, d->x, d->stream);
+	for (uint32_t l = 0; l < m->n_layers; l++)
+		run_layer(d, l, s);
+	if (s->n_wanted == 0)
+		return;
+	n = wanted_ranges(d, s->n_wanted, range);
+	e = encoding(d, &d->head, 0, range, n);
+	cu_rmsnorm(d->x, m->hidden, d->dev.from, d->final_norm, m->hidden, m->rms_eps, s->n_wanted, &e, d->stream);
+	/* As layer 0 of the plan, but told apart in a trace. */
+	run_bundle(d, &d->head, 0, range, n, d->logits, m->vocab, false);
+	if (d->trace)
+		return;
+	cu_sample(d->logits, m->vocab, m->vocab, d->dev.want, d->dev.edit, s->n_wanted, d->weight, d->result, d->stream);
+	cudaMemcpyAsync(d->host_result, d->result, s->n_wanted * sizeof(*d->result), cudaMemcpyDeviceToHost, d->stream);
+}
+
+/* ---- what the engine asks for, laid out ---- */
+
+static int
+grow(struct kd_device *d, void **host, void **dev, size_t *cap, size_t want, size_t size, char *why, size_t why_len)
+{
+	size_t n = *cap == 0 ? 4096 : *cap;
+	int rc;
+
+	if (want <= *cap)
+		return 0;
+	while (n < want)
+		n *= 2;
+	step_free_graphs(d); /* they know the old address */
+	cudaFreeHost(*host), cudaFree(*dev);
+	*host = *dev = NULL, *cap = 0;
+	if ((rc = cu_failed(cudaMallocHost(host, n * size), "pinned memory for page tables", why, why_len)) != 0 ||
+	    (rc = cu_failed(cudaMalloc(dev, n * size), "memory for page tables", why, why_len)) != 0)
+		return rc;
+	*cap = n;
+	return 0;
+}
+
+static uint32_t
+blocks_of(const struct kd_row *r)
+{
+	return r->pos / K_BLOCK + 1;
+}
+
+/* Rows whose tables are one; the last of them needs the most of it. */
+static uint32_t
+same_table(const struct kd_row *row, uint32_t i, uint32_t n)
+{
+	uint32_t end = i + 1;
+
+	while (end < n && row[end].table == row[i].table)
+		end++;
+	return end;
+}
+
+static int
+stage_tables(struct kd_device *d, const struct kd_row *row, uint32_t n, size_t *entries, char *why, size_t why_len)
+{
+	size_t at = 0, want = 0;
+	int rc;
+
+	for (uint32_t i = 0, end; i < n; i = end) {
+		end = same_table(row, i, n);
+		want += (size_t)blocks_of(&row[end - 1]) * d->m.n_layers;
+	}
+	if ((rc = grow(d, (void **)&d->host.table, (void **)&d->dev.table, &d->host.cap_table, want, sizeof(*row->table), why,
+	    why_len)) != 0)
+		return rc;
+	for (uint32_t i = 0, end; i < n; i = end) {
+		size_t len;
+
+		end = same_table(row, i, n);
+		len = (size_t)blocks_of(&row[end - 1]) * d->m.n_layers;
+		memcpy(d->host.table + at, row[i].table, len * sizeof(*row->table));
+		for (uint32_t r = i; r < end; r++)
+			d->host.first[r] = (uint32_t)at;
+		at += len;
+	}
+	*entries = at;
+	return 0;
+}
+
+/* Tiles hold neighbouring positions of one sequence. */
+static uint32_t
+stage_tiles(struct kd_device *d, const struct kd_row *row, uint32_t n, uint32_t padded)
+{
+	uint32_t most = cu_attention_tile_rows(d->m.n_heads, d->m.n_kv_heads, d->m.head_dim), tiles = 0;
+
+	for (uint32_t i = 0, end; i < n; i = end) {
+		for (end = i + 1; end < n && end - i < most && row[end].table == row[i].table && row[end].pos == row[end - 1].pos + 1;)
+			end++;
+		d->host.tile[tiles++] = (struct cu_tile){i, end - i};
+	}
+	for (uint32_t i = n; i < padded; i++)
+		d->host.tile[tiles++] = (struct cu_tile){i, 1};
+	return tiles;
+}
+
+static int
+stage_wants(struct kd_device *d, const struct kd_row *row, uint32_t n, const struct kd_want *want, uint32_t *n_wanted,
+    size_t *n_edits, char *why, size_t why_len)
+{
+	uint32_t w = 0;
+	size_t edits = 0;
+	int rc;
+
+	for (uint32_t i = 0; i < n; i++)
+		if (row[i].wants)
+			edits += want != NULL ? want[w].n_edit : 0, d->host.from[w++] = i;
+	if ((rc = grow(d, (void **)&d->host.edit, (void **)&d->dev.edit, &d->host.cap_edit, edits > 0 ? edits : 1,
+	    sizeof(struct kd_edit), why, why_len)) != 0)
+		return rc;
+	edits = 0;
+	for (uint32_t i = 0; i < w; i++) {
+		const struct kd_want *from = want != NULL ? &want[i] : NULL;
+
+		d->host.want[i] = (struct cu_want){.kind = KD_LOGITS};
+		if (from == NULL || from->kind == KD_LOGITS)
+			continue;
+		d->host.want[i] = (struct cu_want){.kind = from->kind, .position = from->position, .token = from->token,
+		    .top_k = from->top_k, .n_top = from->n_top, .n_edit = from->n_edit, .first_edit = (uint32_t)edits,
+		    .logprob = from->logprob, .seed = from->seed, .temperature = from->temperature, .top_p = from->top_p,
+		    .min_p = from->min_p, .repetition = from->repetition, .presence = from->presence, .frequency = from->frequency};
+		if (from->n_edit > 0)
+			memcpy(d->host.edit + edits, from->edit, from->n_edit * sizeof(*from->edit));
+		edits += from->n_edit;
+	}
+	*n_wanted = w;
+	*n_edits = edits;
+	return 0;
+}
+
+/* Rows of equal plans; false: too many kinds for one pass. */
+static bool
+find_ranges(struct kd_device *d, const struct kd_row *row, uint32_t n)
+{
+	d->n_ranges = 0;
+	for (uint32_t i = 0; i < n; i++) {
+		if (i > 0 && row[i].digest == row[i - 1].digest) {
+			d->range[d->n_ranges - 1].n++;
+			continue;
+		}
+		if (d->n_ranges == MAX_RANGES)
+			return false;
+		d->range[d->n_ranges++] = (struct range){row[i].plan, i, 1};
+	}
+	return true;
+}
+
+/* ---- shapes and graphs ---- */
+
+static uint32_t
+bucket_of(uint32_t rows)
+{
+	return rows <= 2 ? rows : rows <= 4 ? 4 : rows <= 8 ? 8 : rows <= 64 ? (rows + 15) / 16 * 16 : (rows + 31) / 32 * 32;
+}
+
+/* One row each, all of one plan, all to be sampled: nearly every step of a busy server. */
+static bool
+is_decode(const struct kd_device *d, const struct kd_row *row, uint32_t n, const struct kd_want *want)
+{
+	if (d->n_ranges != 1 || want == NULL)
+		return false;
+	for (uint32_t i = 0; i < n; i++)
+		if (!row[i].wants || want[i].kind == KD_LOGITS || (i > 0 && row[i].table == row[i - 1].table))
+			return false;
+	return true;
+}
+
+/* Enough blocks to fill the card twice, of four KV blocks at least: a power of two, so that few graphs are needed. */
+static uint32_t
+splits_for(const struct kd_device *d, uint32_t tiles, uint32_t rows, uint32_t context_blocks)
+{
+	uint32_t s = 1;
+
+	while (s < 64 && (uint64_t)tiles * d->m.n_kv_heads * s < 2ull * d->sm_count && s * 8 <= context_blocks &&
+	    (uint64_t)rows * s * 2 <= d->max_part)
+		s *= 2;
+	return s;
+}
+
+static struct graph *
+find_graph(struct kd_device *d, uint64_t digest, const struct shape *s)
+{
+	struct graph *oldest = &d->graph[0];
+
+	for (uint32_t i = 0; i < d->n_graphs; i++) {
+		struct graph *g = &d->graph[i];
+
+		if (g->digest == digest && g->rows == s->rows && g->splits == s->splits)
+			return g;
+		oldest = g->used < oldest->used ? g : oldest;
+	}
+	if (d->n_graphs < MAX_GRAPHS)
+		oldest = &d->graph[d->n_graphs++];
+	else if (oldest->exec != NULL)
+		cudaGraphExecDestroy(oldest->exec);
+	*oldest = (struct graph){digest, 0, s->rows, s->splits, NULL};
+	return oldest;
+}
+
+void
+step_free_graphs(struct kd_device *d)
+{
+	for (uint32_t i = 0; i < d->n_graphs; i++)
+		if (d->graph[i].exec != NULL)
+			cudaGraphExecDestroy(d->graph[i].exec);
+	d->n_graphs = 0;
+}
+
+/* A capture that fails leaves the step to run eagerly. */
+static void
+capture(struct kd_device *d, struct graph *g, const struct shape *s)
+{
+	cudaGraph_t graph = NULL;
+
+	if (cudaStreamBeginCapture(d->stream, cudaStreamCaptureModeThreadLocal) != cudaSuccess)
+		return;
+	run_layers(d, s);
+	if (cudaStreamEndCapture(d->stream, &graph) == cudaSuccess && cudaGraphInstantiate(&g->exec, graph, 0) == cudaSuccess)
+		__atomic_add_fetch(&d->captured, 1, __ATOMIC_RELAXED);
+	else
+		g->exec = NULL;
+	if (graph != NULL)
+		cudaGraphDestroy(graph);
+}
+
+static void
+launch(struct kd_device *d, uint64_t digest, const struct shape *s, bool decode)
+{
+	struct graph *g = decode ? find_graph(d, digest, s) : NULL;
+
+	if (g != NULL && g->exec == NULL && g->used != 0)
+		capture(d, g, s);
+	if (g != NULL)
+		g->used = ++d->clock;
+	if (g != NULL && g->exec != NULL) {
+		cudaGraphLaunch(g->exec, d->stream);
+		__atomic_add_fetch(&d->graph_launches, 1, __ATOMIC_RELAXED);
+		return;
+	}
+	run_layers(d, s);
+	__atomic_add_fetch(&d->eager_steps, 1, __ATOMIC_RELAXED);
+}
+
+/* ---- a step ---- */
+
+static int
+give_up(struct kd_device *d, const char *why)
+{
+	snprintf(d->failure, sizeof(d->failure), "%.127s", why);
+	__atomic_store_n(&d->failed, 1, __ATOMIC_RELEASE);
+	return -EIO;
+}
+
+static void
+copy_in(struct kd_device *d, size_t entries, size_t edits)
+{
+	cudaMemcpyAsync(d->dev.token, d->host.token, d->host.bytes, cudaMemcpyHostToDevice, d->stream);
+	cudaMemcpyAsync(d->dev.table, d->host.table, entries * sizeof(*d->host.table), cudaMemcpyHostToDevice, d->stream);
+	if (edits > 0)
+		cudaMemcpyAsync(d->dev.edit, d->host.edit, edits * sizeof(*d->host.edit), cudaMemcpyHostToDevice, d->stream);
+}
+
+static int
+run_some(struct kd_device *d, const struct kd_row *row, uint32_t n, const struct kd_want *want, float *logits,
+    struct kd_result *result, uint32_t *n_wanted, char *why, size_t why_len)
+{
+	double start = now_us(), launched;
+	size_t entries, edits, vocab = d->m.vocab;
+	struct shape s = {.rows = n};
+	uint32_t context = 0;
+	float ms = 0;
+	bool decode;
+	int rc;
+
+	if ((rc = stage_tables(d, row, n, &entries, why, why_len)) != 0 ||
+	    (rc = stage_wants(d, row, n, want, n_wanted, &edits, why, why_len)) != 0)
+		return rc;
+	decode = !d->trace && is_decode(d, row, n, want);
+	if (decode && bucket_of(n) <= ((d->m.max_rows + 15) & ~15u))
+		s.rows = bucket_of(n);
+	for (uint32_t i = 0; i < n; i++) {
+		d->host.token[i] = row[i].token, d->host.pos[i] = row[i].pos;
+		context = blocks_of(&row[i]) > context ? blocks_of(&row[i]) : context;
+	}
+	s.n_wanted = decode ? s.rows : *n_wanted;
+	for (uint32_t i = n; i < s.rows; i++) {
+		d->host.token[i] = d->host.pos[i] = 0, d->host.first[i] = CU_NONE;
+		d->host.want[i].kind = CU_NONE, d->host.from[i] = i;
+		d->range[0].n++;
+	}
+	s.n_tiles = stage_tiles(d, row, n, s.rows);
+	s.prefill = s.n_tiles * d->m.n_kv_heads >= 4 * d->sm_count && s.n_tiles < n;
+	s.splits = s.prefill ? 1 : splits_for(d, s.n_tiles, s.rows, context);
+	copy_in(d, entries, edits);
+	cudaEventRecord(d->begin, d->stream);
+	launch(d, row[0].digest, &s, decode);
+	cudaEventRecord(d->end, d->stream);
+	for (uint32_t i = 0; i < *n_wanted; i++)
+		if (!d->trace && d->host.want[i].kind == KD_LOGITS)
+			cudaMemcpyAsync(logits + i * vocab, d->logits + i * vocab, vocab * sizeof(float), cudaMemcpyDeviceToHost, d->stream);
+	launched = now_us();
+	if ((rc = cu_failed(cudaStreamSynchronize(d->stream), "a step", why, why_len)) != 0 ||
+	    (rc = cu_failed(cudaGetLastError(), "a step", why, why_len)) != 0)
+		return rc;
+	if (result != NULL)
+		memcpy(result, d->host_result, *n_wanted * sizeof(*result));
+	cudaEventElapsedTime(&ms, d->begin, d->end);
+	__atomic_store_n(&d->device_us, (uint32_t)(ms * 1e3f), __ATOMIC_RELAXED);
+	__atomic_store_n(&d->host_us, (uint32_t)(launched - start), __ATOMIC_RELAXED);
+	return 0;
+}
+
+int
+step_run(struct kd_device *d, const struct kd_row *row, uint32_t n, const struct kd_want *want, float *logits,
+    struct kd_result *result, char *why, size_t why_len)
+{
+	uint32_t done = 0, wanted = 0, got;
+
+	if (__atomic_load_n(&d->failed, __ATOMIC_ACQUIRE))
+		return snprintf(why, why_len, "%s", d->failure), -EIO;
+	cudaSetDevice(d->index);
+	while (done < n) {
+		uint32_t some = n - done;
+
+		/* Very many plans in one batch: in several passes. */
+		while (!find_ranges(d, row + done, some))
+			some = (some + 1) / 2;
+		if (run_some(d, row + done, some, want != NULL ? want + wanted : NULL, logits + (size_t)wanted * d->m.vocab,
+		    result != NULL ? result + wanted : NULL, &got, why, why_len) != 0)
+			return give_up(d, why);
+		done += some;
+		wanted += got;
+	}
+	return 0;
+}
+
+int
+step_find_nonfinite(struct kd_device *d, const struct kd_row *row, uint32_t *group, uint32_t *layer)
+{
+	static const uint32_t names[] = {G_Q, G_K, G_V, KD_KV_CACHE, G_O, G_GATE, G_UP, G_DOWN};
+	uint32_t none = CU_NONE, bad = CU_NONE, got;
+	char why[128];
+
+	if (__atomic_load_n(&d->failed, __ATOMIC_ACQUIRE))
+		return 0;
+	cudaSetDevice(d->index);
+	find_ranges(d, row, 1);
+	d->trace = true;
+	cudaMemcpy(d->first_bad, &none, sizeof(none), cudaMemcpyHostToDevice);
+	if (run_some(d, row, 1, NULL, NULL, NULL, &got, why, sizeof(why)) != 0)
+		give_up(d, why);
+	else
+		cudaMemcpy(&bad, d->first_bad, sizeof(bad), cudaMemcpyDeviceToHost);
+	d->trace = false;
+	if (bad == CU_NONE)
+		return 0;
+	*group = KD_LM_HEAD, *layer = 0;
+	if (bad % 16 < 8)
+		*group = names[bad % 16], *layer = bad / 16;
+	return 1;
+}
+
+/* ---- plans of cuBLASLt for the shapes of this model ---- */
+
+void
+step_tune(struct kd_device *d)
+{
+	static const uint32_t rows[] = {96, 128, 160, 192, 256, 384, 512, 1024, 2048};
+	static const enum k_format formats[] = {K_BF16, K_FP8};
+
+	for (size_t i = 0; i < sizeof(rows) / sizeof(*rows); i++)
+		for (int b = 0; b < N_BUNDLES && rows[i] <= d->m.max_rows; b++)
+			for (size_t f = 0; f < 2; f++) {
+				const struct bundle *w = &d->layer[0].b[b];
+				bool add = b == B_O || b == B_DOWN;
+				float *y = b == B_QKV ? d->qkv : b == B_GU ? d->gu : d->x;
+				struct call c = {w, 0, w->parts, 0, rows[i], formats[f], y, add ? d->m.hidden : w->n_all, add, true};
+				struct cu_linear a = linear_of(d, &c);
+
+				run_lt(d, &c, &a, rows[i], lt_tune);
+			}
+	cudaStreamSynchronize(d->stream);
+	cudaGetLastError();
+	lt_save(d->lt);
+}

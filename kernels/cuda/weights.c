@@ -1,0 +1,477 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The model on the card: sizes first, one allocation, then plane by plane in pieces that two buffers take in turn. */
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "kernels/cuda/plugin.h"
+
+#define PIECE ((size_t)32 << 20) /* of a plane that is copied at a time */
+#define MAX_PART_ROWS 2048u      /* rows * splits of attention */
+
+static size_t
+align256(size_t n)
+{
+	return (n + 255) & ~(size_t)255;
+}
+
+static uint32_t
+up(uint32_t n, uint32_t to)
+{
+	return (n + to - 1) / to * to;
+}
+
+/* ---- sizes ---- */
+
+static void
+set_bundle(struct bundle *b, const struct kd_model *m, enum bundle_name name)
+{
+	uint32_t q = m->n_heads * m->head_dim, kv = m->n_kv_heads * m->head_dim;
+
+	memset(b, 0, sizeof(*b));
+	switch (name) {
+	case B_QKV: *b = (struct bundle){.parts = 3, .group = {G_Q, G_K, G_V}, .n = {q, kv, kv}, .k = m->hidden}; break;
+	case B_O: *b = (struct bundle){.parts = 1, .group = {G_O}, .n = {m->hidden}, .k = q}; break;
+	case B_GU: *b = (struct bundle){.parts = 2, .group = {G_GATE, G_UP}, .n = {m->intermediate, m->intermediate},
+	    .k = m->hidden}; break;
+	case B_DOWN: *b = (struct bundle){.parts = 1, .group = {G_DOWN}, .n = {m->hidden}, .k = m->intermediate}; break;
+	default: *b = (struct bundle){.parts = 1, .group = {KD_LM_HEAD}, .n = {m->vocab}, .k = m->hidden, .head = true}; break;
+	}
+	for (uint32_t p = 0; p < b->parts; p++) {
+		b->at[p] = b->n_all;
+		b->n_all += b->n[p];
+	}
+	b->ld = up(b->k, CU_LD);
+}
+
+/* Places things in one allocation; base NULL: sizes only. */
+struct arena {
+	char *base;
+	size_t at;
+};
+
+static void *
+take(struct arena *a, size_t bytes)
+{
+	void *p = a->base != NULL ? a->base + a->at : NULL;
+
+	a->at += align256(bytes);
+	return p;
+}
+
+static void
+place_bundle(struct arena *a, struct bundle *b, enum kd_residency how, bool bias)
+{
+	size_t plane = (size_t)b->n_all * b->ld;
+
+	b->hi = take(a, plane);
+	if (how == KD_NESTED)
+		b->lo = take(a, plane);
+	else
+		b->bf16 = take(a, plane * 2);
+	b->scale = take(a, b->n_all * sizeof(float));
+	b->tscale = take(a, b->n_all * sizeof(float));
+	if (bias)
+		b->bias = take(a, b->n_all * sizeof(float));
+}
+
+static bool
+has_bias(const struct kd_model *m, uint32_t l, const struct bundle *b)
+{
+	for (uint32_t p = 0; m->layer != NULL && p < b->parts; p++)
+		if (m->layer[l].bias[b->group[p]] != NULL)
+			return true;
+	return false;
+}
+
+/* layer may be NULL: sizes only. */
+static size_t
+place_weights(struct kd_device *d, const struct kd_model *m, char *base, struct layer *layer)
+{
+	struct arena a = {base, 0};
+	struct layer one;
+	struct bundle head;
+
+	for (uint32_t l = 0; l < m->n_layers; l++) {
+		struct layer *to = layer != NULL ? &layer[l] : &one;
+
+		memset(to, 0, sizeof(*to));
+		for (int n = 0; n < N_BUNDLES; n++) {
+			set_bundle(&to->b[n], m, (enum bundle_name)n);
+			place_bundle(&a, &to->b[n], m->residency, has_bias(m, l, &to->b[n]));
+		}
+		to->input_norm = take(&a, m->hidden * sizeof(float));
+		to->post_norm = take(&a, m->hidden * sizeof(float));
+		if (m->layer == NULL)
+			continue;
+		to->no_rope = m->layer[l].no_rope;
+		if (m->layer[l].q_norm != NULL) {
+			to->q_norm = take(&a, m->head_dim * sizeof(float));
+			to->k_norm = take(&a, m->head_dim * sizeof(float));
+		}
+	}
+	set_bundle(&head, m, N_BUNDLES);
+	place_bundle(&a, &head, m->residency, false);
+	d->head = head;
+	d->embed = m->embed != NULL ? take(&a, (size_t)m->vocab * m->hidden * sizeof(uint16_t)) : NULL;
+	d->embed_ld = m->hidden;
+	if (m->embed == NULL && m->residency == KD_BOTH)
+		d->embed = head.bf16, d->embed_ld = head.ld;
+	d->final_norm = take(&a, m->hidden * sizeof(float));
+	d->cos = take(&a, (size_t)m->max_context * (m->head_dim / 2) * sizeof(float));
+	d->sin = take(&a, (size_t)m->max_context * (m->head_dim / 2) * sizeof(float));
+	return a.at;
+}
+
+static uint32_t
+largest_n(const struct kd_model *m)
+{
+	struct bundle b;
+	uint32_t n = 0;
+
+	for (int i = 0; i < N_BUNDLES; i++) {
+		set_bundle(&b, m, (enum bundle_name)i);
+		n = b.n_all > n ? b.n_all : n;
+	}
+	return n;
+}
+
+static size_t
+place_buffers(struct kd_device *d, const struct kd_model *m, char *base)
+{
+	struct arena a = {base, 0};
+	size_t rows = up(m->max_rows, 16), q = (size_t)m->n_heads * m->head_dim, kv = (size_t)m->n_kv_heads * m->head_dim, big = 0;
+	struct bundle b;
+
+	for (int i = 0; i < N_BUNDLES; i++) {
+		set_bundle(&b, m, (enum bundle_name)i);
+		d->ldx = i == 0 || b.ld > d->ldx ? b.ld : d->ldx;
+		big = (size_t)b.n_all * b.ld * sizeof(uint16_t) > big ? (size_t)b.n_all * b.ld * sizeof(uint16_t) : big;
+	}
+	d->x = take(&a, rows * m->hidden * sizeof(float));
+	d->qkv = take(&a, rows * (q + 2 * kv) * sizeof(float));
+	d->attn = take(&a, rows * q * sizeof(float));
+	d->gu = take(&a, rows * 2 * m->intermediate * sizeof(float));
+	d->max_part = rows > MAX_PART_ROWS ? (uint32_t)rows : MAX_PART_ROWS;
+	d->part = take(&a, (size_t)d->max_part * m->n_heads * (m->head_dim + 2) * sizeof(float));
+	d->logits = take(&a, rows * m->vocab * sizeof(float));
+	d->weight = take(&a, rows * m->vocab * sizeof(uint64_t));
+	d->xs = take(&a, rows * sizeof(float));
+	d->q = take(&a, rows * q * sizeof(uint16_t));
+	d->xb = take(&a, rows * d->ldx * sizeof(uint16_t));
+	d->xq = take(&a, rows * d->ldx);
+	d->scratch = take(&a, big);
+	d->scratch_bytes = big;
+	d->scalar_n = largest_n(m);
+	d->scalar_y = take(&a, rows * d->scalar_n * sizeof(float));
+	d->result = take(&a, rows * sizeof(*d->result));
+	d->first_bad = take(&a, sizeof(*d->first_bad));
+	return a.at;
+}
+
+static size_t
+page_elems(const struct kd_model *m)
+{
+	return (size_t)m->n_kv_heads * up(m->head_dim, 32) * K_BLOCK;
+}
+
+static size_t
+kv_bytes(const struct kd_model *m)
+{
+	return (size_t)m->n_pages * (page_elems(m) * sizeof(uint16_t) + (size_t)2 * m->n_kv_heads * K_BLOCK * sizeof(float));
+}
+
+void
+weights_memory(struct kd_device *d, const struct kd_model *m, struct kd_memory *out)
+{
+	struct kd_model sizes = *m;
+	struct kd_device unused;
+	size_t free_now = 0, total = 0;
+
+	(void)d;
+	sizes.layer = NULL;
+	out->weights = place_weights(&unused, &sizes, NULL, NULL);
+	out->buffers = place_buffers(&unused, &sizes, NULL) + ((size_t)64 << 20); /* cuBLASLt's workspace, tables, pieces */
+	out->kv = kv_bytes(m);
+	cudaMemGetInfo(&free_now, &total);
+	out->free = free_now, out->total = total;
+}
+
+/* ---- copying ---- */
+
+struct loader {
+	struct kd_device *d;
+	uint8_t *tiled[2];      /* [PIECE] on the card */
+	uint8_t *lo;            /* a piece of the low plane, by rows */
+	uint32_t turn;
+	char *why;
+	size_t why_len;
+	int rc;
+};
+
+static void
+check(struct loader *x, cudaError_t e, const char *what)
+{
+	if (x->rc == 0)
+		x->rc = cu_failed(e, what, x->why, x->why_len);
+}
+
+static void
+copy(struct loader *x, void *to, const void *from, size_t bytes)
+{
+	check(x, cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, x->d->stream), "copying the model");
+}
+
+/* A list of a device's own, remembered to be freed. */
+static void *
+copy_list(struct loader *x, const void *from, size_t bytes)
+{
+	void *p = NULL;
+
+	if (x->d->n_exc_mem == sizeof(x->d->exc_mem) / sizeof(*x->d->exc_mem)) {
+		if (x->rc == 0)
+			x->rc = -ENOMEM, snprintf(x->why, x->why_len, "too many lists of exceptions");
+		return NULL;
+	}
+	check(x, cudaMalloc(&p, bytes), "exceptions");
+	if (p != NULL)
+		x->d->exc_mem[x->d->n_exc_mem++] = p;
+	if (x->rc == 0)
+		check(x, cudaMemcpy(p, from, bytes, cudaMemcpyHostToDevice), "exceptions");
+	return p;
+}
+
+static int
+by_place(const void *pa, const void *pb)
+{
+	const uint32_t *a = pa, *b = pb;
+
+	return a[0] != b[0] ? (a[0] < b[0] ? -1 : 1) : (a[1] > b[1]) - (a[1] < b[1]);
+}
+
+/* What the planes say of an exception: the high one's code alone, in the scaled domain. */
+static float
+plane_value(const struct k_weight *w, const struct k_exception *e)
+{
+	return k_e4m3_to_float(w->hi[(size_t)e->block * 1024 + e->index]);
+}
+
+static void
+load_exceptions(struct loader *x, const struct k_weight *w, struct cu_exceptions *out)
+{
+	struct { uint32_t row, col, i; } *e = calloc(w->n_exc + 1, sizeof(*e));
+	uint32_t *row = calloc(w->n_exc + 1, sizeof(*row)), *first = calloc(w->n_exc + 2, sizeof(*first));
+	uint32_t *col = calloc(w->n_exc + 1, sizeof(*col));
+	float *delta = calloc(w->n_exc + 1, sizeof(*delta));
+	uint16_t *master = calloc(w->n_exc + 1, sizeof(*master));
+	uint32_t kb = w->k_pad / K_BLOCK, n = 0;
+
+	memset(out, 0, sizeof(*out));
+	if (e == NULL || row == NULL || first == NULL || col == NULL || delta == NULL || master == NULL) {
+		x->rc = -ENOMEM, snprintf(x->why, x->why_len, "no memory for exceptions");
+		goto out;
+	}
+	for (uint32_t i = 0; i < w->n_exc; i++) {
+		uint32_t at = w->exc[i].index;
+
+		e[i].row = w->exc[i].block / kb * K_PANEL + at / 512 * 16 + at / 2 % 16;
+		e[i].col = w->exc[i].block % kb * K_BLOCK + at / 32 % 16 * 2 + at % 2;
+		e[i].i = i;
+	}
+	qsort(e, w->n_exc, sizeof(*e), by_place);
+	for (uint32_t i = 0; i < w->n_exc; i++) {
+		const struct k_exception *from = &w->exc[e[i].i];
+
+		if (n == 0 || row[n - 1] != e[i].row)
+			row[n] = e[i].row, first[n++] = i;
+		col[i] = e[i].col;
+		master[i] = from->bits;
+		delta[i] = k_bf16_to_float(from->bits) - plane_value(w, from) * w->scale[e[i].row];
+	}
+	first[n] = w->n_exc;
+	out->n_rows = n;
+	if (n > 0) {
+		out->row = copy_list(x, row, n * sizeof(*row));
+		out->first = copy_list(x, first, (n + 1) * sizeof(*first));
+		out->col = copy_list(x, col, w->n_exc * sizeof(*col));
+		out->delta = copy_list(x, delta, w->n_exc * sizeof(*delta));
+		out->master = copy_list(x, master, w->n_exc * sizeof(*master));
+	}
+out:
+	free(e), free(row), free(first), free(col), free(delta), free(master);
+}
+
+/* Planes of one site. The host's copy of a piece and the card's work on the one before overlap where the driver lets them. */
+static void
+load_planes(struct loader *x, const struct k_weight *w, struct bundle *b, uint32_t part)
+{
+	size_t panel = (size_t)K_PANEL * b->ld;
+	uint32_t per = (uint32_t)(PIECE / panel), panels = w->n_pad / K_PANEL;
+
+	per = per < 1 ? 1 : per;
+	for (uint32_t p = 0; p < panels && x->rc == 0; p += per) {
+		uint32_t n = panels - p < per ? panels - p : per, row = p * K_PANEL, rows = w->n - row < n * K_PANEL ? w->n - row : n * K_PANEL;
+		size_t to = (size_t)(b->at[part] + row) * b->ld;
+		int8_t *lo = b->lo != NULL ? b->lo + to : (int8_t *)x->lo;
+		struct cu_linear a = {.hi = b->hi + to, .lo = lo, .scale = b->scale + b->at[part] + row, .n = rows, .ld = b->ld};
+		struct cu_exceptions none = {0};
+
+		copy(x, x->tiled[0], w->hi + p * panel, n * panel);
+		cu_untile(x->tiled[0], n, rows, b->ld, b->hi + to, x->d->stream);
+		copy(x, x->tiled[1], w->lo + p * panel, n * panel);
+		cu_untile(x->tiled[1], n, rows, b->ld, (uint8_t *)lo, x->d->stream);
+		if (b->bf16 != NULL)
+			cu_unpack(&a, &none, b->bf16 + to, x->d->stream);
+		check(x, cudaStreamSynchronize(x->d->stream), "copying the model");
+	}
+}
+
+static void
+load_site(struct loader *x, const struct k_weight *w, struct bundle *b, uint32_t part, const float *bias)
+{
+	float *t = malloc(w->n * sizeof(*t));
+
+	if (t == NULL) {
+		x->rc = -ENOMEM, snprintf(x->why, x->why_len, "out of memory");
+		return;
+	}
+	for (uint32_t i = 0; i < w->n; i++)
+		t[i] = w->tensor_scale;
+	check(x, cudaMemcpy(b->scale + b->at[part], w->scale, w->n * sizeof(float), cudaMemcpyHostToDevice), "scales");
+	check(x, cudaMemcpy(b->tscale + b->at[part], t, w->n * sizeof(float), cudaMemcpyHostToDevice), "scales");
+	memset(t, 0, w->n * sizeof(*t));
+	if (b->bias != NULL)
+		check(x, cudaMemcpy(b->bias + b->at[part], bias != NULL ? bias : t, w->n * sizeof(float), cudaMemcpyHostToDevice), "bias");
+	free(t);
+	load_planes(x, w, b, part);
+	if (w->n_exc == 0 || x->rc != 0)
+		return;
+	load_exceptions(x, w, &b->exc[part]);
+	if (b->bf16 != NULL && x->rc == 0) {
+		/* Its planes were unpacked without them. */
+		cu_unpack_exceptions(&b->exc[part], b->ld, b->bf16 + (size_t)b->at[part] * b->ld, x->d->stream);
+		check(x, cudaStreamSynchronize(x->d->stream), "exceptions");
+		for (uint32_t i = 0; i < 5; i++)
+			cudaFree(x->d->exc_mem[--x->d->n_exc_mem]);
+		memset(&b->exc[part], 0, sizeof(b->exc[part]));
+	}
+}
+
+static void
+load_layers(struct loader *x, const struct kd_model *m)
+{
+	struct kd_device *d = x->d;
+
+	for (uint32_t l = 0; l < m->n_layers && x->rc == 0; l++) {
+		const struct kd_layer *from = &m->layer[l];
+		struct layer *to = &d->layer[l];
+
+		for (int n = 0; n < N_BUNDLES; n++)
+			for (uint32_t p = 0; p < to->b[n].parts && x->rc == 0; p++)
+				load_site(x, &from->linear[to->b[n].group[p]], &to->b[n], p, from->bias[to->b[n].group[p]]);
+		copy(x, to->input_norm, from->input_norm, m->hidden * sizeof(float));
+		copy(x, to->post_norm, from->post_norm, m->hidden * sizeof(float));
+		if (to->q_norm != NULL) {
+			copy(x, to->q_norm, from->q_norm, m->head_dim * sizeof(float));
+			copy(x, to->k_norm, from->k_norm, m->head_dim * sizeof(float));
+		}
+		if (m->progress != NULL)
+			m->progress(m->progress_arg, (int)(100 * (l + 1) / (m->n_layers + 1)));
+	}
+	if (x->rc == 0)
+		load_site(x, m->lm_head, &d->head, 0, NULL);
+	if (m->embed != NULL)
+		copy(x, d->embed, m->embed, (size_t)m->vocab * m->hidden * sizeof(uint16_t));
+	copy(x, d->final_norm, m->final_norm, m->hidden * sizeof(float));
+	copy(x, d->cos, m->rope_cos, (size_t)m->max_context * (m->head_dim / 2) * sizeof(float));
+	copy(x, d->sin, m->rope_sin, (size_t)m->max_context * (m->head_dim / 2) * sizeof(float));
+	check(x, cudaStreamSynchronize(d->stream), "copying the model");
+}
+
+static size_t
+place_staged(struct staged *s, uint32_t rows, char *base)
+{
+	struct arena a = {base, 0};
+
+	s->token = take(&a, rows * sizeof(*s->token));
+	s->pos = take(&a, rows * sizeof(*s->pos));
+	s->first = take(&a, rows * sizeof(*s->first));
+	s->from = take(&a, rows * sizeof(*s->from));
+	s->tile = take(&a, rows * sizeof(*s->tile));
+	s->want = take(&a, rows * sizeof(*s->want));
+	return s->bytes = a.at;
+}
+
+static void
+allocate(struct loader *x, const struct kd_model *m)
+{
+	struct kd_device *d = x->d;
+	uint32_t rows = up(m->max_rows, 16);
+	void *p = NULL, *q = NULL;
+
+	d->layer = calloc(m->n_layers, sizeof(*d->layer));
+	if (d->layer == NULL) {
+		x->rc = -ENOMEM, snprintf(x->why, x->why_len, "out of memory");
+		return;
+	}
+	check(x, cudaMalloc(&d->weights, place_weights(d, m, NULL, d->layer)), "memory for the weights");
+	check(x, cudaMalloc(&d->buffers, place_buffers(d, m, NULL)), "memory for the buffers of a step");
+	check(x, cudaMalloc(&p, (size_t)m->n_pages * page_elems(m) * sizeof(uint16_t)), "memory for the KV cache");
+	check(x, cudaMalloc(&q, (size_t)m->n_pages * 2 * m->n_kv_heads * K_BLOCK * sizeof(float)), "memory for the KV cache");
+	d->kv = (struct cu_kv){p, q, page_elems(m), m->n_kv_heads};
+	check(x, cudaMalloc(&p, place_staged(&d->dev, rows, NULL)), "memory for the rows of a step");
+	if (x->rc == 0)
+		place_staged(&d->dev, rows, p);
+	check(x, cudaMallocHost(&p, place_staged(&d->host, rows, NULL)), "pinned memory");
+	if (x->rc == 0)
+		place_staged(&d->host, rows, p);
+	check(x, cudaMallocHost((void **)&d->host_result, rows * sizeof(*d->host_result)), "pinned memory");
+	if (x->rc != 0)
+		return;
+	place_weights(d, m, d->weights, d->layer);
+	place_buffers(d, m, d->buffers);
+	for (int i = 0; i < 2; i++)
+		check(x, cudaMalloc((void **)&x->tiled[i], PIECE + (size_t)K_PANEL * d->ldx), "memory to load with");
+	check(x, cudaMalloc((void **)&x->lo, PIECE + (size_t)K_PANEL * d->ldx), "memory to load with");
+	/* What is read before it was written must be finite: rows that pad a batch. */
+	check(x, cudaMemsetAsync(d->buffers, 0, place_buffers(d, m, d->buffers), d->stream), "clearing buffers");
+	check(x, cudaMemsetAsync(d->kv.mem, 0, (size_t)m->n_pages * d->kv.page_elems * sizeof(uint16_t), d->stream), "clearing the KV cache");
+}
+
+int
+weights_load(struct kd_device *d, const struct kd_model *m, char *why, size_t why_len)
+{
+	struct loader x = {.d = d, .why = why, .why_len = why_len};
+
+	d->m = *m;
+	allocate(&x, m);
+	if (x.rc == 0)
+		load_layers(&x, m);
+	for (int i = 0; i < 2; i++)
+		cudaFree(x.tiled[i]);
+	cudaFree(x.lo);
+	/* The host's structs may go now. */
+	d->m.layer = NULL, d->m.lm_head = NULL, d->m.embed = NULL, d->m.final_norm = NULL;
+	d->m.rope_cos = d->m.rope_sin = NULL, d->m.cache_dir = NULL;
+	return x.rc;
+}
+
+void
+weights_free(struct kd_device *d)
+{
+	for (uint32_t i = 0; i < d->n_exc_mem; i++)
+		cudaFree(d->exc_mem[i]);
+	cudaFree(d->weights);
+	cudaFree(d->buffers);
+	cudaFree(d->kv.mem);
+	cudaFree(d->kv.scale);
+	cudaFree(d->dev.token);
+	cudaFree(d->dev.edit);
+	cudaFree(d->dev.table);
+	cudaFreeHost(d->host.token);
+	cudaFreeHost(d->host.edit);
+	cudaFreeHost(d->host.table);
+	cudaFreeHost(d->host_result);
+	free(d->layer);
+}
