@@ -57,21 +57,51 @@ evidence_json(struct octetd *d, enum plan_group g, uint32_t n_layers)
 }
 
 static json_t *
+kernel_json(const struct octetd *d, enum plan_group g, uint32_t layer, enum plan_format f)
+{
+	char name[128];
+
+	device_kernel(d->device, g, layer, f, name, sizeof(name));
+	return json_string(name);
+}
+
+/* null: the CPU runs the model. Numbers that the driver does not tell are 0. */
+static json_t *
+device_json(const struct octetd *d)
+{
+	struct kd_status s;
+
+	if (d->device == NULL)
+		return json_null();
+	device_status(d->device, &s);
+	return json_pack("{s:s,s:s,s:I,s:I,s:i,s:i,s:i,s:i,s:i,s:i,s:I,s:I,s:I,s:f,s:f,s:s}", "name", s.device, "versions", s.kernels,
+	    "memory_used", (json_int_t)s.mem_used, "memory_total", (json_int_t)s.mem_total, "sm_mhz", (int)s.sm_mhz, "memory_mhz",
+	    (int)s.mem_mhz, "watts", (int)s.watts, "limit_watts", (int)s.limit_watts, "busy_percent", (int)s.busy_percent, "celsius",
+	    (int)s.celsius, "graphs", (json_int_t)s.graphs, "graph_launches", (json_int_t)s.graph_launches, "eager_steps",
+	    (json_int_t)s.eager_steps, "host_us", s.host_us, "device_us", s.device_us, "failure", s.failure);
+}
+
+static json_t *
 groups_json(struct octetd *d)
 {
 	const struct plan *plan = flipper_plan(d->flips);
 	json_t *groups = json_array();
 
 	for (int g = 0; g < N_GROUPS; g++) {
-		json_t *wanted = json_array(), *executed = json_array();
+		json_t *wanted = json_array(), *executed = json_array(), *kernels = json_array(), *o;
 
 		for (uint32_t l = 0; l < (g == GROUP_LM_HEAD ? 1 : plan->n_layers); l++) {
 			json_array_append_new(wanted, json_string(plan_format_name(plan_at(plan, g, l))));
 			json_array_append_new(executed, json_string(plan_format_name(engine_executed(d->engine, plan, g, l))));
+			if (d->device != NULL)
+				json_array_append_new(kernels, kernel_json(d, g, l, plan_at(plan, g, l)));
 		}
-		json_array_append_new(groups, json_pack("{s:s,s:o,s:o,s:o}", "name", plan_group_name(g), "wanted", wanted,
-		    "executed", executed, "evidence",
-		    evidence_json(d, g, g == GROUP_LM_HEAD ? 1 : plan->n_layers)));
+		o = json_pack("{s:s,s:o,s:o,s:o}", "name", plan_group_name(g), "wanted", wanted, "executed", executed, "evidence",
+		    evidence_json(d, g, g == GROUP_LM_HEAD ? 1 : plan->n_layers));
+		if (d->device != NULL)
+			json_object_set(o, "kernels", kernels);
+		json_decref(kernels);
+		json_array_append_new(groups, o);
 	}
 	return groups;
 }
@@ -91,6 +121,7 @@ exec_status(struct octetd *d, struct call *call, const json_t *request, json_t *
 	    (json_int_t)((octetd_now_us() - d->started_us) / 1000000), "epoch", number(flipper_epoch(d->flips)), "policy",
 	    json_lossy(flipper_policy(d->flips)), "plan_digest", digest_json(flipper_plan(d->flips)->digest), "groups",
 	    groups_json(d));
+	json_object_set_new(r, "device", device_json(d));
 	json_object_set_new(r, "weights_bytes", number(d->model->weights_bytes));
 	block_pages = kv_block_pages(flipper_plan(d->flips), d->model->shape.n_layers);
 	json_object_set_new(r, "kv", json_pack("{s:i,s:i,s:i,s:i,s:i,s:o,s:o}", "pages_total", (int)st.kv_pages, "pages_used",

@@ -1,13 +1,93 @@
 #!/bin/sh
 # SPDX-License-Identifier: Apache-2.0
-# octetd on the CUDA plugin, against the CPU. $OCTET_PLUGIN of the caller: that one (a card); else the plugin that
-# tests/gpu/emu runs on the CPU.
+# octetd on the CUDA plugin against the CPU: tokens, log-probabilities, eval, flips under load. On the plugin that
+# tests/gpu/emu runs on the CPU, or on the one of $OCTET_TEST_PLUGIN and a card.
 . "${srcdir:-.}/tests/lib.sh"
-plugin=${OCTET_PLUGIN-$builddir/tests/gpu/octet-cuda-emu.so}
+plugin=${OCTET_TEST_PLUGIN-$builddir/tests/gpu/octet-cuda-emu.so}
 unset OCTET_PLUGIN
-if [ ! -f "$plugin" ]; then
-	skip "the CUDA plugin" "no C++ compiler"
-	finish
-	exit 0
-fi
+for tool in jq; do command -v $tool >/dev/null || { skip "the CUDA plugin" "no $tool"; finish; exit 0; }; done
+[ -f "$plugin" ] || { skip "the CUDA plugin" "it was not built: no C++ compiler"; finish; exit 0; }
+head -c "${text_bytes-150}" "$srcdir/models/proof/eval/prose.txt" >"$scratch/text"
+policies='
+[policy kv8]
+kv_cache = fp8
+[policy mixed]
+* = fp8
+attention.q_proj = fp8w
+mlp.up_proj@0-2 = bf16
+lm_head = fp8t
+kv_cache@1,3 = fp8'
+plans=${plans-bf16 mixed}
+
+# Tokens of a few requests under each plan; log-probabilities of a text; a measurement.
+answers() {
+	for plan in $plans; do
+		octetctl use "$plan" >/dev/null 2>&1
+		octet complete --json --ignore-eos --max-tokens "${tokens-8}" "She go to school every day and" | tail -1 | jq -c .tokens >>"$scratch/$1.$plan"
+		octet complete --json --temperature 0.8 --top-p 0.95 --top-k 30 --repetition-penalty 1.2 --seed 7 --max-tokens 4 --ignore-eos "It work" |
+			tail -1 | jq -c '[.tokens, .prompt_tokens]' >>"$scratch/$1.drawn"
+	done
+	octetctl use bf16 >/dev/null 2>&1
+	[ "$2" = nested ] || octetctl eval --candidate fp8 --text "$scratch/text" --json >"$scratch/$1.eval"
+}
+near() { jq -en "($1 - $2 | if . < 0 then -. else . end) <= $3"; }
+
+engine_options='backend = cpu' config <<END
+$policies
+END
+start || exit 1
+answers cpu both
+is "the CPU answered" "$(jq length "$scratch/cpu.bf16") $(wc -l <"$scratch/cpu.drawn")" "${tokens-8} $(echo $plans | wc -w)"
+stop
+
+for fault in none:"no card" driver:"no NVIDIA driver" old:"driver is too old: it speaks CUDA 11.4" chip:"has no FP8"; do
+	[ -z "${OCTET_TEST_PLUGIN-}" ] || break
+	engine_options='backend = cuda' config </dev/null
+	has "backend = cuda: ${fault#*:}" "$(OCTET_EMU_FAULT=${fault%%:*} OCTET_PLUGIN=$plugin "$builddir/octetd" --config "$scratch/octet.ini" 2>&1)" "backend = cuda: .*${fault#*:}"
+done
+has "no plugin" "$(OCTET_PLUGIN=/nonexistent "$builddir/octetd" --config "$scratch/octet.ini" 2>&1)" "no cuda plugin: /nonexistent"
+has "no plugin of ours" "$(OCTET_PLUGIN=$scratch/octet.ini "$builddir/octetd" --config "$scratch/octet.ini" 2>&1)" "plugin does not load"
+[ -n "${OCTET_TEST_PLUGIN-}" ] ||
+	has "a card that is too small" "$(OCTET_EMU_MEMORY=20000000 OCTET_PLUGIN=$plugin "$builddir/octetd" --config "$scratch/octet.ini" 2>&1)" "too small|out of memory"
+engine_options='backend = auto' config </dev/null
+OCTET_PLUGIN=/nonexistent
+export OCTET_PLUGIN
+ok "auto without a plugin" start
+is "falls back with one line" "$(grep -c 'backend backend=cpu' "$scratch/log")" 1
+stop
+
+OCTET_PLUGIN=$plugin
+for residency in both nested; do
+	rm -rf "$scratch/state"
+	rm -f "$scratch"/gpu.*
+	engine_options="backend = cuda
+residency = $residency" config <<END
+$policies
+END
+	ok "$residency: start" start
+	is "$residency: the backend" "$(octetctl --json status | jq -r .backend)" cuda
+	answers gpu $residency
+	for plan in $plans; do
+		is "$residency: greedy tokens under $plan are the CPU's" "$(cat "$scratch/gpu.$plan")" "$(cat "$scratch/cpu.$plan")"
+	done
+	is "$residency: so are drawn ones" "$(cat "$scratch/gpu.drawn")" "$(cat "$scratch/cpu.drawn")"
+	[ $residency = both ] || break
+	ppl=$(jq .text.perplexity.baseline "$scratch/cpu.eval") got=$(jq .text.perplexity.baseline "$scratch/gpu.eval")
+	ok "perplexity: $got, the CPU's $ppl" near "$got" "$ppl" "$ppl * 0.005"
+	ppl=$(jq .text.kl.mean "$scratch/cpu.eval") got=$(jq .text.kl.mean "$scratch/gpu.eval")
+	ok "KL of fp8: $got, the CPU's $ppl" near "$got" "$ppl" "$ppl * 0.1"
+	is "a seed repeats itself" "$(octet complete --temperature 1.5 --seed 3 "It work")" "$(octet complete --temperature 1.5 --seed 3 "It work")"
+	octet bench --clients 4 --requests 8 --prompt-tokens 10 --output-tokens 6 --json >"$scratch/bench" &
+	bench=$!
+	for i in 1 2; do
+		octetctl set '*=fp8' kv_cache=fp8 >/dev/null
+		octetctl set '*=bf16' kv_cache=bf16 >/dev/null
+	done
+	wait $bench
+	is "flips under load fail no request" "$(jq -c '[.failed, .tokens]' "$scratch/bench")" "[0,48]"
+	is "graphs were captured" "$(octetctl --json status | jq '.device.graphs > 0 and .device.graph_launches > 0')" true
+	is "each site names its kernel" "$(octetctl --json status | jq '[.groups[] | .kernels | length > 0] | all')" true
+	stop
+done
+ok "it stops" stop
 finish

@@ -8,6 +8,8 @@
  */
 #include <stdint.h>
 
+#define CU_FULL 0xffffffffu
+
 #ifdef OCTET_EMU
 #include "tests/gpu/emu/emu.h"
 #else
@@ -89,10 +91,8 @@ cu_stream8(const void *p)
 {
 	return __ldcs(static_cast<const uint2 *>(p));
 }
-#endif
 
-#define CU_FULL 0xffffffffu
-
+/* Every lane gets it. */
 static __device__ __forceinline__ float
 cu_warp_sum(float v)
 {
@@ -108,6 +108,7 @@ cu_warp_max(float v)
 		v = fmaxf(v, __shfl_xor_sync(CU_FULL, v, o));
 	return v;
 }
+#endif
 
 /* Of a block of up to 1024 threads; every thread gets it. scratch [33] shared. */
 static __device__ __forceinline__ float

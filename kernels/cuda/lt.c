@@ -133,7 +133,7 @@ lt_new(struct lt **out, const char *cache_dir, const char *device, bool fast, ch
 	    CUBLAS_STATUS_SUCCESS)
 		return snprintf(why, why_len, "cuBLASLt: no preference"), -ENODEV;
 	if (cudaMalloc(&lt->workspace, WORKSPACE) != cudaSuccess)
-		return snprintf(why, why_len, "no device memory for cuBLASLt's workspace of 32 MiB"), -ENOMEM;
+		return snprintf(why, why_len, "the card is out of memory: the workspace of cuBLASLt"), -ENOMEM;
 	if (cache_dir != NULL) {
 		int n = snprintf(lt->path, sizeof(lt->path), "%s/cublaslt-%zu%s-", cache_dir, cublasLtGetVersion(), fast ? "-fast" : "");
 

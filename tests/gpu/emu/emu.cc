@@ -188,6 +188,31 @@ cu_prmt(uint32_t a, uint32_t b, uint32_t sel)
 	return out;
 }
 
+/* One exchange instead of five shuffles; the sums are those of the butterfly. */
+template <class F> static float
+reduce(float v, F f)
+{
+	float all[32];
+
+	memcpy(all, emu_warp_exchange(reinterpret_cast<uint32_t *>(&v), 1), sizeof(all));
+	for (int o = 16; o > 0; o /= 2)
+		for (int i = 0; i < o; i++)
+			all[i] = f(all[i], all[i + o]);
+	return all[0];
+}
+
+float
+cu_warp_sum(float v)
+{
+	return reduce(v, [](float a, float b) { return a + b; });
+}
+
+float
+cu_warp_max(float v)
+{
+	return reduce(v, [](float a, float b) { return fmaxf(a, b); });
+}
+
 uint32_t
 cu_bf16x2(float lo, float hi)
 {

@@ -119,6 +119,8 @@ uint32_t cu_e4m3x2(float lo, float hi);
 uint32_t cu_mul_bf16x2(uint32_t a, uint32_t b);
 void cu_mma_bf16(float c[4], const uint32_t a[4], const uint32_t b[2]);
 void cu_mma_e4m3(float c[4], const uint32_t a[4], const uint32_t b[2]);
+float cu_warp_sum(float);
+float cu_warp_max(float);
 static inline uint4 cu_stream16(const void *p) { uint4 v; memcpy(&v, p, sizeof(v)); return v; }
 static inline uint2 cu_stream8(const void *p) { uint2 v; memcpy(&v, p, sizeof(v)); return v; }
 #endif
