@@ -9,12 +9,12 @@
 #include <sys/mman.h>
 #include <time.h>
 
-#include "daemon/engine/forward.h"
+#include "daemon/engine/device.h"
 
-#define MAX_BATCH 64u
+#define MAX_BATCH 128u
 #define MAX_PREFILL 2048u
 #define CHUNK 512u            /* rows of a prefill step: the default of engine.max_batch_tokens */
-#define CONTEXT 128u          /* positions that a decoding sequence has behind it */
+#define CONTEXT 128u          /* positions that a decoding sequence has behind it, unless told */
 #define DECODE_ROOM 128u      /* and may take */
 #define ROUNDS 5u             /* each a measurement of every format, one after the other */
 #define ROUND_SECONDS 0.5     /* a round goes on so long */
@@ -28,7 +28,9 @@ struct test {
 };
 
 static const struct test tests[] = {{"prefill", 128, false}, {"prefill", 512, false}, {"prefill", 2048, false},
-    {"decode", 1, true}, {"decode", 4, true}, {"decode", 16, true}, {"decode", 32, true}, {"decode", 64, true}};
+    {"decode", 1, true}, {"decode", 4, true}, {"decode", 8, true}, {"decode", 16, true}, {"decode", 32, true},
+    {"decode", 64, true}, {"decode", 128, true}};
+#define CPU_BATCH 64u         /* and 8 is left out: as it was measured before */
 #define N_TESTS (sizeof(tests) / sizeof(*tests))
 #define N_LINEAR_FORMATS ((int)K_N_FORMATS)
 
@@ -47,6 +49,8 @@ struct bench {
 	struct kv_seq seq[MAX_BATCH];
 	struct plan *plan[K_N_FORMATS]; /* every linear layer and lm_head so; KV cache BF16 */
 	struct forward_row row[CHUNK];
+	struct device *device;   /* NULL: the CPU */
+	uint32_t context, batch; /* behind a decoding sequence; sequences at most */
 
 	double read_gbs, fma_gflops, load_s, flip_us, flip_ratio;
 	uint64_t rss_loaded, rss_peak;
@@ -189,7 +193,7 @@ open_positions(struct bench *b, struct kv_seq *s, uint32_t to, struct err *err)
 static int
 make_room(struct bench *b, struct err *err)
 {
-	uint32_t layers = b->m->shape.n_layers, each = CONTEXT + DECODE_ROOM, pages;
+	uint32_t layers = b->m->shape.n_layers, each = b->context + DECODE_ROOM, pages;
 	int rc;
 
 	for (int f = 0; f < N_LINEAR_FORMATS; f++) {
@@ -202,18 +206,23 @@ make_room(struct bench *b, struct err *err)
 	if (b->m->shape.max_context < each)
 		return err_set(err, -EINVAL, "%s: a context of %u positions is too short to measure with: %u", b->m->path,
 		    b->m->shape.max_context, each);
-	pages = kv_block_pages(NULL, layers) * (kv_blocks_for(each) * MAX_BATCH + kv_blocks_for(MAX_PREFILL));
+	pages = kv_block_pages(NULL, layers) * (kv_blocks_for(each) * b->batch + kv_blocks_for(MAX_PREFILL));
 	if ((rc = kv_new(&b->kv, &b->m->shape, kv_page_bytes(&b->m->shape) * pages, err)) != 0)
 		return rc;
-	for (uint32_t i = 0; i < MAX_BATCH; i++) {
-		uint32_t room = i == 0 && b->m->shape.max_context >= MAX_PREFILL ? MAX_PREFILL : each;
+	for (uint32_t i = 0; i < b->batch; i++) {
+		uint32_t room = i == 0 && b->m->shape.max_context >= MAX_PREFILL && MAX_PREFILL > each ? MAX_PREFILL : each;
 
 		if (kv_seq_new(&b->seq[i], layers, room) != 0)
 			return err_set(err, -ENOMEM, "out of memory");
 		if ((rc = open_positions(b, &b->seq[i], room, err)) != 0)
 			return rc;
 	}
-	return forward_new(&b->f, b->m, b->ops, b->team, &b->kv, CHUNK, err);
+	if ((rc = forward_new(&b->f, b->m, b->ops, b->team, &b->kv, CHUNK, err)) != 0 || b->device == NULL)
+		return rc;
+	rc = device_load(b->device, b->m, &b->kv, CHUNK, &(struct device_options){.nested = false}, err);
+	if (rc == 0)
+		forward_use_device(b->f, b->device);
+	return rc;
 }
 
 /* ---- steps ---- */
@@ -225,6 +234,16 @@ some_token(const struct bench *b, uint32_t i)
 	return (i * 2654435761u) % b->m->shape.vocab;
 }
 
+/* A device keeps its logits: it finds the likeliest tokens instead. */
+static void
+sample_there(struct bench *b, uint32_t n)
+{
+	static const struct sampling greedy;
+
+	for (uint32_t i = 0; i < n && b->device != NULL; i++)
+		device_want(b->device, &greedy, NULL, 0, 0);
+}
+
 static void
 prefill(struct bench *b, const struct plan *plan, uint32_t n)
 {
@@ -232,6 +251,7 @@ prefill(struct bench *b, const struct plan *plan, uint32_t n)
 		rows = n - done < CHUNK ? n - done : CHUNK;
 		for (uint32_t i = 0; i < rows; i++)
 			b->row[i] = (struct forward_row){some_token(b, done + i), done + i, &b->seq[0], plan, done + i + 1 == n};
+		sample_there(b, done + rows == n);
 		forward_run(b->f, b->row, rows);
 	}
 }
@@ -240,7 +260,8 @@ static void
 decode(struct bench *b, const struct plan *plan, uint32_t n, uint32_t step)
 {
 	for (uint32_t i = 0; i < n; i++)
-		b->row[i] = (struct forward_row){some_token(b, i + step), CONTEXT + step % DECODE_ROOM, &b->seq[i], plan, true};
+		b->row[i] = (struct forward_row){some_token(b, i + step), b->context + step % DECODE_ROOM, &b->seq[i], plan, true};
+	sample_there(b, n);
 	forward_run(b->f, b->row, n);
 }
 
@@ -280,7 +301,7 @@ fill_result(struct bench *b, const struct test *t, int format, double seconds, s
 	const struct model_shape *s = &b->m->shape;
 	double head = (double)b->m->lm_head.n_pad * b->m->lm_head.k_pad, linear = layer_weights(b);
 	double chunks = t->decode ? 1 : (t->n + CHUNK - 1) / CHUNK, rows = t->n;
-	double context = t->decode ? CONTEXT + DECODE_ROOM / 2 : t->n / 2.0, kv_rows = t->decode ? rows : 0;
+	double context = t->decode ? b->context + DECODE_ROOM / 2 : t->n / 2.0, kv_rows = t->decode ? rows : 0;
 	double kv = 4.0 * s->n_kv_heads * s->head_dim * s->n_layers * context;
 	double bytes = (chunks * linear + head) * (format == K_BF16 ? 2 : 1) + kv_rows * kv;
 	double flops = 2 * (linear * rows + head * (t->decode ? rows : 1)) +
@@ -295,6 +316,8 @@ is_wanted(const struct bench *b, const struct test *t, int format)
 	char name[64];
 
 	snprintf(name, sizeof(name), "%s %s %u", plan_format_name((enum plan_format)format), t->name, t->n);
+	if (t->decode && (t->n > b->batch || (t->n == 8 && b->device == NULL)))
+		return false;
 	return (t->decode || t->n <= b->m->shape.max_context) && (b->o->only == NULL || strstr(name, b->o->only) != NULL);
 }
 
@@ -362,6 +385,13 @@ print_text(const struct bench *b)
 	printf("model     %s: %.1f MiB of weights, loaded in %.2f s\n", b->m->name, mib(b->m->weights_bytes), b->load_s);
 	printf("machine   CPU level %s, %u threads: reads %.1f GB/s, computes %.0f GFLOP/s\n", b->ops->name,
 	    team_size(b->team), b->read_gbs, b->fma_gflops);
+	if (b->device != NULL) {
+		struct kd_status st;
+
+		device_status(b->device, &st);
+		printf("device    %s, %s; %u MHz, memory %u MHz, %u of %u W; %% are of the CPU's memory\n", st.device, st.kernels, st.sm_mhz,
+		    st.mem_mhz, st.watts, st.limit_watts);
+	}
 	printf("memory    %.1f MiB resident after loading, %.1f MiB at most, %.1f MiB of it KV cache and its room\n",
 	    mib(b->rss_loaded), mib(b->rss_peak), mib(b->kv.bytes));
 	printf("flip      %.1f us for a plan of %u layers, first step %.2fx the next one, %+.1f MiB resident\n\n", b->flip_us,
@@ -395,8 +425,8 @@ print_json(const struct bench *b)
 				    "ms", r->step_ms, "gb_s", r->gbs, "gflop_s", r->gflops));
 		}
 	}
-	o = json_pack("{s:s,s:s,s:i,s:{s:f,s:f},s:I,s:f,s:I,s:I,s:I,s:{s:f,s:f,s:I},s:o}", "model", b->m->name, "cpu_level",
-	    b->ops->name, "threads", (int)team_size(b->team), "ceilings", "read_gb_s", b->read_gbs, "gflop_s", b->fma_gflops,
+	o = json_pack("{s:s,s:s,s:s,s:i,s:i,s:{s:f,s:f},s:I,s:f,s:I,s:I,s:I,s:{s:f,s:f,s:I},s:o}", "model", b->m->name, "backend",
+	    b->device != NULL ? device_name(b->device) : "cpu", "cpu_level", b->ops->name, "context", (int)b->context, "threads", (int)team_size(b->team), "ceilings", "read_gb_s", b->read_gbs, "gflop_s", b->fma_gflops,
 	    "weights_bytes", (json_int_t)b->m->weights_bytes, "load_s", b->load_s, "rss_loaded_bytes",
 	    (json_int_t)b->rss_loaded, "rss_peak_bytes", (json_int_t)b->rss_peak, "kv_bytes", (json_int_t)b->kv.bytes, "flip",
 	    "derive_us", b->flip_us, "first_step_ratio", b->flip_ratio, "rss_bytes", (json_int_t)b->flip_rss, "results", list);
@@ -439,6 +469,12 @@ bench_run(const struct bench_options *o, struct err *err)
 	if (b == NULL)
 		return err_set(err, -ENOMEM, "out of memory");
 	b->o = o;
+	b->context = o->context != 0 ? o->context : CONTEXT;
+	b->batch = o->cuda ? MAX_BATCH : CPU_BATCH;
+	if (o->cuda && (rc = device_open(&b->device, "cuda", 0, err)) != 0) {
+		free(b);
+		return rc;
+	}
 	b->ops = kernels_select(getenv("OCTET_CPU"), why, sizeof(why));
 	if (b->ops == NULL)
 		rc = err_set(err, -EINVAL, "OCTET_CPU: %s", why);
@@ -460,6 +496,7 @@ bench_run(const struct bench_options *o, struct err *err)
 	forward_free(&b->f);
 	if (b->kv.mem != NULL)
 		kv_free(&b->kv);
+	device_close(&b->device);
 	model_free(&b->m);
 	team_free(&b->team);
 	free(b);

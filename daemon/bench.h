@@ -15,6 +15,8 @@ struct bench_options {
 	const char *only;    /* run the tests whose "FORMAT TEST N" contains it; NULL: all */
 	uint32_t threads;    /* 0: the CPUs of the affinity mask */
 	bool json;
+	bool cuda;           /* on the card that CUDA calls 0, beside nobody's ceilings but memory's */
+	uint32_t context;    /* positions behind a decoding sequence; 0: 128 */
 };
 
 /* Prints to standard output. A negative errno and *err: nothing was measured. */

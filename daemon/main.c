@@ -599,12 +599,14 @@ run(struct daemon *m, bool check_only)
 
 static const char usage[] =
     "usage: octetd [--config FILE] [--check] [--help] [--help-options] [--version]\n"
-    "       octetd --bench MODEL_DIR [--threads N] [--only TEXT] [--json]\n"
+    "       octetd --bench MODEL_DIR [--threads N] [--only TEXT] [--backend cpu|cuda] [--context N] [--json]\n"
     "  --config FILE   configuration file (default " OCTET_SYSCONFDIR "/octet.ini)\n"
     "  --check         read and check the file, the model and the policies, then end\n"
     "  --bench DIR     measure a model in every format beside the machine's ceilings, serve nobody\n"
     "    --threads N   with so many threads (default: all CPUs)\n"
     "    --only TEXT   the tests whose name has it: \"fp8 decode 1\", \"prefill\"\n"
+    "    --backend B   cpu (default) or cuda\n"
+    "    --context N   positions behind a decoding sequence (default: 128)\n"
     "    --json        one JSON object\n"
     "  --help-options  every option of the file\n"
     "  --version       the version\n"
@@ -615,7 +617,8 @@ main(int argc, char **argv)
 {
 	static const struct option longs[] = {{"config", required_argument, NULL, 'c'}, {"check", no_argument, NULL, 't'},
 	    {"bench", required_argument, NULL, 'b'}, {"threads", required_argument, NULL, 'n'},
-	    {"only", required_argument, NULL, 'y'}, {"json", no_argument, NULL, 'j'},
+	    {"only", required_argument, NULL, 'y'}, {"backend", required_argument, NULL, 'B'}, {"context", required_argument, NULL, 'C'},
+	    {"json", no_argument, NULL, 'j'},
 	    {"help", no_argument, NULL, 'h'}, {"help-options", no_argument, NULL, 'o'}, {"version", no_argument, NULL, 'v'},
 	    {NULL, 0, NULL, 0}};
 	static struct daemon m;
@@ -640,6 +643,22 @@ main(int argc, char **argv)
 			}
 			break;
 		case 'y': bench.only = optarg; for_bench = true; break;
+		case 'B':
+			for_bench = true;
+			if (strcmp(optarg, "cpu") != 0 && strcmp(optarg, "cuda") != 0) {
+				fprintf(stderr, "octetd: --backend '%s' is none of cpu, cuda\n", optarg);
+				return 2;
+			}
+			bench.cuda = strcmp(optarg, "cuda") == 0;
+			break;
+		case 'C':
+			for_bench = true;
+			bench.context = (uint32_t)strtoul(optarg, &end, 10);
+			if (*end != '\0' || bench.context == 0 || bench.context > 1 << 20) {
+				fprintf(stderr, "octetd: --context '%s' is no number of positions\n", optarg);
+				return 2;
+			}
+			break;
 		case 'j': bench.json = for_bench = true; break;
 		case 'h': printf("%s", usage); return 0;
 		case 'o': conf_print_options(stdout); return 0;
@@ -652,7 +671,7 @@ main(int argc, char **argv)
 		return 2;
 	}
 	if (for_bench && bench.model == NULL) {
-		fprintf(stderr, "octetd: --threads, --only and --json belong to --bench\n%s", usage);
+		fprintf(stderr, "octetd: --threads, --only, --backend, --context and --json belong to --bench\n%s", usage);
 		return 2;
 	}
 	if (bench.model != NULL) {

@@ -7,7 +7,7 @@ plugin=${OCTET_TEST_PLUGIN-$builddir/tests/gpu/octet-cuda-emu.so}
 unset OCTET_PLUGIN
 for tool in jq; do command -v $tool >/dev/null || { skip "the CUDA plugin" "no $tool"; finish; exit 0; }; done
 [ -f "$plugin" ] || { skip "the CUDA plugin" "it was not built: no C++ compiler"; finish; exit 0; }
-head -c "${text_bytes-150}" "$srcdir/models/proof/eval/prose.txt" >"$scratch/text"
+head -c "${text_bytes-100}" "$srcdir/models/proof/eval/prose.txt" >"$scratch/text"
 policies='
 [policy kv8]
 kv_cache = fp8
@@ -23,7 +23,7 @@ plans=${plans-bf16 mixed}
 answers() {
 	for plan in $plans; do
 		octetctl use "$plan" >/dev/null 2>&1
-		octet complete --json --ignore-eos --max-tokens "${tokens-8}" "She go to school every day and" | tail -1 | jq -c .tokens >>"$scratch/$1.$plan"
+		octet complete --json --ignore-eos --max-tokens "${tokens-6}" "She go to school every day and" | tail -1 | jq -c .tokens >>"$scratch/$1.$plan"
 		octet complete --json --temperature 0.8 --top-p 0.95 --top-k 30 --repetition-penalty 1.2 --seed 7 --max-tokens 4 --ignore-eos "It work" |
 			tail -1 | jq -c '[.tokens, .prompt_tokens]' >>"$scratch/$1.drawn"
 	done
@@ -37,12 +37,12 @@ $policies
 END
 start || exit 1
 answers cpu both
-is "the CPU answered" "$(jq length "$scratch/cpu.bf16") $(wc -l <"$scratch/cpu.drawn")" "${tokens-8} $(echo $plans | wc -w)"
+is "the CPU answered" "$(jq length "$scratch/cpu.bf16") $(wc -l <"$scratch/cpu.drawn")" "${tokens-6} $(echo $plans | wc -w)"
 stop
 
+engine_options='backend = cuda' config </dev/null
 for fault in none:"no card" driver:"no NVIDIA driver" old:"driver is too old: it speaks CUDA 11.4" chip:"has no FP8"; do
 	[ -z "${OCTET_TEST_PLUGIN-}" ] || break
-	engine_options='backend = cuda' config </dev/null
 	has "backend = cuda: ${fault#*:}" "$(OCTET_EMU_FAULT=${fault%%:*} OCTET_PLUGIN=$plugin "$builddir/octetd" --config "$scratch/octet.ini" 2>&1)" "backend = cuda: .*${fault#*:}"
 done
 has "no plugin" "$(OCTET_PLUGIN=/nonexistent "$builddir/octetd" --config "$scratch/octet.ini" 2>&1)" "no cuda plugin: /nonexistent"
@@ -77,14 +77,14 @@ END
 	ppl=$(jq .text.kl.mean "$scratch/cpu.eval") got=$(jq .text.kl.mean "$scratch/gpu.eval")
 	ok "KL of fp8: $got, the CPU's $ppl" near "$got" "$ppl" "$ppl * 0.1"
 	is "a seed repeats itself" "$(octet complete --temperature 1.5 --seed 3 "It work")" "$(octet complete --temperature 1.5 --seed 3 "It work")"
-	octet bench --clients 4 --requests 8 --prompt-tokens 10 --output-tokens 6 --json >"$scratch/bench" &
+	octet bench --clients 4 --requests 6 --prompt-tokens 8 --output-tokens 4 --json >"$scratch/bench" &
 	bench=$!
 	for i in 1 2; do
 		octetctl set '*=fp8' kv_cache=fp8 >/dev/null
 		octetctl set '*=bf16' kv_cache=bf16 >/dev/null
 	done
 	wait $bench
-	is "flips under load fail no request" "$(jq -c '[.failed, .tokens]' "$scratch/bench")" "[0,48]"
+	is "flips under load fail no request" "$(jq -c '[.failed, .tokens]' "$scratch/bench")" "[0,24]"
 	is "graphs were captured" "$(octetctl --json status | jq '.device.graphs > 0 and .device.graph_launches > 0')" true
 	is "each site names its kernel" "$(octetctl --json status | jq '[.groups[] | .kernels | length > 0] | all')" true
 	stop

@@ -1,0 +1,233 @@
+#!/bin/sh
+# SPDX-License-Identifier: Apache-2.0
+# The CUDA backend on a card.
+#
+#   tests/gpu/run.sh pack             where octet is built: programs and libraries to carry, in build-gpu/carry (below 64 MiB)
+#   tests/gpu/run.sh [STAGE...]       on a machine with the card: check bench serve torch, then the table
+#
+#   check  what the card does (measure), every kernel against ref, a few under compute-sanitizer, octetd against the CPU
+#   bench  octetd --bench on random weights in the shape of Llama-3.1-8B, made here: 17 GB in $OCTET_GPU_TMP
+#   serve  50 tokens in, 50 out, a 1B shape, as many clients as help
+#   torch  PyTorch on the same card, the same shapes
+#
+# Each stage takes less than ten minutes and leaves a file in build-gpu/out; whichever there are, the table is made of, printed
+# last, and written to tests/gpu/results/DATE.md (and $OUT, if set). With OCTET_GPU_DRY=1 the plugin of tests/gpu/emu takes the
+# card's place and a tiny model the large ones': that shows whether this script works, and nothing else.
+set -u
+cd "$(dirname "$0")/../.." || exit 1
+top=$PWD
+build=${OCTET_GPU_BUILD:-$top/build-gpu}
+carry=$top/build-gpu/carry
+out=$top/build-gpu/out
+tmp=${OCTET_GPU_TMP:-/tmp/octet-gpu}
+dry=${OCTET_GPU_DRY-}
+
+die() {
+	echo "run.sh: $*" >&2
+	exit 1
+}
+
+# ---- pack ----
+
+# Copies programs with what they link, libc too: the other machine's may be older.
+pack() {
+	mkdir -p "$build" "$carry/real" "$carry/lib" "$carry/tests/gpu"
+	[ -x configure ] || autoreconf -i || die "autoreconf"
+	[ -f "$build/Makefile" ] || (cd "$build" && "$top/configure" --with-cuda="${CUDA_HOME:-yes}" >configure.log 2>&1) || die "see $build/configure.log"
+	make -C "$build" -j"$(nproc)" all tests/gpu/octet-cuda-emu.so gpu-programs >"$build/make.log" 2>&1 || die "see $build/make.log"
+	for p in octetd octet octetctl octet-console tests/gpu/checkcuda-card tests/gpu/measure; do
+		real=$build/$p
+		[ -x "$build/.libs/$p" ] && real=$build/.libs/$p
+		install -s "$real" "$carry/real/$(basename "$p")" || die "$p"
+	done
+	install -s "$build/octet-cuda.so" "$carry/octet-cuda.so"
+	cp "$build/tests/gpu/octet-cuda-emu.so" "$carry/"
+	jq=$(command -v jq) && cp "$jq" "$carry/real/"
+	for f in "$carry"/real/* "$carry/octet-cuda.so" "$carry/octet-cuda-emu.so"; do
+		LD_LIBRARY_PATH=$build/.libs ldd "$f"
+	done | awk '/=> \// { print $3 } /^\t\// { print $1 }' | sort -u | grep -v 'libcublas\|libcuda\.\|libnvidia' | while read -r lib; do
+		cp -L "$lib" "$carry/lib/"
+	done
+	echo "packed: $(du -sh "$carry" | cut -f1) in $carry"
+}
+
+# ---- on the machine ----
+
+# cuBLASLt is too large to carry: the toolkit's, or the one that came with PyTorch.
+cuda_libraries() {
+	for d in "${CUDA_HOME:-/usr/local/cuda}/lib64" /usr/local/cuda*/lib64 /usr/local/cuda*/targets/*/lib \
+	    "$(python3 -c 'import nvidia.cublas, os; print(os.path.join(list(nvidia.cublas.__path__)[0], "lib"))' 2>/dev/null)" \
+	    "$(python3 -c 'import nvidia, os; print(os.path.join(list(nvidia.__path__)[0], "cu13", "lib"))' 2>/dev/null)"; do
+		if [ -e "$d/libcublasLt.so.13" ]; then
+			echo "$d"
+			return
+		fi
+	done
+}
+
+# Wrappers that run what was packed, by the packed loader where the machine's libc is too old.
+unpack() {
+	[ -x "$carry/real/octetd" ] || die "nothing is packed: run 'tests/gpu/run.sh pack' where octet builds, and carry build-gpu/carry"
+	cuda=$(cuda_libraries)
+	[ -n "$cuda" ] || [ -n "$dry" ] || die "no libcublasLt.so.13 on this machine: set CUDA_HOME"
+	libs=$carry/lib${cuda:+:$cuda}
+	loader=
+	LD_LIBRARY_PATH=$libs "$carry/real/octetd" --version >/dev/null 2>&1 || loader="$carry/lib/ld-linux-x86-64.so.2"
+	for p in "$carry"/real/*; do
+		name=$(basename "$p")
+		if [ -n "$loader" ]; then
+			set -- "$loader" --library-path "$libs:/usr/lib/x86_64-linux-gnu:/usr/local/nvidia/lib64:/usr/lib64" "$p"
+			printf '#!/bin/sh\nexec %s %s %s %s "$@"\n' "$@" >"$carry/$name"
+		else
+			printf '#!/bin/sh\nLD_LIBRARY_PATH=%s exec %s "$@"\n' "$libs" "$p" >"$carry/$name"
+		fi
+		chmod +x "$carry/$name"
+	done
+	plugin=$carry/octet-cuda.so
+	[ -z "$dry" ] || plugin=$carry/octet-cuda-emu.so
+	PATH=$carry:$PATH
+	export PATH
+}
+
+card() {
+	nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem,power.draw,power.limit,temperature.gpu --format=csv,noheader 2>/dev/null ||
+		echo "no nvidia-smi"
+}
+
+model() {
+	shape=$1
+	[ -z "$dry" ] || shape=tiny
+	[ -f "$tmp/$shape/done" ] || { python3 tests/gpu/synth.py "$shape" "$tmp/$shape" && touch "$tmp/$shape/done"; } || die "cannot make a model in $tmp"
+	echo "$tmp/$shape"
+}
+
+stage_check() {
+	{
+		echo "## The card"
+		card
+		[ -n "$dry" ] || timeout 150 measure || echo "FAILED: measure"
+		echo "## Kernels against ref"
+		if [ -z "$dry" ]; then
+			for seed in 1 2 3; do
+				checkcuda-card $seed >"$out/kernels.$seed" 2>&1
+				echo "seed $seed: exit $?, $(grep -c '^ok' "$out/kernels.$seed") ok, $(grep -c '^not ok' "$out/kernels.$seed") not ok"
+				grep '^not ok\|^Bail' "$out/kernels.$seed" | head -20
+			done
+			sanitizer=$(command -v compute-sanitizer || ls "${CUDA_HOME:-/usr/local/cuda}"/bin/compute-sanitizer 2>/dev/null)
+			for tool in memcheck racecheck synccheck; do
+				[ -n "$sanitizer" ] || { echo "no compute-sanitizer"; break; }
+				OCTET_CHECK_SHORT=1 timeout 100 "$sanitizer" --tool $tool --error-exitcode 9 "$carry/real/checkcuda-card" 4 \
+					>"$out/$tool" 2>&1
+				echo "compute-sanitizer $tool: exit $?, $(grep 'SUMMARY' "$out/$tool" | tail -1)"
+			done
+		fi
+		echo "## octetd against the CPU"
+		if [ -z "$dry" ]; then
+			export plans="bf16 fp8 fp8t kv8 mixed" tokens=40 text_bytes=3000
+		fi
+		(cd "$carry" && srcdir=$top OCTET_TEST_PLUGIN=$plugin timeout 200 "$top/tests/e2e-cuda.sh") >"$out/e2e" 2>&1
+		echo "exit $?, $(grep -c '^ok' "$out/e2e") ok, $(grep -c '^not ok' "$out/e2e") not ok"
+		grep '^not ok' -A3 "$out/e2e" | head -30
+		grep "the CPU's" "$out/e2e" | grep 'KL\|perplexity'
+	} >"$out/check.txt" 2>&1
+}
+
+stage_bench() {
+	dir=$(model 8b)
+	{
+		echo "## octetd --bench, the shape of Llama-3.1-8B, context 1024"
+		card
+		only='' limit=360
+		[ -z "$dry" ] || only='decode 1'
+		for fast in 0 1; do
+			echo "fast accumulation $fast"
+			OCTET_CUDA_FAST_ACCUM=$fast OCTET_PLUGIN=$plugin timeout $limit octetd --bench "$dir" --backend cuda --context 1024 --only "$only" 2>&1 ||
+				echo "FAILED: $?"
+			[ -z "$dry" ] || break
+			only='fp8 prefill' limit=120
+		done
+		card
+	} >"$out/bench.txt" 2>&1
+}
+
+# One daemon a policy; clients grow while it helps.
+stage_serve() {
+	dir=$(model 1b)
+	clients_list='1 8 32 128 256' each=6 kv=16G
+	[ -z "$dry" ] || clients_list='1 2' each=1 kv=64M
+	{
+		echo "## 50 tokens in, 50 out, a 1B shape: requests/s"
+		card
+		for policy in bf16 linears fp8; do
+			scratch=$(mktemp -d)
+			OCTET_SOCKET=$scratch/s OCTET_CONTROL_SOCKET=$scratch/c
+			export OCTET_SOCKET OCTET_CONTROL_SOCKET
+			printf '[daemon]\nsocket = %s\ncontrol_socket = %s\nstate_dir = %s/state\nmax_clients = 512\nmax_clients_per_uid = 512\nmax_requests_per_uid = 4096\n[model]\npath = %s\n[engine]\nbackend = cuda\nkv_cache_bytes = %s\nmax_batch = 256\nmax_batch_tokens = 1024\n[precision]\npolicy = %s\n[policy linears]\n* = fp8\n' \
+				"$OCTET_SOCKET" "$OCTET_CONTROL_SOCKET" "$scratch" "$dir" "$kv" "$policy" >"$scratch/ini"
+			OCTET_PLUGIN=$plugin octetd --config "$scratch/ini" >"$scratch/log" 2>&1 &
+			daemon=$!
+			tries=0
+			until octet tokenize x >/dev/null 2>&1 || [ $tries -gt 600 ]; do tries=$((tries + 1)); sleep 0.2; done
+			for clients in $clients_list; do
+				r=$(timeout 60 octet bench --clients "$clients" --requests $((clients * each)) --prompt-tokens 50 --output-tokens 50 --json 2>&1)
+				echo "serve $policy $clients $(printf '%s' "$r" | jq -r '"\(.requests_per_s) failed \(.failed)"' 2>/dev/null || echo "FAILED: $r")"
+			done
+			octetctl --json status 2>/dev/null | jq -c '[.step_ms, .device]'
+			kill -TERM $daemon 2>/dev/null
+			wait $daemon
+			tail -2 "$scratch/log"
+			rm -rf "$scratch"
+		done
+	} >"$out/serve.txt" 2>&1
+}
+
+stage_torch() {
+	{
+		echo "## PyTorch, linears and attention of the same shape, context 1024"
+		timeout 540 python3 tests/gpu/torch_compare.py
+	} >"$out/torch.txt" 2>&1
+}
+
+# Decode steps of octet beside PyTorch's, formats beside each other.
+table() {
+	date=$(date -u +%Y-%m-%d)
+	[ -z "$dry" ] || date=dry
+	file=$top/tests/gpu/results/$date.md
+	{
+		echo "# $date, $(card)"
+		echo
+		echo '| decode, context 1k | octet bf16 ms | octet fp8 ms | ratio | torch bf16 ms | torch fp8 ms |'
+		echo '|---|---|---|---|---|---|'
+		for n in 1 8 32 128; do
+			step() { sed '/^fast accumulation 1/,$d' "$out/bench.txt" 2>/dev/null | awk -v f="$1" -v n=$n '$1 == f && $2 == "decode" && $3 == n { print $5; exit }'; }
+			other() { awk -v f="$1" -v n=$n '$1 == "torch" && $2 == f && $4 == n { print $5; exit }' "$out/torch.txt" 2>/dev/null; }
+			b=$(step bf16) f=$(step fp8)
+			echo "| $n | $b | $f | $(awk -v b="${b:-0}" -v f="${f:-0}" 'BEGIN { if (f > 0) printf "%.2f", b / f }') | $(other bf16) | $(other fp8) |"
+		done
+		echo
+		for s in check bench serve torch; do
+			[ -f "$out/$s.txt" ] || continue
+			echo '```'
+			cat "$out/$s.txt"
+			echo '```'
+		done
+	} >"$file"
+	cat "$file"
+	[ -z "${OUT-}" ] || cp "$file" "$OUT/"
+	[ -z "$dry" ] || rm -f "$file"
+}
+
+if [ "${1-}" = pack ]; then
+	pack
+	exit
+fi
+for s in "$@"; do
+	case $s in check | bench | serve | torch | table) ;; *) sed -n '5,19s/^# \{0,1\}//p' "$0"; exit 2 ;; esac
+done
+mkdir -p "$out" "$tmp"
+unpack
+[ $# -gt 0 ] || set -- check bench serve torch
+for s in "$@"; do
+	[ "$s" = table ] || "stage_$s"
+done
+table
