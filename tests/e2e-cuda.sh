@@ -90,4 +90,9 @@ END
 	stop
 done
 ok "it stops" stop
+# Half a minute of emulation: nine architectures, each against its golden, in both residencies.
+if [ -n "${OCTET_LONG-}" ] && [ -x "$builddir/tests/test_golden" ]; then
+	ok "goldens" env OCTET_TEST_PLUGIN="$plugin" "$builddir/tests/test_golden"
+	ok "goldens, nested" env OCTET_TEST_NESTED=1 OCTET_TEST_PLUGIN="$plugin" "$builddir/tests/test_golden"
+fi
 finish

@@ -3,7 +3,8 @@
  * octet's forward pass against an independent float64 one (tests/golden):
  * every logit of the probe within the rounding of BF16, every greedy token
  * equal where the reference's choice is no near-tie. Small models of every
- * architecture are made here as their goldens say.
+ * architecture are made here as their goldens say. With $OCTET_TEST_PLUGIN those
+ * run on that plugin's device, if only in the tolerance.
  */
 #include <stdarg.h>
 #include <stddef.h>
@@ -16,7 +17,7 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "daemon/engine/forward.h"
+#include "daemon/engine/device.h"
 
 /* Where bf16 rounds a value to the other side of a tie than float64 does, the
  * difference of one step travels on through the KV cache: measured on these
@@ -34,6 +35,7 @@ struct fixture {
 	struct model *m;
 	struct kv_pool kv;
 	struct forward *f;
+	struct device *device; /* NULL: the CPU */
 };
 
 static const char *
@@ -57,12 +59,21 @@ open_model(struct fixture *x, const char *dir)
 	assert_int_equal(kv_new(&x->kv, &x->m->shape, 20 * 2 * x->m->shape.n_layers * kv_page_bytes(&x->m->shape), &err), 0);
 	assert_int_equal(forward_new(&x->f, x->m, kernels_select(NULL, why, sizeof(why)), NULL, &x->kv, 4, &err), 0);
 	kernels_thread_init();
+	x->device = NULL;
+	if (getenv("OCTET_TEST_PLUGIN") == NULL)
+		return;
+	setenv("OCTET_PLUGIN", getenv("OCTET_TEST_PLUGIN"), 1);
+	if (device_open(&x->device, "cuda", 0, &err) != 0 ||
+	    device_load(x->device, x->m, &x->kv, 4, &(struct device_options){.nested = getenv("OCTET_TEST_NESTED") != NULL}, &err) != 0)
+		fail_msg("%s", err.text);
+	forward_use_device(x->f, x->device);
 }
 
 static void
 close_model(struct fixture *x)
 {
 	forward_free(&x->f);
+	device_close(&x->device);
 	kv_free(&x->kv);
 	model_free(&x->m);
 }
@@ -309,8 +320,10 @@ check_tiny(const char *name)
 	open_model(&one, scratch);
 	write_tiny(golden, true);
 	open_model(&cut, scratch);
-	forward_free(&cut.f);
-	assert_int_equal(forward_new(&cut.f, cut.m, kernels_select("ref", why, sizeof(why)), NULL, &cut.kv, 4, NULL), 0);
+	if (cut.device == NULL) {
+		forward_free(&cut.f);
+		assert_int_equal(forward_new(&cut.f, cut.m, kernels_select("ref", why, sizeof(why)), NULL, &cut.kv, 4, NULL), 0);
+	}
 	n = json_array_size(tokens) * one.m->shape.vocab;
 	for (size_t i = 0; i < N_TINY_PLANS; i++) {
 		struct plan_rule rule = {plans[i].selector, plans[i].format, 0};
@@ -322,7 +335,10 @@ check_tiny(const char *name)
 		assert_int_equal(plan_derive(&plan, NULL, one.m->shape.n_layers, &rule, 1, NULL), 0);
 		run_tiny(&one, tokens, plan, 1, a);
 		run_tiny(&cut, tokens, plan, 4, b);
-		assert_memory_equal(a, b, n * sizeof(*a));
+		if (cut.device == NULL)
+			assert_memory_equal(a, b, n * sizeof(*a));
+		else if ((worst = worst_logit(golden, plans[i].name, b, one.m->shape.vocab)) > tiny_logit[i])
+			fail_msg("%s %s: %g off with four rows", name, plans[i].name, worst);
 		worst = worst_logit(golden, plans[i].name, a, one.m->shape.vocab);
 		print_message("%s %s: largest difference of a logit %.4f\n", name, plans[i].name, worst);
 		if (worst > tiny_logit[i])
@@ -393,5 +409,7 @@ main(void)
 	/* The last model is not part of the project. */
 	if (stories == NULL || access(stories, R_OK) != 0)
 		n--;
+	if (getenv("OCTET_TEST_PLUGIN") != NULL)
+		n = 9; /* tests/e2e-cuda.sh has the trained ones */
 	return _cmocka_run_group_tests("golden", tests, n, make_scratch, remove_scratch);
 }
