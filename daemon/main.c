@@ -90,6 +90,16 @@ checkpoint_bytes(const char *dir)
 	return sum;
 }
 
+/* auto: a machine without a card, or with too small a one, serves on its CPU, and says why once. */
+static void
+fall_back(struct octetd *d, struct err *err)
+{
+	device_close(&d->device);
+	d->backend = "cpu";
+	log_info("backend", "backend=cpu why=%s", LOG_Q(err->text));
+	*err->text = '\0';
+}
+
 /* What the card will hold, before anything is read; refused here if it is too much. */
 static int
 check_device_memory(const struct octetd *d, struct model_shape *s, const struct engine_config *cfg, struct err *err)
@@ -123,9 +133,13 @@ load_model(struct daemon *m, bool check_only, struct err *err)
 		    LOG_Q(human(checkpoint_bytes(c->model_path), a)), LOG_Q(human(c->kv_cache_bytes, b)),
 		    team_size(m->d.team), m->d.ops->name, LOG_Q(c->model_path));
 	octetd_engine_config(&m->d, c, &cfg);
-	if (m->d.device != NULL && ((rc = config_read(&shape, c->model_path, NULL, NULL, err)) != 0 ||
-	    (rc = check_device_memory(&m->d, &shape, &cfg, err)) != 0))
+	if (m->d.device != NULL && (rc = config_read(&shape, c->model_path, NULL, NULL, err)) != 0)
 		return rc;
+	if (m->d.device != NULL && (rc = check_device_memory(&m->d, &shape, &cfg, err)) != 0) {
+		if (c->backend == CONF_BACKEND_CUDA)
+			return rc;
+		fall_back(&m->d, err);
+	}
 	m->shown_us = octetd_now_us();
 	rc = model_load(&m->d.model, c->model_path, m->d.team, (uint32_t)c->max_context, c->kv_cache_bytes, check_only,
 	    check_only ? NULL : on_progress, m, err);
@@ -160,7 +174,6 @@ load_tokenizer(struct octetd *d, struct err *err)
 	return rc;
 }
 
-/* auto: a machine without a card serves on its CPU, and says why once. */
 static int
 start_backend(struct octetd *d, struct err *err)
 {
@@ -181,8 +194,7 @@ start_backend(struct octetd *d, struct err *err)
 		err_prefix(err, "%s: backend = cuda", c->file);
 		return rc;
 	}
-	log_info("backend", "backend=cpu why=%s", LOG_Q(err->text));
-	*err->text = '\0';
+	fall_back(d, err);
 	return 0;
 }
 

@@ -56,6 +56,15 @@ ok "auto without a plugin" start
 is "falls back with one line" "$(grep -c 'backend backend=cpu' "$scratch/log")" 1
 stop
 
+if [ -z "${OCTET_TEST_PLUGIN-}" ]; then
+	: >"$scratch/log"
+	OCTET_PLUGIN=$plugin OCTET_EMU_MEMORY=100000000
+	export OCTET_EMU_MEMORY
+	ok "auto with too small a card" start
+	is "falls back with one line too" "$(grep 'backend backend=cpu' "$scratch/log" | grep -c 'too small')" 1
+	stop
+	unset OCTET_EMU_MEMORY
+fi
 OCTET_PLUGIN=$plugin
 for residency in both nested; do
 	rm -rf "$scratch/state"

@@ -611,7 +611,7 @@ int
 step_find_nonfinite(struct kd_device *d, const struct kd_row *row, uint32_t *group, uint32_t *layer)
 {
 	static const uint32_t names[] = {G_Q, G_K, G_V, KD_KV_CACHE, G_O, G_GATE, G_UP, G_DOWN};
-	uint32_t none = CU_NONE, bad = CU_NONE, got;
+	uint32_t bad = CU_NONE, got;
 	char why[128];
 
 	if (__atomic_load_n(&d->failed, __ATOMIC_ACQUIRE))
@@ -619,7 +619,7 @@ step_find_nonfinite(struct kd_device *d, const struct kd_row *row, uint32_t *gro
 	cudaSetDevice(d->index);
 	find_ranges(d, row, 1);
 	d->trace = true;
-	cudaMemcpy(d->first_bad, &none, sizeof(none), cudaMemcpyHostToDevice);
+	cudaMemsetAsync(d->first_bad, 0xff, sizeof(bad), d->stream);
 	if (run_some(d, row, 1, NULL, NULL, NULL, &got, why, sizeof(why)) != 0)
 		give_up(d, why);
 	else

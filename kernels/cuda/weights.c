@@ -217,6 +217,7 @@ check(struct loader *x, cudaError_t e, const char *what)
 		x->rc = cu_failed(e, what, x->why, x->why_len);
 }
 
+/* On the stream of the kernels that read it; from memory that is not pinned, so `from` may go when it returns. */
 static void
 copy(struct loader *x, void *to, const void *from, size_t bytes)
 {
@@ -238,7 +239,7 @@ copy_list(struct loader *x, const void *from, size_t bytes)
 	if (p != NULL)
 		x->d->exc_mem[x->d->n_exc_mem++] = p;
 	if (x->rc == 0)
-		check(x, cudaMemcpy(p, from, bytes, cudaMemcpyHostToDevice), "exceptions");
+		copy(x, p, from, bytes);
 	return p;
 }
 
@@ -338,11 +339,11 @@ load_site(struct loader *x, const struct k_weight *w, struct bundle *b, uint32_t
 	}
 	for (uint32_t i = 0; i < w->n; i++)
 		t[i] = w->tensor_scale;
-	check(x, cudaMemcpy(b->scale + b->at[part], w->scale, w->n * sizeof(float), cudaMemcpyHostToDevice), "scales");
-	check(x, cudaMemcpy(b->tscale + b->at[part], t, w->n * sizeof(float), cudaMemcpyHostToDevice), "scales");
+	copy(x, b->scale + b->at[part], w->scale, w->n * sizeof(float));
+	copy(x, b->tscale + b->at[part], t, w->n * sizeof(float));
 	memset(t, 0, w->n * sizeof(*t));
 	if (b->bias != NULL)
-		check(x, cudaMemcpy(b->bias + b->at[part], bias != NULL ? bias : t, w->n * sizeof(float), cudaMemcpyHostToDevice), "bias");
+		copy(x, b->bias + b->at[part], bias != NULL ? bias : t, w->n * sizeof(float));
 	free(t);
 	load_planes(x, w, b, part);
 	if (w->n_exc == 0 || x->rc != 0)

@@ -46,7 +46,15 @@ emu_enqueue(cudaStream_t s, work w)
 #define POISON 0xff /* NaN in every format here */
 
 static std::map<void *, size_t> blocks;
-static size_t used, most = (size_t)64 << 30;
+static size_t used;
+
+static size_t
+most(void)
+{
+	const char *limit = getenv("OCTET_EMU_MEMORY");
+
+	return limit != nullptr ? strtoull(limit, nullptr, 10) : (size_t)64 << 30;
+}
 
 static void
 die(const char *what)
@@ -59,13 +67,10 @@ extern "C" {
 cudaError_t
 cudaMalloc(void **p, size_t n)
 {
-	const char *limit = getenv("OCTET_EMU_MEMORY");
 	unsigned char *m;
 
 	*p = nullptr;
-	if (limit != nullptr)
-		most = strtoull(limit, nullptr, 10);
-	if (n > most || used > most - n)
+	if (used + n > most())
 		return last_error = cudaErrorMemoryAllocation;
 	m = static_cast<unsigned char *>(aligned_alloc(256, (n + 2 * GUARD + 255) & ~(size_t)255));
 	if (m == nullptr)
@@ -116,7 +121,7 @@ cudaMemsetAsync(void *to, int v, size_t n, cudaStream_t s)
 	emu_enqueue(s, [=] { memset(to, v, n); });
 	return cudaSuccess;
 }
-cudaError_t cudaMemGetInfo(size_t *f, size_t *t) { *t = most; *f = most - used; return cudaSuccess; }
+cudaError_t cudaMemGetInfo(size_t *f, size_t *t) { *t = most(); *f = *t - used; return cudaSuccess; }
 
 /* ---- the device ---- */
 
