@@ -297,8 +297,8 @@ print_result(const json_t *r)
 	json_array_foreach(json_object_get(r, "corpora"), i, c)
 		printf("%-11s %s, %lld bytes\n", str(c, "kind"), str(c, "file"), (long long)num(c, "bytes"));
 	if (step != NULL)
-		printf("decode step %.1f  ->  %.1f us at batch 1 (saves %.1f)\n", real(step, "baseline"), real(step, "candidate"),
-		    real(step, "saved"));
+		printf("decode step %.1f  ->  %.1f us at batch 1 (saves %.1f +- %.1f)\n", real(step, "baseline"),
+		    real(step, "candidate"), real(step, "saved"), real(step, "saved_error"));
 	if (json_object_get(r, "text") != NULL)
 		print_text(json_object_get(r, "text"));
 	if (json_object_get(r, "task") != NULL)
@@ -452,7 +452,8 @@ struct trial {
 	char selector[64];
 	char group[32];
 	int layer;         /* -1: all, or none */
-	double kl, ppl, top1, saved; /* ppl: change in per cent; saved: us of a decode step */
+	double kl, ppl, top1; /* ppl: change in per cent */
+	double saved, error;  /* us of a decode step, and its standard error */
 	json_int_t id;
 	bool chosen;
 };
@@ -526,10 +527,18 @@ read_trial(struct trial *t, const json_t *r)
 	t->ppl = deep(r, "text", "perplexity", "change_percent");
 	t->top1 = deep(r, "text", "top1", NULL);
 	t->saved = deep(r, "step_us", "saved", NULL);
+	t->error = deep(r, "step_us", "saved_error", NULL);
 	t->id = num(r, "id");
 }
 
-/* Divergence per microsecond saved; less than half a microsecond cannot be told from nothing. */
+/* Less than half a microsecond, or two standard errors, cannot be told from nothing. */
+static bool
+saves(const struct trial *t)
+{
+	return t->saved >= fmax(LEAST_SAVED, 2 * t->error);
+}
+
+/* Divergence per microsecond saved. */
 static double
 price(const struct trial *t)
 {
@@ -580,7 +589,7 @@ choose(struct sweep *s, struct err *err)
 	int rc = 0;
 
 	for (size_t i = s->n; i-- > 0;) {
-		s->t[i].chosen = s->t[i].saved >= LEAST_SAVED && sum + cost(s, &s->t[i]) <= budget(s);
+		s->t[i].chosen = saves(&s->t[i]) && sum + cost(s, &s->t[i]) <= budget(s);
 		sum += s->t[i].chosen ? cost(s, &s->t[i]) : 0;
 	}
 	for (size_t dearest = 0; rc == 0;) {
@@ -610,12 +619,12 @@ choose(struct sweep *s, struct err *err)
 static void
 print_sweep(const struct sweep *s)
 {
-	printf("%-4s %-28s %12s %10s %8s %10s %14s\n", "rank", "flipped alone", "KL mean", "ppl", "top-1", "saved us", "KL per us");
+	printf("%-4s %-28s %12s %10s %8s %17s %14s\n", "rank", "flipped alone", "KL mean", "ppl", "top-1", "saved us", "KL per us");
 	for (size_t i = 0; i < s->n; i++) {
 		const struct trial *t = &s->t[i];
 
-		printf("%-4zu %-28s %12.8f %+8.3f %% %6.2f %% %10.2f %14.3e%s\n", i + 1, t->rule, t->kl, t->ppl, 100 * t->top1,
-		    t->saved, price(t), t->chosen ? "  chosen" : t->saved < LEAST_SAVED ? "  saves nothing" : "");
+		printf("%-4zu %-28s %12.8f %+8.3f %% %6.2f %% %8.2f +- %5.2f %14.3e%s\n", i + 1, t->rule, t->kl, t->ppl, 100 * t->top1,
+		    t->saved, t->error, price(t), t->chosen ? "  chosen" : !saves(t) ? "  saves nothing" : "");
 	}
 }
 
@@ -654,9 +663,9 @@ sweep_json(const struct sweep *s)
 	for (size_t i = 0; i < s->n; i++) {
 		const struct trial *t = &s->t[i];
 
-		json_array_append_new(list, json_pack("{s:s,s:s,s:f,s:f,s:f,s:f,s:b,s:I}", "selector", t->selector, "format",
+		json_array_append_new(list, json_pack("{s:s,s:s,s:f,s:f,s:f,s:f,s:f,s:b,s:I}", "selector", t->selector, "format",
 		    strrchr(t->rule, '=') + 1, "kl_mean", t->kl, "change_percent", t->ppl, "top1", t->top1, "saved_us", t->saved,
-		    "chosen", t->chosen, "eval", t->id));
+		    "saved_error_us", t->error, "chosen", t->chosen, "eval", t->id));
 		if (t->chosen)
 			json_array_append_new(rules, json_string(t->rule));
 	}

@@ -25,7 +25,7 @@
 #define ALONE 8u         /* requests of a task at a time, */
 #define BESIDE 1u        /* beside live ones */
 #define CONTEXT 512u
-#define TIME_ROUNDS 200u
+#define TIME_ROUNDS 600u
 #define TIME_SECONDS 4
 #define WORST 10u
 
@@ -555,16 +555,12 @@ start_chunks(struct eval *e)
 static void
 take_timing(struct eval *e, struct probe *p)
 {
-	float *diff = malloc((p->rounds_run + 1) * sizeof(*diff));
+	struct measure_step t;
 
 	e->timing = NULL;
-	for (uint32_t i = 0; diff != NULL && i < p->rounds_run; i++)
-		diff[i] = p->us[0][i] - p->us[1][i];
-	if (diff != NULL)
-		e->step = json_pack("{s:f,s:f,s:f,s:i}", "saved", measure_median(diff, p->rounds_run), "baseline",
-		    measure_median(p->us[0], p->rounds_run), "candidate", measure_median(p->us[1], p->rounds_run), "rounds",
-		    (int)p->rounds_run);
-	free(diff);
+	measure_steps(p->us[0], p->us[1], p->rounds_run, &t);
+	e->step = json_pack("{s:f,s:f,s:f,s:f,s:i}", "saved", t.saved, "saved_error", t.error, "baseline", t.us[0], "candidate",
+	    t.us[1], "rounds", (int)p->rounds_run);
 }
 
 static void

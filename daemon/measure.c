@@ -21,13 +21,51 @@ by_float(const void *pa, const void *pb)
 	return a < b ? -1 : a > b;
 }
 
-double
-measure_median(float *v, uint32_t n)
+/* Standard error of the mean of n values from their sum and sum of squares. */
+static double
+mean_error(double sum, double squares, size_t n)
 {
-	if (n == 0)
-		return 0;
+	double mean = sum / (double)n, var = squares / (double)n - mean * mean;
+
+	return n > 1 && var > 0 ? sqrt(var / (double)(n - 1)) : 0;
+}
+
+/* Sorts n values. */
+static double
+lower_quartile(float *v, uint32_t n)
+{
 	qsort(v, n, sizeof(*v), by_float);
-	return n % 2 == 1 ? v[n / 2] : ((double)v[n / 2 - 1] + v[n / 2]) / 2;
+	return v[n / 4];
+}
+
+#define BLOCKS 12u
+
+void
+measure_steps(const float *baseline, const float *candidate, uint32_t n, struct measure_step *out)
+{
+	float v[2][1024];
+	double sum = 0, squares = 0;
+	uint32_t blocks = n < 4 * BLOCKS ? 1 : BLOCKS;
+
+	*out = (struct measure_step){0};
+	n = n < 1024 ? n : 1024;
+	if (n == 0)
+		return;
+	for (uint32_t b = 0; b < blocks; b++) {
+		uint32_t first = b * n / blocks, len = (b + 1) * n / blocks - first;
+		double d;
+
+		memcpy(v[0], baseline + first, len * sizeof(float));
+		memcpy(v[1], candidate + first, len * sizeof(float));
+		d = lower_quartile(v[0], len) - lower_quartile(v[1], len);
+		sum += d, squares += d * d;
+	}
+	out->saved = sum / blocks;
+	out->error = mean_error(sum, squares, blocks);
+	memcpy(v[0], baseline, n * sizeof(float));
+	memcpy(v[1], candidate, n * sizeof(float));
+	out->us[0] = lower_quartile(v[0], n);
+	out->us[1] = lower_quartile(v[1], n);
 }
 
 static double
@@ -36,15 +74,6 @@ quantile(const double *sorted, size_t n, double q)
 	size_t rank = (size_t)ceil(q * (double)n);
 
 	return sorted[rank > 0 ? rank - 1 : 0];
-}
-
-/* Standard error of the mean of n values from their sum and sum of squares. */
-static double
-mean_error(double sum, double squares, size_t n)
-{
-	double mean = sum / (double)n, var = squares / (double)n - mean * mean;
-
-	return n > 1 && var > 0 ? sqrt(var / (double)(n - 1)) : 0;
 }
 
 json_t *

@@ -15,5 +15,10 @@ uint32_t measure_edit_distance(const char *a, const char *b);
 uint32_t measure_word_errors(const char *a, const char *b);
 /* McNemar's exact test, two-sided: b and c pairs changed, one way and the other. */
 double measure_mcnemar(uint32_t b, uint32_t c);
-double measure_median(float *v, uint32_t n); /* sorts; 0 of none */
+/* Step times, us, of n rounds of both sides. What disturbs a step only adds to it, so a step takes what its lower quartile
+ * says; saved is the mean over blocks of rounds of the difference, error its standard error (0: too few rounds). */
+struct measure_step {
+	double us[2], saved, error;
+};
+void measure_steps(const float *baseline, const float *candidate, uint32_t n, struct measure_step *out);
 #endif

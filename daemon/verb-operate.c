@@ -17,6 +17,9 @@ set_drained(struct octetd *d, struct call *call, bool drained)
 {
 	const struct peer *p = call_peer(call);
 
+	/* Whoever waits for the drain asks again and again. */
+	if (d->drained == drained)
+		return;
 	d->drained = drained;
 	server_drain(d->server, drained || d->draining);
 	log_info(drained ? "drain" : "resume", "uid=%u pid=%d program=%s in_flight=%u", p->uid, (int)p->pid, LOG_Q(p->program),

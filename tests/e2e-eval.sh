@@ -63,7 +63,7 @@ is "and no result is kept" "$(octetctl evals list --json | jq length)" "$n"
 octetctl sweep --text "$scratch/text" >/dev/null 2>&1 &
 client=$!
 three() { [ "$(octetctl evals list --all --json | jq length)" -ge $((n + 3)) ]; }
-ok "a sweep runs" wait_for 60 three
+ok "a sweep runs" wait_for 300 three
 kill -INT $client
 wait $client
 had=$(octetctl evals list --all --json | jq length)

@@ -91,6 +91,29 @@ test_alarm(void **state)
 	}
 }
 
+/* What a busy machine adds to some steps says nothing of what a step takes; a difference comes with its error. */
+static void
+test_steps(void **state)
+{
+	float us[2][600];
+	struct measure_step t;
+	uint64_t at = 7;
+
+	(void)state;
+	for (uint32_t i = 0; i < 600; i++)
+		for (int s = 0; s < 2; s++) {
+			at = at * 6364136223846793005u + 1442695040888963407u;
+			us[s][i] = (float)(100 - 3 * s + (double)(at >> 40) / (1 << 24) + ((at >> 33) % 3 == 0 ? 500 : 0));
+		}
+	measure_steps(us[0], us[1], 600, &t);
+	assert_true(fabs(t.us[0] - 100.4) < 0.3 && fabs(t.us[1] - 97.4) < 0.3);
+	assert_true(t.error > 0 && t.error < 0.2 && fabs(t.saved - 3) < 4 * t.error);
+	measure_steps(us[0], us[0], 600, &t);
+	assert_true(t.saved == 0 && t.error == 0);
+	measure_steps(us[0], us[1], 0, &t);
+	assert_true(t.us[0] == 0 && t.saved == 0);
+}
+
 int
 main(void)
 {
@@ -100,6 +123,7 @@ main(void)
 		cmocka_unit_test(test_scores),
 		cmocka_unit_test(test_no_false_alarm),
 		cmocka_unit_test(test_alarm),
+		cmocka_unit_test(test_steps),
 	};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);

@@ -53,8 +53,8 @@ struct engine {
 	bool sleeping, stop;
 	struct request *posted, **posted_end;
 	struct flip *flips, **flips_end;
-	bool new_cfg_set;
-	struct engine_config new_cfg;
+	bool new_cfg;
+	struct engine_config front_cfg; /* the front's, which alone writes it; cfg becomes it where new_cfg says so */
 	struct request *finished, **finished_end;
 	struct flip *applied, **applied_end;
 	struct probe *probes_posted, **probes_posted_end, *probes_done, **probes_done_end;

@@ -120,9 +120,9 @@ take_mail(struct engine *e)
 	e->posted = NULL, e->posted_end = &e->posted;
 	e->probes_posted = NULL, e->probes_posted_end = &e->probes_posted;
 	e->flips = NULL, e->flips_end = &e->flips;
-	if (e->new_cfg_set) {
-		e->cfg = e->new_cfg;
-		e->new_cfg_set = false;
+	if (e->new_cfg) {
+		e->cfg = e->front_cfg;
+		e->new_cfg = false;
 	}
 	pthread_mutex_unlock(&e->lock);
 
@@ -312,7 +312,7 @@ engine_new(struct engine **out, const struct model *m, const struct k_ops *ops, 
 	*out = NULL;
 	if (e == NULL)
 		return err_set(err, -ENOMEM, "no memory for the engine");
-	e->m = m, e->ops = ops, e->team = team, e->cfg = *cfg, e->epoch = epoch;
+	e->m = m, e->ops = ops, e->team = team, e->cfg = e->front_cfg = *cfg, e->epoch = epoch;
 	e->max_seqs = cfg->max_batch < cfg->max_batch_tokens ? cfg->max_batch : cfg->max_batch_tokens;
 	e->plan = plan_ref(plan);
 	e->posted_end = &e->posted, e->flips_end = &e->flips;
@@ -384,8 +384,8 @@ most_pages(const struct engine *e, uint32_t tokens)
 {
 	uint32_t window = e->m->shape.window;
 
-	if (window != 0 && tokens > window + e->cfg.max_batch_tokens + KV_PAGE_TOKENS)
-		tokens = window + e->cfg.max_batch_tokens + KV_PAGE_TOKENS;
+	if (window != 0 && tokens > window + e->front_cfg.max_batch_tokens + KV_PAGE_TOKENS)
+		tokens = window + e->front_cfg.max_batch_tokens + KV_PAGE_TOKENS;
 	return (uint64_t)kv_blocks_for(tokens) * 2 * e->m->shape.n_layers;
 }
 
@@ -417,8 +417,8 @@ engine_submit(struct engine *e, struct request *r, struct err *err)
 	if (most_pages(e, n_max) > e->kv.n_pages)
 		return err_set(err, -E2BIG, "%u tokens of prompt and output: the KV cache holds %llu", n_max,
 		    (unsigned long long)(e->kv.n_pages / (2 * e->m->shape.n_layers)) * KV_PAGE_TOKENS);
-	if (__atomic_load_n(&e->n_queued, __ATOMIC_RELAXED) >= e->cfg.max_queue)
-		return err_set(err, -EBUSY, "busy: %u requests are queued", e->cfg.max_queue);
+	if (__atomic_load_n(&e->n_queued, __ATOMIC_RELAXED) >= e->front_cfg.max_queue)
+		return err_set(err, -EBUSY, "busy: %u requests are queued", e->front_cfg.max_queue);
 
 	s = calloc(1, sizeof(*s));
 	if (s == NULL)
@@ -472,17 +472,19 @@ engine_flip(struct engine *e, struct flip *f)
 void
 engine_configure(struct engine *e, const struct engine_config *cfg)
 {
-	pthread_mutex_lock(&e->lock);
-	e->new_cfg = *cfg;
+	struct engine_config next = *cfg;
+
 	/* What buffers were sized by stays. */
-	e->new_cfg.max_batch_tokens = e->cfg.max_batch_tokens;
-	e->new_cfg.max_batch = e->cfg.max_batch;
-	e->new_cfg.kv_bytes = e->cfg.kv_bytes;
-	e->new_cfg.threads = e->cfg.threads;
-	e->new_cfg.device = e->cfg.device;
+	next.max_batch_tokens = e->front_cfg.max_batch_tokens;
+	next.max_batch = e->front_cfg.max_batch;
+	next.kv_bytes = e->front_cfg.kv_bytes;
+	next.threads = e->front_cfg.threads;
+	next.device = e->front_cfg.device;
 	if (e->cfg.device != NULL)
-		e->new_cfg.evidence_steps = 0;
-	e->new_cfg_set = true;
+		next.evidence_steps = 0;
+	pthread_mutex_lock(&e->lock);
+	e->front_cfg = next;
+	e->new_cfg = true;
 	post(e);
 	pthread_mutex_unlock(&e->lock);
 }

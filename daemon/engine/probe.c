@@ -175,7 +175,7 @@ engine_probe(struct engine *e, struct probe *p, struct err *err)
 	uint64_t pages = 0;
 
 	if (p->n < 2 || p->n > e->m->shape.max_context || (p->kind == PROBE_SCORE && p->from >= p->n) ||
-	    (p->kind == PROBE_TIME && (p->rows == 0 || p->rows > p->n || p->rows > e->cfg.max_batch_tokens)))
+	    (p->kind == PROBE_TIME && (p->rows == 0 || p->rows > p->n || p->rows > e->front_cfg.max_batch_tokens)))
 		return err_set(err, -EINVAL, "%u tokens: the context holds 2 to %u", p->n, e->m->shape.max_context);
 	for (int s = 0; s < N_SIDES; s++)
 		pages += (uint64_t)kv_blocks_for(p->n) * kv_block_pages(p->plan[s], layers);
@@ -183,7 +183,7 @@ engine_probe(struct engine *e, struct probe *p, struct err *err)
 		return err_set(err, -E2BIG, "%u tokens under two plans: the KV cache holds %u", p->n,
 		    e->kv.n_pages / (4 * layers) * KV_PAGE_TOKENS);
 	rows = (uint32_t)(LOGITS_BYTES / ((size_t)vocab * sizeof(float)));
-	rows = rows < 1 ? 1 : rows < e->cfg.max_batch_tokens ? rows : e->cfg.max_batch_tokens;
+	rows = rows < 1 ? 1 : rows < e->front_cfg.max_batch_tokens ? rows : e->front_cfg.max_batch_tokens;
 	p->chunk_max = rows < p->n ? rows : p->n;
 	if (p->kind == PROBE_SCORE)
 		p->logits = malloc((size_t)p->chunk_max * vocab * sizeof(float));
@@ -414,17 +414,19 @@ after_time(struct engine *e, struct probe *p, bool timing, double ms)
 {
 	int side = p->side;
 
-	p->side = !side;
+	p->half = !p->half;
+	/* A round begins with the side that ended the one before: what drifts hits both alike. */
+	if (p->half)
+		p->side = !side;
 	if (!timing) {
-		if (side == SIDE_CANDIDATE)
+		if (!p->half)
 			p->n_run += p->chunk, p->chunk = 0;
 		return;
 	}
 	p->us[side][p->rounds_run] = (float)(ms * 1e3);
 	p->seconds -= ms / 1e3;
-	if (side != SIDE_CANDIDATE)
+	if (p->half)
 		return;
-	/* The first round opened pages and warmed the caches. */
 	if (++p->rounds_run == p->rounds || p->seconds <= 0)
 		finish(e, &e->probes, 0);
 }

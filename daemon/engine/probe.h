@@ -58,6 +58,7 @@ struct probe {
 	uint32_t cancelled;         /* atomic */
 	struct kv_seq kv[N_SIDES];
 	float *logits;              /* [chunk_max, vocab] of the baseline */
+	bool half;                  /* PROBE_TIME: the round has one side yet to run */
 	uint32_t chunk_max, chunk;  /* rows of the pass that is under way, 0: none */
 	uint32_t n_run, n_scored;   /* positions; n_scored survives preemption */
 	int side;
