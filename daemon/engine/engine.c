@@ -480,7 +480,7 @@ engine_configure(struct engine *e, const struct engine_config *cfg)
 	next.kv_bytes = e->front_cfg.kv_bytes;
 	next.threads = e->front_cfg.threads;
 	next.device = e->front_cfg.device;
-	if (e->cfg.device != NULL)
+	if (next.device != NULL)
 		next.evidence_steps = 0;
 	pthread_mutex_lock(&e->lock);
 	e->front_cfg = next;
@@ -555,11 +555,11 @@ engine_executed(const struct engine *e, const struct plan *p, enum plan_group g,
 	enum plan_format f = plan_at(p, g, layer);
 
 	/* The CPU runs every format at every site. */
-	return e->cfg.device != NULL ? device_executes(e->cfg.device, g, layer, f) : f;
+	return e->front_cfg.device != NULL ? device_executes(e->front_cfg.device, g, layer, f) : f;
 }
 
 struct device *
 engine_device(const struct engine *e)
 {
-	return e->cfg.device;
+	return e->front_cfg.device;
 }
