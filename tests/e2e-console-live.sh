@@ -136,8 +136,14 @@ octet complete --json --max-tokens 4 secretsecret >/dev/null
 is "no prompt is in it" "$("$console" --batch --view log --width 240 | grep -c secretsecret)" 0
 keys 4
 ok "evals: none yet" shows 'none; :eval'
-octetctl eval --candidate fp8 --text "$srcdir/models/proof/README.md" >/dev/null
-ok "an eval" shows 'bf16 -> fp8 '
+keys : "eval --candidate fp8 --text $srcdir/models/proof/README.md" Enter
+shows 'eval --candidate'
+keys Escape
+ok "an eval beside the screen" shows ' bf16 -> fp8 '
+ok "it is said when it is done" shows '^done \(! shows it\): :eval'
+keys !
+ok "what it said" shows 'plans +bf16 +-> +fp8'
+keys Enter
 octetctl sweep --text "$srcdir/models/proof/README.md" >/dev/null
 keys 1 c Space
 ok "the sweep's numbers in the question" shows 'KL .* added up|KL .*sweep of'
@@ -183,6 +189,7 @@ for try in 1 2 3 4 5; do
 		keys U
 	fi
 	wait_for 3 faster "$slow" && faster=yes && break
+	echo "# try $try: $slow tokens/s before, $(rate) after; load $(cut -d' ' -f1 /proc/loadavg)"
 	keys u
 	shows '^> +3 fp8t   fp8t   fp8t   fp8t   fp8t '
 done

@@ -113,6 +113,7 @@ press lists "end, G" G '── Epoch 1 ─'
 press lists "home, g" g '── Epoch 8 ─'
 press lists "page down" NPage '── Epoch 1 ─'
 press lists "page up" PPage '── Epoch 8 ─'
+press all '!' '!' 'no command was run yet'
 press all / / '^/'
 keys guardrail Enter
 ok "search" shows '── Epoch 5 ─'
@@ -180,7 +181,7 @@ ok ":select" shows 'selector, 3 sites: mlp.\*@3$'
 keys : 'theme mono' Enter : 'rate 100' Enter 1
 shows '\[1 Precision\]'
 for name in "y" "n, esc" "space, right" "left" "c"; do pressed question "$name"; done                             # e2e-console-live.sh
-for name in "up, k" "down, j" "page up" "page down" "home, g" "end, G" "q, esc"; do pressed output "$name"; done # and these
+for name in "up, k" "down, j" "page up" "page down" "home, g" "end, G" "esc, enter" "q"; do pressed output "$name"; done # and these
 pressed all '^Z'
 press all "q, F10" q '^left with 0'
 "$console" --keys | cut -f1,2 | sort -u >"$scratch/keys"

@@ -316,7 +316,7 @@ text_number(double v, char buf[NUMBER_TEXT])
 	}
 	while (a >= 999.5 && u < 5)
 		a /= 1000, v /= 1000, u++;
-	while (a > 0 && a < 0.0995 && d < 3)
+	while (a > 0 && a < (d == 0 ? 0.0995 : 0.995) && d < 3)
 		a *= 1000, v *= 1000, d++;
 	if (u == 0 && d == 0)
 		snprintf(buf, NUMBER_TEXT, a >= 99.95 || v == (int)v ? "%.0f" : a < 1 ? "%.2f" : "%.1f", v);

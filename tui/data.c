@@ -10,6 +10,7 @@
 
 #define LATEST_US ((int64_t)1 << 52) /* in 2112 */
 #define EFFECT_S 10
+#define SMOOTH_S 3.0
 
 void
 data_init(struct data *d)
@@ -283,16 +284,18 @@ static void
 take_clients(struct data *d, const struct octet_page *was)
 {
 	const struct octet_page *p = &d->page;
-	double seconds = (double)(p->updated_us - was->updated_us) / 1e6;
+	double seconds = (double)(p->updated_us - was->updated_us) / 1e6, rate[PAGE_CLIENTS] = {0}, share;
 
-	for (uint32_t i = 0; i < p->n_clients; i++) {
-		double rate = 0;
-
-		for (uint32_t k = 0; k < was->n_clients && seconds > 0; k++)
+	if (seconds <= 0)
+		return;
+	/* A client's tokens are counted when its request ends: in jumps. */
+	share = 1 - exp(-seconds / SMOOTH_S);
+	for (uint32_t i = 0; i < p->n_clients; i++)
+		for (uint32_t k = 0; k < was->n_clients; k++)
 			if (was->client[k].id == p->client[i].id && p->client[i].tokens >= was->client[k].tokens)
-				rate = (double)(p->client[i].tokens - was->client[k].tokens) / seconds;
-		d->client_rate[i] = rate;
-	}
+				rate[i] = (1 - share) * d->client_rate[k] +
+				    share * (double)(p->client[i].tokens - was->client[k].tokens) / seconds;
+	memcpy(d->client_rate, rate, sizeof(rate));
 }
 
 bool

@@ -35,7 +35,7 @@ struct data {
 	} bin[DATA_SECONDS]; /* by second % DATA_SECONDS */
 	char log[DATA_LOG][PAGE_LOG_LINE]; /* the i-th ever at i % DATA_LOG */
 	uint64_t n_log;
-	double client_rate[PAGE_CLIENTS]; /* tokens/s of page.client[i] */
+	double client_rate[PAGE_CLIENTS]; /* tokens/s of page.client[i], smoothed */
 };
 
 void data_init(struct data *);

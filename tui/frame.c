@@ -25,7 +25,7 @@ draw_badges(const struct ui *ui, const struct pane *p)
 		{ui->data.link == LINK_DOWN, STYLE_BAD, "DISCONNECTED"}, {ui->data.link == LINK_STALE, STYLE_BAD, "STANDS STILL"},
 		{!ui->live, STYLE_WARN, "REPLAY"}, {ui->live && ui->read_only, STYLE_WARN, "READ ONLY"}, {ui->paused, STYLE_WARN, "PAUSED"},
 		{d->draining != 0, STYLE_WARN, "DRAINING"}, {d->unjournaled > 0, STYLE_BAD, "UNJOURNALED"},
-		{d->unconfirmed_epoch != 0, STYLE_WARN, wait},
+		{d->unconfirmed_epoch != 0, STYLE_WARN, wait}, {ui->pager.running && ui->mode != MODE_PAGER, STYLE_WARN, "COMMAND RUNS"},
 	};
 	int x = p->width - 13;
 

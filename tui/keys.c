@@ -172,6 +172,7 @@ const struct key view_keys[] = {
 	{{'r'}, "r", "roll back: choose an epoch in History", act_rollback, 0},
 	{{'K'}, "K", "keep a change that waits for its confirmation", act_keep, 0},
 	{{':'}, ":", "a command: every verb of octetctl, and view, select, theme, rate, quit", act_prompt, ':'},
+	{{'!'}, "!", "what the last command said, or says", act_output, 0},
 	{{'/'}, "/", "search", act_prompt, '/'},
 	{{'n'}, "n", "search on", act_search_next, 1},
 	{{'N'}, "N", "search backwards", act_search_next, -1},

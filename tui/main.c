@@ -38,12 +38,18 @@ struct console {
 	long count, width, height;
 };
 
-static volatile sig_atomic_t stop_signal;
+static volatile sig_atomic_t stop_signal, suspend_signal;
 
 static void
 on_stop(int sig)
 {
 	stop_signal = sig;
+}
+
+static void
+on_suspend(int sig)
+{
+	suspend_signal = sig;
 }
 
 static int
@@ -309,7 +315,7 @@ wait_for_something(struct console *c, int64_t next_ms, struct pollfd p[3])
 	p[1] = (struct pollfd){.fd = call_fd(), .events = POLLIN};
 	p[2] = (struct pollfd){.fd = job_fd(), .events = POLLIN};
 	sigemptyset(&open);
-	if (stop_signal == 0 && ppoll(p, 3, &ts, &open) < 0)
+	if (stop_signal == 0 && suspend_signal == 0 && ppoll(p, 3, &ts, &open) < 0)
 		p[0].revents = p[1].revents = p[2].revents = 0;
 	/* The terminal went, and no SIGHUP said so. */
 	if (p[0].revents & (POLLHUP | POLLERR | POLLNVAL))
@@ -342,21 +348,26 @@ loop(struct console *c)
 		carry_out(c, r);
 		/* A resize interrupts the wait and is a key of curses. */
 		carry_out(c, take_keys(c));
+		if (suspend_signal != 0) {
+			suspend_signal = 0;
+			carry_out(c, REACT_SUSPEND);
+		}
 	}
 }
 
 static void
 catch_signals(void)
 {
-	struct sigaction sa = {.sa_handler = on_stop};
+	struct sigaction sa = {.sa_handler = on_stop}, suspend = {.sa_handler = on_suspend};
 	sigset_t stop;
 
 	sigemptyset(&stop);
-	sigaddset(&stop, SIGINT), sigaddset(&stop, SIGTERM), sigaddset(&stop, SIGHUP);
+	sigaddset(&stop, SIGINT), sigaddset(&stop, SIGTERM), sigaddset(&stop, SIGHUP), sigaddset(&stop, SIGTSTP);
 	sigprocmask(SIG_BLOCK, &stop, NULL);
 	sigaction(SIGINT, &sa, NULL);
 	sigaction(SIGTERM, &sa, NULL);
 	sigaction(SIGHUP, &sa, NULL);
+	sigaction(SIGTSTP, &suspend, NULL); /* before curses, whose handler would do in a signal what the loop does */
 	signal(SIGPIPE, SIG_IGN);
 }
 
@@ -365,12 +376,12 @@ run_screen(struct console *c)
 {
 	struct err err = {""};
 
+	catch_signals();
 	if (screen_open(&err) != 0)
 		return fail(err.text);
-	catch_signals();
 	screen_theme(c->ui.theme);
 	screen_mouse(c->ui.mouse);
-	carry_out(c, ui_open_view(&c->ui, c->ui.view));
+	carry_out(c, read_snapshot(c) | ui_open_view(&c->ui, c->ui.view));
 	loop(c);
 	screen_close();
 	job_stop();

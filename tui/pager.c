@@ -45,11 +45,15 @@ ui_output(struct ui *ui, const char *text, size_t len, int status)
 	add_text(g, text, len);
 	if (status >= 0)
 		g->running = false, g->status = status;
+	if (status < 0)
+		return REACT_DRAW;
 	/* One line that says all there is needs no box. */
-	if (status == 0 && ui->mode == MODE_PAGER && g->len > 0 && strchr(g->text, '\n') == g->text + g->len - 1) {
+	if (ui->mode != MODE_PAGER)
+		ui_say(ui, status != 0, "%s (! shows it): %.200s", status == 0 ? "done" : "failed", g->title);
+	else if (status == 0 && g->len > 0 && strchr(g->text, '\n') == g->text + g->len - 1) {
 		ui_say(ui, false, "%.*s", (int)g->len - 1, g->text);
 		ui->mode = MODE_VIEW;
-	} else if (status == 0 && g->len == 0 && ui->mode == MODE_PAGER)
+	} else if (status == 0 && g->len == 0)
 		ui->mode = MODE_VIEW;
 	return REACT_DRAW;
 }
@@ -64,6 +68,27 @@ act_scroll(struct ui *ui, int arg)
 	g->top = to[arg] > last ? last : to[arg];
 	if (g->top < 0)
 		g->top = 0;
+	return REACT_DRAW;
+}
+
+static unsigned
+act_leave(struct ui *ui, int arg)
+{
+	(void)arg;
+	if (ui->pager.running)
+		ui_say(ui, false, "goes on (! shows it): %.200s", ui->pager.title);
+	ui->mode = MODE_VIEW;
+	return REACT_DRAW;
+}
+
+unsigned
+act_output(struct ui *ui, int arg)
+{
+	(void)arg;
+	if (ui->pager.text != NULL || ui->pager.running)
+		ui->mode = MODE_PAGER;
+	else
+		ui_say(ui, true, "no command was run yet");
 	return REACT_DRAW;
 }
 
@@ -88,7 +113,8 @@ const struct key pager_keys[] = {
 	{{K_NPAGE, CTRL('f'), ' '}, "page down", "a page down", act_scroll, 3},
 	{{K_HOME, 'g'}, "home, g", "to the beginning", act_scroll, 4},
 	{{K_END, 'G'}, "end, G", "to the end", act_scroll, 5},
-	{{'q', K_ESC, K_ENTER}, "q, esc", "close; stops a command that still runs", act_close, 0},
+	{{K_ESC, K_ENTER, '!'}, "esc, enter", "close; a command that still runs goes on", act_leave, 0},
+	{{'q'}, "q", "close; stops a command that still runs", act_close, 0},
 	{{0}, NULL, NULL, NULL, 0},
 };
 
@@ -131,10 +157,10 @@ void
 pager_draw(struct ui *ui, const struct pane *p)
 {
 	struct pager *g = &ui->pager;
-	char title[sizeof(g->title) + 40];
+	char title[sizeof(g->title) + 64];
 	struct pane in, none;
 
-	snprintf(title, sizeof(title), "%s%s", g->title, g->running ? ": runs, q stops it" : g->status != 0 ? ": failed" : "");
+	snprintf(title, sizeof(title), "%s%s", g->running ? "q stops it, esc lets it go on: " : g->status != 0 ? "Failed: " : "", g->title);
 	in = pane_box(p, p->height, p->width, title);
 	none = in, none.height = 0;
 	g->height = in.height, g->lines = draw_lines(g, &none, 0);

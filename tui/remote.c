@@ -10,6 +10,7 @@
 #include <string.h>
 #include <sys/prctl.h>
 #include <sys/wait.h>
+#include <termios.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -233,6 +234,29 @@ run_child(const char *socket, const char *command, int out)
 	_exit(status);
 }
 
+/* A terminal, so that lines come as they are written, and progress at all. */
+static int
+open_pty(int fd[2])
+{
+	struct termios t;
+	const char *name;
+
+	fd[0] = posix_openpt(O_RDWR | O_NOCTTY | O_CLOEXEC);
+	if (fd[0] < 0)
+		return -1;
+	name = grantpt(fd[0]) == 0 && unlockpt(fd[0]) == 0 ? ptsname(fd[0]) : NULL;
+	fd[1] = name != NULL ? open(name, O_RDWR | O_NOCTTY | O_CLOEXEC) : -1;
+	if (fd[1] < 0) {
+		close(fd[0]);
+		return -1;
+	}
+	if (tcgetattr(fd[1], &t) == 0) {
+		cfmakeraw(&t);
+		tcsetattr(fd[1], TCSANOW, &t);
+	}
+	return 0;
+}
+
 int
 job_start(const char *socket, const char *command, uint32_t *pid, struct err *err)
 {
@@ -240,7 +264,7 @@ job_start(const char *socket, const char *command, uint32_t *pid, struct err *er
 
 	if (job.fd >= 0)
 		return err_set(err, -EBUSY, "another command runs");
-	if (pipe2(fd, O_CLOEXEC) != 0)
+	if (open_pty(fd) != 0 && pipe2(fd, O_CLOEXEC) != 0)
 		return err_set(err, -errno, "pipe: %s", strerror(errno));
 	job.pid = fork();
 	if (job.pid == 0)

@@ -163,8 +163,22 @@ screen_repaint(void)
 void
 screen_suspend(void)
 {
-	/* curses' own handler puts the terminal back, stops us, and takes it again. */
+	struct sigaction stop = {.sa_handler = SIG_DFL}, own;
+	sigset_t open, was;
+
+	def_prog_mode();
+	endwin();
+	sigaction(SIGTSTP, &stop, &own);
+	sigemptyset(&open);
+	sigaddset(&open, SIGTSTP);
+	sigprocmask(SIG_UNBLOCK, &open, &was);
 	raise(SIGTSTP);
+	/* Here the shell continues us. */
+	sigprocmask(SIG_SETMASK, &was, NULL);
+	sigaction(SIGTSTP, &own, NULL);
+	reset_prog_mode();
+	screen_repaint();
+	refresh();
 }
 
 /* ---- showing ---- */

@@ -8,6 +8,7 @@
  * or knows curses; --batch, a replay and the fuzzer run all of it.
  *
  *   view-NAME.c   one view each: drawing, its keys, its entry
+ *   grid.c        layers x groups: selection, drawing
  *   frame.c       head, tabs, foot, boxes over the view
  *   keys.c        keys of all views, and which table a key goes to
  *   list.c        moving, searching and clicking in views that are lists
@@ -238,10 +239,12 @@ int command_words(char *text, char *word[MAX_WORDS]);
 bool command_own(struct ui *, char **word, int n, unsigned *reaction);
 
 /* pager.c */
+unsigned act_output(struct ui *, int arg);
 void pager_open(struct ui *, const char *title);
 void pager_draw(struct ui *, const struct pane *);
 
-/* view-precision.c */
+/* grid.c */
+int grid_draw(struct ui *, const struct pane *, enum shows); /* the row after it */
 void grid_sites(const struct ui *, struct sites *); /* what is selected */
 bool grid_select_glob(struct ui *, const char *selector); /* says why not */
 /* view-history.c */

@@ -75,7 +75,8 @@ draw(struct ui *ui, const struct pane *p)
 	list_fit(l, (int)n, p->height - 1);
 	put(p, 0, 0, STYLE_DIM, "%6s %7s %8s %-15s %5s %5s %8s %8s %8s", "id", "uid", "pid", "program", "run", "wait", "requests", "tokens",
 	    "tokens/s");
-	put(p, 0, p->width - 18, STYLE_DIM, p->width > 100 ? "sorted by %s" : "", order_name[ui->order]);
+	if (p->width > 100)
+		put(p, 0, p->width - 18, STYLE_DIM, "sorted by %s", order_name[ui->order]);
 	if (n == 0)
 		put(p, 2, 1, STYLE_DIM, "no client is connected");
 	for (uint32_t i = 0; i < n; i++)

@@ -97,7 +97,8 @@ draw_counts(struct ui *ui, const struct pane *p)
 	x = put(p, 0, x, STYLE_TEXT, ", %u run, %u wait", d->running, d->queued);
 	if (d->queue_ms > 0)
 		x = put(p, 0, x, STYLE_TEXT, " since %s", text_ms(d->queue_ms, a));
-	x = put(p, 0, x, d->preemptions > 0 ? STYLE_WARN : STYLE_DIM, "; preempted %s", text_number((double)d->preemptions, a));
+	if (d->preemptions > 0)
+		x = put(p, 0, x, STYLE_WARN, "; preempted %s", text_number((double)d->preemptions, a));
 	put(p, 0, x, STYLE_DIM, "; KV %s of %s", text_bytes((double)d->kv_bytes * (d->kv_pages > 0 ? (double)d->kv_pages_used / d->kv_pages : 0), a),
 	    text_bytes((double)d->kv_bytes, b));
 }
