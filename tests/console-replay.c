@@ -208,7 +208,7 @@ make_second(int s)
 		log_line(s, "info rollout step=start policy=fp8 percent=10 uid=1000 program=octetctl");
 	}
 	if (s == SECONDS - 1) {
-		/* On its way; and one site that the backend runs otherwise. */
+		/* A flip is on its way. */
 		p.flipping = 1;
 		for (uint32_t l = 60; l < 64 && l < n_layers; l++)
 			p.wanted[KV][l] = 1;

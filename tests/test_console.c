@@ -236,6 +236,36 @@ test_words(void **state)
 	assert_int_equal(command_words(open, word), -1);
 }
 
+/* What the grid says of sites that run otherwise than is wanted. */
+static void
+test_signs(void **state)
+{
+	struct canvas c = {.ascii = true};
+	char *text = NULL;
+	size_t size;
+	FILE *f;
+
+	(void)state;
+	make_page();
+	page.executed[0][1] = 1;
+	ui_init(&ui);
+	ui_take(&ui, &page);
+	for (int flipping = 0; flipping < 2; flipping++) {
+		page.flipping = (uint32_t)flipping, page.updated_us++;
+		ui_take(&ui, &page);
+		f = open_memstream(&text, &size);
+		assert_non_null(f);
+		assert_int_equal(canvas_resize(&c, 80, 24), 0);
+		ui_draw(&ui, &c);
+		canvas_print(&c, f);
+		fclose(f);
+		assert_non_null(strstr(text, flipping ? "      1 bf16~ " : "      1 bf16!fp8 "));
+		free(text);
+	}
+	canvas_free(&c);
+	ui_free(&ui);
+}
+
 /* What leaves the console when keys are pressed, without a daemon. */
 static void
 type(const char *keys)
@@ -305,7 +335,7 @@ int
 main(void)
 {
 	const struct CMUnitTest tests[] = {cmocka_unit_test(test_selectors), cmocka_unit_test(test_effect), cmocka_unit_test(test_rows),
-	    cmocka_unit_test(test_minutes), cmocka_unit_test(test_hostile), cmocka_unit_test(test_record), cmocka_unit_test(test_words),
+	    cmocka_unit_test(test_minutes), cmocka_unit_test(test_hostile), cmocka_unit_test(test_record), cmocka_unit_test(test_words), cmocka_unit_test(test_signs),
 	    cmocka_unit_test(test_flip)};
 
 	return cmocka_run_group_tests_name("console", tests, NULL, NULL);

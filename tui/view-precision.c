@@ -1,6 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Precision: layers x groups, what each site runs; over the same grid what each costs. */
-#include <ctype.h>
 #include <inttypes.h>
 #include <math.h>
 #include <stdlib.h>
@@ -176,8 +175,10 @@ side_changes(struct ui *ui, const struct pane *p, int y)
 		const struct page_history *h = &ui->history[i];
 		char when[NUMBER_TEXT];
 
-		put(p, y++, 1, i == 0 ? STYLE_TEXT : STYLE_DIM, "%4" PRIu64 " %s %.8s %s", h->epoch, text_time(h->time_us, when), h->program,
-		    *h->change != '\0' ? h->change : h->why);
+		bool good = strcmp(h->result, "applied") == 0;
+
+		put(p, y++, 1, !good ? STYLE_BAD : i == 0 ? STYLE_TEXT : STYLE_DIM, "%4" PRIu64 " %s %.8s %s", h->epoch,
+		    text_time(h->time_us, when), h->program, !good ? h->result : *h->change != '\0' ? h->change : h->why);
 	}
 }
 
