@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #ifndef OCTET_CTL_CMD_H
 #define OCTET_CTL_CMD_H
-/* What octetctl's files share: the options, and the verbs that are more than one request (ctl-eval.c). */
+/* What octetctl's files share: the options, and the verbs that are more than one request (ctl-eval.c).
+ * octet-console runs the same command line in a child process of its own. */
 #include <jansson.h>
 #include <stdbool.h>
 #include <stdint.h>
@@ -24,6 +25,15 @@ struct options {
 	const char *percent, *guard;
 	double budget_kl, budget_ppl; /* < 0: not given */
 };
+
+/* The whole command line; argv[0] is not used. An exit status. */
+int octetctl_main(int argc, char **argv);
+/* The i-th verb in words, for completion; false after the last. */
+struct verb_words {
+	const char *name, *args, *help;
+	bool looks; /* changes nothing, whatever its arguments */
+};
+bool octetctl_verb(size_t i, struct verb_words *);
 
 /* An exit status. */
 int cmd_eval(const struct options *, char **args, int n);

@@ -2,6 +2,7 @@
 #include "client/ctl.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <poll.h>
 #include <stdbool.h>
 #include <stdlib.h>
@@ -267,7 +268,7 @@ ctl_page(struct ctl *c, const struct octet_page **out, struct err *err)
 	json_t *request = json_pack("{s:s}", "verb", "page"), *reply = NULL;
 	struct stat st;
 	void *p;
-	int rc;
+	int rc, seals;
 
 	*out = NULL;
 	if (request == NULL)
@@ -282,6 +283,8 @@ ctl_page(struct ctl *c, const struct octet_page **out, struct err *err)
 		return err_set(err, -EPROTO, "octetd sent no status page");
 	if (fstat(c->page_fd, &st) != 0 || (uint64_t)st.st_size < sizeof(struct octet_page))
 		rc = err_set(err, -EPROTO, "the status page is too short: octetd of another version?");
+	else if ((seals = fcntl(c->page_fd, F_GET_SEALS)) < 0 || !(seals & F_SEAL_SHRINK))
+		rc = err_set(err, -EPROTO, "the status page could shrink while it is read: not sealed");
 	if (rc == 0) {
 		p = mmap(NULL, sizeof(struct octet_page), PROT_READ, MAP_SHARED, c->page_fd, 0);
 		if (p == MAP_FAILED)
@@ -336,7 +339,8 @@ void
 page_sanitise(struct octet_page *p)
 {
 	TERMINATE(p->octet_version), TERMINATE(p->model), TERMINATE(p->backend), TERMINATE(p->cpu_level);
-	TERMINATE(p->policy), TERMINATE(p->sweep_format);
+	TERMINATE(p->policy), TERMINATE(p->sweep_format), TERMINATE(p->shadow_baseline);
+	TERMINATE(p->rollout), TERMINATE(p->surge_policy), TERMINATE(p->surge_state);
 	if (p->n_layers > PAGE_LAYERS)
 		p->n_layers = PAGE_LAYERS;
 	if (p->n_groups > PAGE_GROUPS)
@@ -356,12 +360,14 @@ page_sanitise(struct octet_page *p)
 	for (uint32_t i = 0; i < PAGE_HISTORY; i++) {
 		struct page_history *h = &p->history[i];
 
-		TERMINATE(h->program), TERMINATE(h->why), TERMINATE(h->change), TERMINATE(h->result);
+		TERMINATE(h->program), TERMINATE(h->why), TERMINATE(h->change), TERMINATE(h->result), TERMINATE(h->policy);
 	}
 	for (uint32_t i = 0; i < PAGE_CLIENTS; i++)
 		TERMINATE(p->client[i].program);
 	for (uint32_t i = 0; i < PAGE_EVALS; i++)
 		TERMINATE(p->eval[i].baseline), TERMINATE(p->eval[i].candidate), TERMINATE(p->eval[i].corpus);
+	for (uint32_t i = 0; i < PAGE_LOG; i++)
+		TERMINATE(p->log[i]);
 }
 
 int

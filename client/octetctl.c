@@ -22,6 +22,7 @@ struct verb {
 	const char *list;      /* --json prints this member of the reply alone */
 	void (*show)(const json_t *reply, const struct options *);
 	int (*run)(const struct options *, char **args, int n); /* in place of one request */
+	bool looks;            /* changes nothing, whatever its arguments */
 };
 
 const char *
@@ -268,29 +269,29 @@ show_drain(const json_t *r, const struct options *o)
 }
 
 static const struct verb verbs[] = {
-	{"status", "", "what runs, where, in which formats", "", 0, 0, NULL, show_status, NULL},
-	{"plan", "[--ini]", "the active plan; --ini: as a policy section to paste", "i", 0, 0, NULL, show_plan, NULL},
+	{"status", "", "what runs, where, in which formats", "", 0, 0, NULL, show_status, NULL, true},
+	{"plan", "[--ini]", "the active plan; --ini: as a policy section to paste", "i", 0, 0, NULL, show_plan, NULL, true},
 	{"set", "[--dry-run] [--if-epoch N] [--confirm SECONDS] SELECTOR=FORMAT...", "flip sites on top of the active plan",
-	    "dec", 1, -1, NULL, show_flip, NULL},
-	{"use", "[--dry-run] [--if-epoch N] [--confirm SECONDS] POLICY", "make a policy active", "dec", 1, 1, NULL, show_flip, NULL},
-	{"confirm", "[EPOCH]", "a change made with --confirm is to stay", "", 0, 1, NULL, show_confirm, NULL},
+	    "dec", 1, -1, NULL, show_flip, NULL, false},
+	{"use", "[--dry-run] [--if-epoch N] [--confirm SECONDS] POLICY", "make a policy active", "dec", 1, 1, NULL, show_flip, NULL, false},
+	{"confirm", "[EPOCH]", "a change made with --confirm is to stay", "", 0, 1, NULL, show_confirm, NULL, false},
 	{"rollback", "[--dry-run] [--to EPOCH]", "undo the last change; repeated, walk further back", "dt", 0, 0, NULL,
-	    show_flip, NULL},
-	{"history", "[-n COUNT]", "every change: who, why, what, result", "n", 0, 0, "history", show_history, NULL},
-	{"reload", "", "read the configuration file again", "", 0, 0, NULL, show_reload, NULL},
-	{"save", "NAME", "keep the active plan as a policy", "", 1, 1, NULL, show_save, NULL},
-	{"drain", "[--timeout SECONDS]", "take no new requests; wait for those that run", "s", 0, 0, NULL, show_drain, NULL},
-	{"resume", "", "take requests again", "", 0, 0, NULL, show_drain, NULL},
+	    show_flip, NULL, false},
+	{"history", "[-n COUNT]", "every change: who, why, what, result", "n", 0, 0, "history", show_history, NULL, true},
+	{"reload", "", "read the configuration file again", "", 0, 0, NULL, show_reload, NULL, false},
+	{"save", "NAME", "keep the active plan as a policy", "", 1, 1, NULL, show_save, NULL, false},
+	{"drain", "[--timeout SECONDS]", "take no new requests; wait for those that run", "s", 0, 0, NULL, show_drain, NULL, false},
+	{"resume", "", "take requests again", "", 0, 0, NULL, show_drain, NULL, false},
 	{"eval", "--candidate POLICY [--baseline POLICY] (--text FILE | --task FILE)... [--context N] [--exclusive] "
 	    "[--stop TEXT] [--save NAME] [--dump-logits FILE]", "measure a plan against another, beside live traffic", "EBFCXNDS", 0, 0,
-	    NULL, NULL, cmd_eval},
+	    NULL, NULL, cmd_eval, false},
 	{"sweep", "[--by group|layer|site] [--format FORMAT] [--baseline POLICY] (--text FILE | --task FILE)... [--context N] "
 	    "[--budget-kl X | --budget-ppl PERCENT] [--save NAME] [--svg FILE] [--again]",
-	    "measure each flip alone; choose a policy within a budget", "BFCXNSYRKPGA", 0, 0, NULL, NULL, cmd_sweep},
-	{"evals", "[list [--all] | show ID | compare ID ID | delete ID]", "stored results", "L", 0, 3, NULL, NULL, cmd_evals},
+	    "measure each flip alone; choose a policy within a budget", "BFCXNSYRKPGA", 0, 0, NULL, NULL, cmd_sweep, false},
+	{"evals", "[list [--all] | show ID | compare ID ID | delete ID]", "stored results", "L", 0, 3, NULL, NULL, cmd_evals, false},
 	{"rollout", "[start POLICY --percent P [--by client|request] [--guard kl=0.01,agree=0.98,p99_ms=+10%] | percent P | promote | "
-	    "abort | status]", "a candidate policy for some of the requests", "QYU", 0, 2, NULL, NULL, cmd_rollout},
-	{"clients", "", "who is connected", "", 0, 0, "clients", show_clients, NULL},
+	    "abort | status]", "a candidate policy for some of the requests", "QYU", 0, 2, NULL, NULL, cmd_rollout, false},
+	{"clients", "", "who is connected", "", 0, 0, "clients", show_clients, NULL, true},
 };
 
 static void
@@ -484,8 +485,17 @@ call(const struct verb *v, const struct options *o, char **args, int n)
 	return rc != 0 || fflush(stdout) != 0;
 }
 
+bool
+octetctl_verb(size_t i, struct verb_words *out)
+{
+	if (i >= sizeof(verbs) / sizeof(*verbs))
+		return false;
+	*out = (struct verb_words){verbs[i].name, verbs[i].args, verbs[i].help, verbs[i].looks};
+	return true;
+}
+
 int
-main(int argc, char **argv)
+octetctl_main(int argc, char **argv)
 {
 	struct options o = {.if_epoch = -1, .to = -1, .limit = -1, .confirm = -1, .timeout = -1, .budget_kl = -1,
 	    .budget_ppl = -1};

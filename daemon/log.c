@@ -2,6 +2,7 @@
 #include "daemon/log.h"
 
 #include <errno.h>
+#include <pthread.h>
 #include <stdarg.h>
 #include <stdbool.h>
 #include <stdio.h>
@@ -13,6 +14,9 @@
 
 static const char *const names[] = {"error", "warn", "info", "debug"};
 static int level_now = LOG_INFO; /* atomic */
+static pthread_mutex_t kept_lock = PTHREAD_MUTEX_INITIALIZER;
+static char kept[LOG_KEPT][LOG_KEPT_LINE];
+static uint64_t n_kept; /* ever */
 
 void
 log_set_level(enum log_level level)
@@ -77,6 +81,24 @@ put_time(char *buf, size_t len)
 	return n + (size_t)snprintf(buf + n, len - n, ".%03dZ", (int)(now.tv_nsec / 1000000));
 }
 
+static void
+keep(const char *line, size_t n)
+{
+	pthread_mutex_lock(&kept_lock);
+	snprintf(kept[n_kept++ % LOG_KEPT], LOG_KEPT_LINE, "%.*s", (int)(n < LOG_KEPT_LINE ? n : LOG_KEPT_LINE - 1), line);
+	pthread_mutex_unlock(&kept_lock);
+}
+
+void
+log_recent(char out[LOG_KEPT][LOG_KEPT_LINE], uint64_t *n)
+{
+	pthread_mutex_lock(&kept_lock);
+	if (n_kept > *n)
+		memcpy(out, kept, sizeof(kept));
+	*n = n_kept;
+	pthread_mutex_unlock(&kept_lock);
+}
+
 void
 log_event(enum log_level level, const char *event, const char *fmt, ...)
 {
@@ -101,6 +123,7 @@ log_event(enum log_level level, const char *event, const char *fmt, ...)
 	for (size_t i = 0; i < n; i++)
 		if ((unsigned char)line[i] < ' ' || line[i] == 0x7f)
 			line[i] = '?';
+	keep(line, n);
 	line[n++] = '\n';
 	while (write(STDERR_FILENO, line, n) < 0 && errno == EINTR)
 		;

@@ -8,6 +8,7 @@
  * characters never reach the line. Prompts and tokens are not for logs.
  */
 #include <stddef.h>
+#include <stdint.h>
 
 enum log_level { LOG_ERROR, LOG_WARN, LOG_INFO, LOG_DEBUG };
 
@@ -20,6 +21,12 @@ __attribute__((format(printf, 3, 4))) void log_event(enum log_level, const char 
 #define log_warn(...) log_event(LOG_WARN, __VA_ARGS__)
 #define log_info(...) log_event(LOG_INFO, __VA_ARGS__)
 #define log_debug(...) log_event(LOG_DEBUG, __VA_ARGS__)
+
+/* The last lines written, for the status page: the i-th ever at i % LOG_KEPT,
+ * cut to LOG_KEPT_LINE. Copies only if there are more than *n; any thread. */
+#define LOG_KEPT 64u
+#define LOG_KEPT_LINE 240u
+void log_recent(char out[LOG_KEPT][LOG_KEPT_LINE], uint64_t *n);
 
 /* A value as key=value takes it: bare if it is a plain word, else in quotes
  * with " and \ escaped. Valid to the end of the enclosing block. */

@@ -16,6 +16,7 @@
 #include "daemon/log.h"
 #include "daemon/rollout.h"
 #include "daemon/shadow.h"
+#include "daemon/status.h"
 
 int64_t
 octetd_now_us(void)
@@ -77,6 +78,7 @@ request_finished(void *arg, const struct request *r)
 
 	rollout_take(d->rollout, r);
 	shadow_take(d->shadow, r);
+	status_take(d->status, r);
 }
 
 /* One that ran, or one of the policies that only requests use. */

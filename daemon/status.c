@@ -5,6 +5,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -13,7 +14,10 @@
 
 #include "client/page.h"
 #include "daemon/engine/evidence.h"
+#include "daemon/log.h"
 #include "daemon/octetd.h"
+#include "daemon/rollout.h"
+#include "daemon/shadow.h"
 
 #ifndef F_SEAL_FUTURE_WRITE
 #define F_SEAL_FUTURE_WRITE 0x0010
@@ -21,9 +25,19 @@
 
 #define REFRESH_MS 100u
 #define RATE_SAMPLES 11u /* ten intervals: the last second */
+#define TIMES 1024u      /* requests whose times are kept, */
+#define TIMES_NS 10000000000u /* as long as they ended in the last 10 s */
+#define SLOW_EVERY 5u    /* refreshes: what takes sorting or other modules' JSON */
+
+_Static_assert(LOG_KEPT == PAGE_LOG && LOG_KEPT_LINE == PAGE_LOG_LINE, "the page has the log as log.c keeps it");
 
 struct sample {
 	uint64_t at_ns, output, prompt;
+};
+
+struct times {
+	uint64_t at_ns;
+	float first_ms, token_ms; /* token_ms < 0: of one token only */
 };
 
 struct status {
@@ -35,6 +49,9 @@ struct status {
 	uint32_t watchers;
 	struct sample sample[RATE_SAMPLES];
 	uint32_t n_samples;
+	struct times times[TIMES];
+	uint64_t n_times;          /* ever */
+	uint64_t refreshes;
 	uint64_t seen_changes;     /* flipper_changes() + 1 the history was copied at */
 	uint64_t seen_evals;    /* the same of evals */
 };
@@ -89,10 +106,12 @@ fill_fixed(struct status *s)
 	p->weights_bytes = d->model->weights_bytes;
 	memset(p->wanted, PAGE_NONE, sizeof(p->wanted));
 	memset(p->executed, PAGE_NONE, sizeof(p->executed));
-	for (uint32_t g = 0; g < PAGE_GROUPS; g++)
+	memset(p->candidate, PAGE_NONE, sizeof(p->candidate));
+	for (uint32_t g = 0; g < PAGE_GROUPS; g++) {
+		p->group_kl[g] = -1, p->group_saved_us[g] = NAN;
 		for (uint32_t l = 0; l < PAGE_LAYERS; l++)
-			p->kl[g][l] = -1;
-	p->ttft_ms_p50 = p->ttft_ms_p99 = -1;
+			p->kl[g][l] = -1, p->saved_us[g][l] = NAN;
+	}
 }
 
 static void
@@ -118,6 +137,7 @@ fill_plan(struct status *s)
 	p->unconfirmed_epoch = flipper_unconfirmed(d->flips, &p->unconfirmed_s);
 	p->unjournaled = flipper_unjournaled(d->flips);
 	p->draining = d->draining || d->drained;
+	p->flipping = next != plan;
 }
 
 /* Over the last second, or since the first watcher came. */
@@ -152,6 +172,55 @@ fill_stats(struct status *s)
 	p->prompt_tokens = st.prompt_tokens, p->output_tokens = st.output_tokens;
 	p->step_ms_p50 = st.step_ms_p50, p->step_ms_p90 = st.step_ms_p90;
 	p->step_ms_p99 = st.step_ms_p99, p->step_ms_max = st.step_ms_max;
+	p->queue_ms = st.queue_ms;
+}
+
+/* ---- times of requests ---- */
+
+void
+status_take(struct status *s, const struct request *r)
+{
+	if (s == NULL || r->n_output == 0 || r->replay != NULL || r->done != NULL)
+		return;
+	s->times[s->n_times++ % TIMES] = (struct times){uv_hrtime(), (float)(r->first_ms - r->submitted_ms),
+	    r->n_output > 1 ? (float)((r->done_ms - r->first_ms) / (r->n_output - 1)) : -1};
+}
+
+static int
+by_float(const void *pa, const void *pb)
+{
+	float a = *(const float *)pa, b = *(const float *)pb;
+
+	return a < b ? -1 : a > b;
+}
+
+/* Of sorted ones; -1: there are none. */
+static double
+percentile(const float *v, uint32_t n, double q)
+{
+	return n > 0 ? (double)v[(uint32_t)(q * (n - 1) + 0.5)] : -1;
+}
+
+static void
+fill_times(struct status *s)
+{
+	struct octet_page *p = &s->next;
+	uint32_t n = s->n_times < TIMES ? (uint32_t)s->n_times : TIMES, n_first = 0, n_token = 0;
+	uint64_t now = uv_hrtime();
+	float first[TIMES], token[TIMES];
+
+	for (uint32_t i = 0; i < n; i++) {
+		if (now - s->times[i].at_ns > TIMES_NS)
+			continue;
+		first[n_first++] = s->times[i].first_ms;
+		if (s->times[i].token_ms >= 0)
+			token[n_token++] = s->times[i].token_ms;
+	}
+	qsort(first, n_first, sizeof(*first), by_float);
+	qsort(token, n_token, sizeof(*token), by_float);
+	p->ttft_ms_p50 = percentile(first, n_first, 0.5), p->ttft_ms_p99 = percentile(first, n_first, 0.99);
+	p->token_ms_p50 = percentile(token, n_token, 0.5), p->token_ms_p90 = percentile(token, n_token, 0.9);
+	p->token_ms_p99 = percentile(token, n_token, 0.99);
 }
 
 /* The precision lets gcc see that cutting is meant. */
@@ -179,6 +248,7 @@ fill_history(struct status *s)
 		COPY(h->why, e->r.why);
 		COPY(h->change, e->r.change);
 		COPY(h->result, e->r.unjournaled ? "unjournaled" : e->outcome);
+		COPY(h->policy, e->r.policy);
 	}
 	free(list);
 }
@@ -199,21 +269,26 @@ unix_us(const char *text)
 	return text != NULL && strptime(text, "%Y-%m-%dT%H:%M:%SZ", &tm) != NULL ? (int64_t)timegm(&tm) * 1000000 : 0;
 }
 
-/* KL of a site that a sweep flipped alone: "mlp.up_proj@3 bf16->fp8". */
+/* What a sweep flipped alone, a site or a group: "mlp.up_proj@3 bf16->fp8", "mlp.up_proj bf16->fp8". */
 static void
 fill_site(struct octet_page *p, const json_t *r, int64_t at)
 {
 	const char *change = json_string_value(json_object_get(r, "change")), *to = change != NULL ? strstr(change, "->") : NULL;
-	size_t len;
+	const json_t *saved = json_object_get(json_object_get(r, "step_us"), "saved");
+	float kl = (float)deep(r, "text", "kl", "mean"), us = json_is_number(saved) ? (float)json_number_value(saved) : NAN;
+	json_int_t sites = json_integer_value(json_object_get(r, "sites"));
 
-	if (to == NULL || json_integer_value(json_object_get(r, "sites")) != 1)
-		return;
-	for (uint32_t g = 0; g < p->n_groups; g++) {
-		len = strlen(p->group[g]);
+	for (uint32_t g = 0; to != NULL && g < p->n_groups; g++) {
+		size_t len = strlen(p->group[g]);
+		uint32_t l;
+
 		if (strncmp(change, p->group[g], len) != 0 || strchr("@ ", change[len]) == NULL)
 			continue;
-		p->kl[g][change[len] == '@' ? strtoul(change + len + 1, NULL, 10) % PAGE_LAYERS : 0] =
-		    (float)deep(r, "text", "kl", "mean");
+		if (change[len] != '@')
+			p->group_kl[g] = kl, p->group_saved_us[g] = us;
+		l = change[len] == '@' ? (uint32_t)strtoul(change + len + 1, NULL, 10) % PAGE_LAYERS : 0;
+		if (sites == 1)
+			p->kl[g][l] = kl, p->saved_us[g][l] = us;
 		p->sweep_us = at > p->sweep_us ? at : p->sweep_us;
 		COPY(p->sweep_format, to + 2);
 	}
@@ -258,6 +333,80 @@ fill_evals(struct status *s)
 	}
 }
 
+/* ---- shadow, rollout, surge ---- */
+
+static double
+number_of(const json_t *o, const char *key)
+{
+	return json_number_value(json_object_get(o, key));
+}
+
+static uint64_t
+count_of(const json_t *o, const char *key)
+{
+	return (uint64_t)json_integer_value(json_object_get(o, key));
+}
+
+static const char *
+text_of(const json_t *o, const char *key)
+{
+	const char *s = json_string_value(json_object_get(o, key));
+
+	return s != NULL ? s : "";
+}
+
+static struct page_shadow
+shadow_of(const json_t *o)
+{
+	return (struct page_shadow){count_of(o, "requests"), count_of(o, "tokens"), number_of(o, "kl"), number_of(o, "agree"),
+	    number_of(o, "max_kl"), number_of(o, "min_agree")};
+}
+
+static struct page_side
+side_of(const json_t *o)
+{
+	return (struct page_side){count_of(o, "requests"), count_of(o, "tokens"), count_of(o, "failed"), number_of(o, "ttft_ms_p50"),
+	    number_of(o, "ttft_ms_p99"), number_of(o, "token_ms_p50"), number_of(o, "token_ms_p99")};
+}
+
+static void
+fill_candidate(struct status *s)
+{
+	struct plan *plan = journal_plan(s->d->journal, rollout_digest(s->d->rollout));
+	struct octet_page *p = &s->next;
+
+	memset(p->candidate, PAGE_NONE, sizeof(p->candidate));
+	for (int g = 0; plan != NULL && g < N_GROUPS; g++)
+		for (uint32_t l = 0; l < (g == GROUP_LM_HEAD ? 1 : p->n_layers); l++)
+			p->candidate[g][l] = (uint8_t)plan_at(plan, g, l);
+	plan_unref(&plan);
+}
+
+static void
+fill_trials(struct status *s)
+{
+	struct octet_page *p = &s->next;
+	json_t *shadow = shadow_json(s->d->shadow), *rollout = rollout_json(s->d->rollout), *surge = surge_json(s->d->rollout);
+	const json_t *guard = json_object_get(rollout, "guard");
+
+	p->shadow_sample = number_of(shadow, "sample");
+	COPY(p->shadow_baseline, text_of(shadow, "baseline"));
+	p->shadow_scored = count_of(shadow, "scored"), p->shadow_waiting = count_of(shadow, "waiting");
+	p->shadow_dropped = count_of(shadow, "dropped"), p->shadow_cooldown_s = (uint32_t)count_of(shadow, "cooldown_s");
+	p->shadow = shadow_of(json_object_get(shadow, "active"));
+	COPY(p->rollout, text_of(rollout, "policy"));
+	p->rollout_epoch = count_of(rollout, "epoch"), p->rollout_percent = number_of(rollout, "percent");
+	p->rollout_by_request = strcmp(text_of(rollout, "by"), "request") == 0;
+	p->guard_kl = number_of(guard, "kl"), p->guard_agree = number_of(guard, "agree"), p->guard_p99 = number_of(guard, "p99_ms");
+	p->side[0] = side_of(json_object_get(rollout, "baseline")), p->side[1] = side_of(json_object_get(rollout, "candidate"));
+	p->candidate_shadow = shadow_of(json_object_get(rollout, "shadow"));
+	COPY(p->surge_policy, text_of(surge, "policy"));
+	COPY(p->surge_state, text_of(surge, "state"));
+	p->surges = count_of(surge, "surges");
+	json_decref(shadow), json_decref(rollout), json_decref(surge);
+	fill_candidate(s);
+}
+
 /* Readers copy until seq is even and unchanged. */
 static void
 publish(struct status *s)
@@ -284,6 +433,11 @@ refresh(struct status *s)
 	s->next.n_clients = server_clients(s->d->server, s->next.client, PAGE_CLIENTS);
 	if (s->next.n_clients > PAGE_CLIENTS)
 		s->next.n_clients = PAGE_CLIENTS;
+	if (s->refreshes++ % SLOW_EVERY == 0) {
+		fill_times(s);
+		fill_trials(s);
+	}
+	log_recent(s->next.log, &s->next.n_log);
 	publish(s);
 }
 
@@ -374,7 +528,7 @@ void
 status_watch(struct status *s)
 {
 	if (s->watchers++ == 0) {
-		s->n_samples = 0;
+		s->n_samples = 0, s->refreshes = 0;
 		uv_timer_start(&s->timer, on_timer, REFRESH_MS, REFRESH_MS);
 	}
 	refresh(s);

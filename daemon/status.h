@@ -8,6 +8,7 @@
 #include "client/err.h"
 
 struct octetd;
+struct request;
 struct status;
 
 int status_new(struct status **, struct octetd *, struct err *);
@@ -16,4 +17,5 @@ void status_free(struct status **);
 int status_fd(const struct status *); /* read-only; stays the status' own */
 void status_watch(struct status *);   /* one watcher more: refreshes at once */
 void status_unwatch(struct status *);
+void status_take(struct status *, const struct request *); /* one of an app's ended: its times */
 #endif

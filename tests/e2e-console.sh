@@ -1,122 +1,298 @@
 #!/bin/sh
 # SPDX-License-Identifier: Apache-2.0
-# The console in a real terminal (tmux): what it shows, what keys do, how it ends.
+# The console over a made-up daemon's two minutes (tests/console-replay.c): every
+# view at three sizes, every key, themes, resizing, terminals that cannot.
 . "${srcdir:-.}/tests/lib.sh"
-export LC_ALL=C.UTF-8
-tm() { tmux -f /dev/null -S "$scratch/tmux" "$@"; }
-screen() { tm capture-pane -p -t t; }
-keys() { tm send-keys -t t "$@"; }
-shows() { wait_for 20 sh -c "tmux -S $scratch/tmux capture-pane -p -t t | grep -qE -- \"$1\""; }
-gone() { wait_for 20 sh -c "! tmux -S $scratch/tmux capture-pane -p -t t | grep -qE -- \"$1\""; }
-resize() { tm resize-window -t t -x "$1" -y "$2"; }
-trap 'tm kill-server 2>/dev/null; cleanup' EXIT
-history_has() { octetctl --json history | jq -e "$1" >/dev/null; }
+. "$srcdir/tests/console-lib.sh"
+replay=$scratch/replay
+"$builddir/tests/console-replay" "$replay" || exit 1
+views="precision traffic clients quality history log"
 
-has "no terminal" "$("$builddir/octet-console" </dev/null 2>&1)" "no terminal; use --batch"
-has "no daemon" "$("$builddir/octet-console" --batch 2>&1)" "cannot connect to .*octet-control.sock"
-config </dev/null
-ok "start" start
-batch=$("$builddir/octet-console" --batch)
-has "--batch has the grid" "$batch" '^ +0  bf16  bf16  bf16  bf16  bf16  bf16  bf16  bf16  bf16$'
-is "--batch -n 2 prints two" "$("$builddir/octet-console" --batch -n 2 | grep -c '^policy bf16')" 2
-has "unknown option" "$("$builddir/octet-console" --nonsense 2>&1)" "usage:"
+# ---- without a terminal ----
+has "no terminal" "$("$console" </dev/null 2>&1)" "no terminal; use --batch"
+has "no daemon" "$("$console" --batch 2>&1)" "cannot connect to .*octet-control.sock"
+has "unknown option" "$("$console" --nonsense 2>&1)" "usage:"
+has "unknown view" "$("$console" --view nosuch 2>&1)" "views are precision"
+has "unknown theme" "$("$console" --theme pink 2>&1)" "themes are auto"
+has "no count" "$("$console" --batch -n 0 2>&1)" "no count"
+is "--batch -n 3 prints three" "$("$console" --batch -n 3 --replay "$replay" | grep -c '^policy ')" 3
+has "a replay's last snapshot" "$("$console" --batch --replay "$replay")" '^octet 0\.1\.0 .*12:01:59 UTC$'
+is "--batch in the C locale is ASCII" "$(LC_ALL=C "$console" --batch --replay "$replay" --view traffic | LC_ALL=C grep -c '[^ -~]')" 0
+widest=$("$console" --batch --width 64 --ascii --replay "$replay" | awk '{ if (length($0) > n) n = length($0) } END { print n }')
+ok "--width bounds the lines" test "$widest" -le 64
+"$builddir/tests/console-replay" "$scratch/small" 6
 
-tm new-session -d -s t -x 80 -y 24 "sh"
-keys "PS1='shell> '; clear" Enter
-ok "a shell" shows '^shell>$'
-keys 'stty -a >'"$scratch"'/before; '"$builddir"'/octet-console; echo left with $?' Enter
-ok "the grid" shows '^ +5  bf16  bf16'
-has "names of groups" "$(screen)" '^layer  q +k +v +o +gate +up +down +head +kv'
-has "the model and the policy" "$(screen)" '^policy bf16  epoch 1 '
-has "what the keys do" "$(screen)" 'space:fp8.*\?:help.*q:quit'
+# ---- files that are no replays ----
+printf 'hello' >"$scratch/bad"
+has "no replay file" "$("$console" --batch --replay "$scratch/bad" 2>&1)" 'is no file of octet-console --record'
+has "no such file" "$("$console" --batch --replay "$scratch/nosuch" 2>&1)" 'No such file'
+head -c 24 "$replay" >"$scratch/bad"
+has "no snapshot" "$("$console" --batch --replay "$scratch/bad" 2>&1)" 'has no snapshot'
+head -c 110000 "$replay" >"$scratch/bad"
+has "a file that is cut off ends before the cut" "$("$console" --batch --replay "$scratch/bad" 2>&1)" '^policy '
+{ head -c 24 "$replay"; printf '\377\377\377\377'; } >"$scratch/bad"
+has "an impossible frame" "$("$console" --batch --replay "$scratch/bad" 2>&1)" 'frame 0 has 4294967295 bytes'
+{ head -c 24 "$replay"; printf '\011\0\0\0\377\377\377\0\001\0\0\0x'; } >"$scratch/bad"
+has "a run outside the page" "$("$console" --batch --replay "$scratch/bad" 2>&1)" 'frame 0 has a run outside the page'
+{ head -c 8 "$replay"; printf '\001\0\0\0\003\0\0\0'; tail -c +17 "$replay"; } >"$scratch/bad"
+has "another version's" "$("$console" --batch --replay "$scratch/bad" 2>&1)" 'recorded by another version'
 
-keys Down Right Space
-ok "a cell: asked first" shows 'flip 1 site .y/n.. attention.k_proj@1 bf16->fp8'
-is "nothing changed yet" "$(epoch)" 1
-keys n
-ok "no" shows 'nothing was changed'
-keys Space
-shows 'y/n'
-keys y
-ok "yes" shows '^ +1  bf16  fp8   bf16'
-has "the message has the epoch" "$(screen)" 'epoch 2: attention.k_proj@1 bf16->fp8'
-ok "the journal names the console" history_has 'last | .program == "octet-console" and .result == "applied"'
-keys r Space
-shows 'y/n'
-keys y
-ok "a row" shows '^ +1  fp8w  fp8w  fp8w  fp8w  fp8w  fp8w  fp8w '
-keys c Down Down Space
-shows 'y/n'
-keys y
-ok "a column" shows '^ +4  bf16  fp8   bf16'
-keys e End Right Right Right Right Right Right Right Space
-shows 'kv_cache@5 bf16->fp8'
-keys y
-ok "the KV cache" shows '^ +5  bf16 .* fp8$'
-keys Space
-ok "it has two formats only" shows 'kv_cache@5 fp8->bf16'
-keys n
-keys u
-shows 'roll back 1 site .y/n.. kv_cache@5'
-keys y
-ok "rollback" shows '^ +5  bf16 .* bf16$'
-keys u
-shows 'y/n'
-keys y
-ok "rolled back further" shows '^ +4  bf16  bf16  bf16'
+# ---- recording a replay gives it back ----
+"$console" --batch -n 1000 --replay "$replay" >"$scratch/all"
+is "all snapshots play" "$(grep -c '^policy ' "$scratch/all")" 240
 
-octetctl set 'mlp.gate_proj=fp8' >/dev/null
-ok "somebody else's flip appears" shows '^ +3  bf16  bf16  bf16  bf16  fp8 '
-keys g Space
-shows 'y/n'
-octetctl set 'mlp.up_proj=fp8' >/dev/null
-keys y
-ok "a flip that would surprise is refused" shows 'somebody changed the plan in between'
-keys '?'
-ok "help" shows 'roll back the last change'
-keys '?'
-gone 'roll back the last change'
-
-resize 120 40
-ok "larger" shows '^ +5  bf16  bf16'
-resize 20 5
-ok "too small" shows 'too small: 20x5'
-resize 200 60
-ok "and back" shows '^ +5  bf16  bf16'
-resize 80 24
-shows '^ +5  bf16  bf16'
-
-stop
-ok "the daemon is gone" shows 'DISCONNECTED'
-ok "start again" start
-ok "connected again" gone 'DISCONNECTED'
-shows '^policy .* epoch'
-
-keys C-z
-ok "suspended" shows '^left with 1'
-keys fg Enter
-ok "resumed" shows '^ +5  bf16  bf16'
-keys q
-ok "back in the shell" gone '^layer'
-keys 'stty -a >'"$scratch"'/after' Enter
-wait_for 20 test -s "$scratch/after"
-ok "the terminal is as before" cmp "$scratch/before" "$scratch/after"
-for sig in TERM HUP INT; do
-	keys 'clear; '"$builddir"'/octet-console; echo left by '$sig Enter
-	shows '^ +5  bf16  bf16'
-	pkill -$sig -P "$(tm list-panes -t t -F '#{pane_pid}')" octet-console
-	ok "SIG$sig" shows "^left by $sig"
-	keys 'stty -a >'"$scratch/after.$sig" Enter
-	wait_for 20 test -s "$scratch/after.$sig"
-	ok "leaves the terminal clean" cmp "$scratch/before" "$scratch/after.$sig"
+# ---- every view at three sizes ----
+terminal 80 24
+run "$console --replay $replay --speed 0"
+n=0
+for view in $views; do
+	n=$((n + 1))
+	keys $n
+	for size in 80x24 120x40 200x60; do
+		resize "${size%x*}" "${size#*x}"
+		golden "$view-$size"
+	done
 done
+resize 80 24
+
+# ---- every key: press TABLE NAME-OF-KEY KEY PATTERN ----
+press() {
+	printf '%s\t%s\n' "$1" "$2" >>"$scratch/pressed"
+	keys "$3"
+	ok "$1: $2" shows "$4"
+}
+# The same, where what it does is seen elsewhere in the test.
+pressed() { printf '%s\t%s\n' "$1" "$2" >>"$scratch/pressed"; }
+at() { printf '^── %s ─' "$1"; } # the cursor's site
+
+press all "1 to 6, F1 to F6" F2 '\[2 Traffic\]'
+press all "tab" Tab '\[3 Clients\]'
+press all "shift tab" BTab '\[2 Traffic\]'
+press traffic z z '2 s a column'
+press traffic Z Z '1 s a column'
+keys F1
+shows '\[1 Precision\]'
+press precision "down, j" j "$(at attention.q_proj@2)"
+press precision "up, k" k "$(at attention.q_proj@0)"
+press precision "right, l" l "$(at attention.k_proj@0)"
+press precision "left, h" h "$(at attention.q_proj@0)"
+press precision '$' '$' "$(at kv_cache@0)"
+press precision "0, ^" 0 "$(at attention.q_proj@0)"
+press precision "end, G" G "$(at attention.q_proj@64)"
+press precision "home, g" g "$(at attention.q_proj@0)"
+press precision f f 'Formats   ~'
+press precision "page down" NPage "$(at attention.q_proj@1[0-9])"
+press precision "page up" PPage "$(at attention.q_proj@0)"
+press precision x x 'layer, 7 sites: attention.\*@0 mlp.\*@0$'
+press precision c c 'group, 80 sites: attention.q_proj$'
+press precision m m 'module, 320 sites: attention.\*$'
+press precision a a 'all, 561 sites: \*$'
+press precision "e, esc" e 'cell, 1 site: attention.q_proj@0$'
+press precision v v 'block, 1 site'
+keys j j l
+ok "a block" shows 'block, 6 sites: attention.q_proj@0-2 attention.k_proj@0-2$'
+press precision s s '^select:'
+keys 'mlp.down_proj@8-10,-1' Enter
+ok "a selector" shows 'selector, 4 sites: mlp.down_proj@8-10,79$'
+keys s 'nosuch*' Enter
+ok "a selector that selects nothing" shows 'nosuch\* selects no site'
+keys e g 0
+press precision d d 'KL of each site flipped alone'
+press precision D D 'Formats   ~'
+keys f
+ok "folded again" shows 'equal layers folded'
+press precision "space, enter" Space 'a replay changes nothing'
+press all u u 'a replay changes nothing'
+press all U U 'a replay changes nothing'
+press all K K 'a replay changes nothing'
+press all r r '\[5 History\]'
+press history "enter, r" Enter 'epoch 8 is active|a replay changes nothing'
+press lists "down, j" j '── Epoch 7 ─'
+press lists "up, k" k '── Epoch 8 ─'
+press lists "end, G" G '── Epoch 1 ─'
+press lists "home, g" g '── Epoch 8 ─'
+press lists "page down" NPage '── Epoch 1 ─'
+press lists "page up" PPage '── Epoch 8 ─'
+press all '!' '!' 'no command was run yet'
+press all / / '^/'
+keys guardrail Enter
+ok "search" shows '── Epoch 5 ─'
+keys / nosuch Enter
+ok "search that finds nothing" shows "nothing here has 'nosuch'"
+keys / octetctl Enter
+shows '── Epoch 4 ─'
+press all n n '── Epoch 2 ─'
+press all N N '── Epoch 4 ─'
+keys 3
+press clients o o 'sorted by tokens$'
+keys 6
+shows 'info  session.open'
+press log w w '12:01:59.* error'
+ok "only warnings" gone ' info '
+keys w
+press all p p '\[PAUSED\]'
+keys p
+gone 'PAUSED'
+press all '>' '>' '\[PAUSED\]'
+keys p
+press all '+' + 'refreshed every 100 ms'
+press all - - 'refreshed every 250 ms'
+press all t t 'theme dark'
+keys t t t t
+shows 'theme auto'
+press all M M "the mouse is the terminal's"
+keys M
+press all '^L' C-l '\[6 Log\]'
+press all '?' '?' 'Keys: up and down'
+press help "page down" NPage '  K  +keep'
+press help "page up" PPage "Log: octetd's last lines"
+press help "down, j" j ' w  '
+press help "up, k" k "Log: octetd's last lines"
+press help "q, esc, ?" q '\[6 Log\]'
+gone 'Keys: up and down'
+press all : : '^:'
+press line tab Tab 'status plan set use'
+keys 'vi'
+press line tab Tab '^:view$'
+keys 'prx'
+press line backspace BSpace '^:view pr *$'
+press line tab Tab '^:view precision$'
+press line "home, ^A" Home '^:view precision'
+press line right Right '^:view precision'
+press line left Left '^:view precision'
+press line "delete, ^D" DC '^:iew precision'
+press line "end, ^E" End '^:iew precision'
+press line "^W" C-w '^:iew *$'
+press line "^U" C-u '^:$'
+keys 'view traffic'
+press line enter Enter '\[2 Traffic\]'
+keys :
+press line up Up '^:view traffic'
+press line down Down '^:$'
+press line esc Escape 'quit$'
+keys : 'set mlp.up_proj=fp8' Enter
+ok "a command that changes" shows 'a replay changes nothing'
+keys : 'nosuch' Enter
+ok "no such command" shows "there is no command 'nosuch'"
+keys : 'view "a b' Enter
+ok "an open quote" shows 'a quote is not closed'
+keys : 'select mlp.*@3' Enter
+ok ":select" shows 'selector, 3 sites: mlp.\*@3$'
+keys : 'theme mono' Enter : 'rate 100' Enter 1
+shows '\[1 Precision\]'
+for name in "y" "n, esc" "space, right" "left" "c"; do pressed question "$name"; done                             # e2e-console-live.sh
+for name in "up, k" "down, j" "page up" "page down" "home, g" "end, G" "esc, enter" "q"; do pressed output "$name"; done # and these
+pressed all '^Z'
+press all "q, F10" q '^left with 0'
+"$console" --keys | cut -f1,2 | sort -u >"$scratch/keys"
+sort -u "$scratch/pressed" >"$scratch/done"
+is "every key was pressed" "$(comm -3 "$scratch/keys" "$scratch/done")" ""
+
+# ---- the manual page has these keys, and its pictures are true ----
+awk '/^\.SH/ { on = /KEYS/ } on && /^\.\\" keys / { table = $3 } on && /^\.TP/ { getline; name = $0; sub(/^\.B "?/, "", name); sub(/"$/, "", name)
+	getline; print table "\t" name "\t" $0 }' "$srcdir/man/octet-console.1" | sed 's/\\-/-/g; s/\\(ha/^/g; s/\\(aq/'"'"'/g; s/\\&//g' >"$scratch/man-keys"
+is "the manual page lists them" "$("$console" --keys | diff "$scratch/man-keys" -)" ""
+for view in $views; do
+	sed -n "/^\.\\\\\" picture $view\$/,/^\.\\\\\" end/p" "$srcdir/man/octet-console.1" | sed '/^\./d; s/^\\&//; s/\\-/-/g; s/\\(ha/^/g; s/\\(ti/~/g; s/\\(aq/'"'"'/g; s/\\e/\\/g' >"$scratch/picture"
+	is "the manual page's picture of $view" "$("$console" --batch --ascii --width 76 --view "$view" --replay "$scratch/small" | diff "$scratch/picture" -)" ""
+done
+
+# ---- mouse ----
+terminal 80 24
+run "$console --replay $replay --speed 0"
+shows '\[1 Precision\]'
+# A press and a release as the terminal says them (SGR): row and column from 1.
+click() { keys -l "$(printf '\033[<0;%d;%dM\033[<0;%d;%dm' "$2" "$1" "$2" "$1")"; }
+if tm show -gv mouse >/dev/null 2>&1 && [ "$(tm display -p -t t '#{mouse_any_flag}')" = 1 ]; then
+	x10() { printf '\033[M%b%b%b' "\\0$(printf %o $((32 + $1)))" "\\0$(printf %o $((32 + $3)))" "\\0$(printf %o $((32 + $2)))"; }
+	case $(tm display -p -t t '#{mouse_sgr_flag}') in
+	1) ;;
+	*) click() { keys -l "$(x10 0 "$1" "$2")$(x10 3 "$1" "$2")"; } ;;
+	esac
+	click 8 26
+	ok "a click on a site" shows "$(at attention.v_proj@8)"
+	click 3 20
+	ok "a click on a tab" shows '\[2 Traffic\]'
+else
+	skip "a click on a site" "this tmux takes no mouse"
+	skip "a click on a tab" "this tmux takes no mouse"
+fi
+keys q
+shows '^left with 0'
+
+# ---- resizing while it draws ----
+run "$console --replay $replay --speed 50 --rate 50"
+shows '\[REPLAY\]'
+for size in 200x60 81x25 120x40 64x14 63x14 20x5 100x30 132x50 80x24 30x10 160x20 79x24 80x24; do
+	resize "${size%x*}" "${size#*x}"
+done
+golden precision-80x24
+resize 20 5
+ok "too small" shows '^too small: 20x5'
+resize 80 24
+golden precision-80x24
+keys q
+shows '^left with 0'
+
+# ---- without colour, without UTF-8 ----
+run "$console --replay $replay --speed 0 --theme mono"
+golden precision-80x24
+ok "mono sets no colour" test -z "$(tm capture-pane -e -p -t t | head -20 | grep -E "$(printf '\033')\[[0-9;]*(3[0-7]|38;5)" || true)"
+keys q
+shows '^left with 0'
+run "TERM=screen-256color $console --replay $replay --speed 0 --theme dark"
+golden precision-80x24
+if TERM=screen-256color tput colors 2>/dev/null | grep -q 256; then
+	ok "dark has 256 colours" eval 'tm capture-pane -e -p -t t | grep -q "38;5;114"'
+fi
+keys q
+shows '^left with 0'
+run "NO_COLOR=1 $console --replay $replay --speed 0"
+golden precision-80x24
+keys q
+shows '^left with 0'
+run "LC_ALL=C $console --replay $replay --speed 0"
+golden precision-ascii
+keys 2
+golden traffic-ascii
+keys 4
+golden quality-ascii
+keys q
+shows '^left with 0'
+
+# ---- terminals that cannot ----
 for term in vt100 dumb nosuchterm; do
-	keys 'clear; TERM='$term' '"$builddir"'/octet-console; echo left' Enter
+	run "TERM=$term $console --replay $replay --speed 0"
 	case $term in
-	vt100) ok "without colours" shows '^ +5  bf16  bf16'; keys q ;;
+	vt100) golden precision-80x24; keys q ;;
 	*) ok "TERM=$term" shows 'octet-console: .*(terminal|TERM)' ;;
 	esac
-	shows '^left'
+	shows '^left with'
 done
-ok "stop" stop
+
+# ---- it leaves the terminal as it was ----
+keys "clear; stty -a >$scratch/before" Enter
+wait_for 30 test -s "$scratch/before"
+for sig in TERM HUP INT; do
+	run "$console --replay $replay --speed 0"
+	shows '\[1 Precision\]'
+	kill -$sig "$(pgrep -f -- "$console --replay $replay" | tail -1)"
+	ok "SIG$sig" shows "^left with 0"
+	keys "stty -a >$scratch/after.$sig" Enter
+	wait_for 30 test -s "$scratch/after.$sig"
+	ok "leaves the terminal clean" cmp "$scratch/before" "$scratch/after.$sig"
+done
+run "$console --replay $replay --speed 0"
+shows '\[1 Precision\]'
+keys C-z
+ok "suspended" shows '^left with 1'
+keys "fg" Enter
+ok "resumed" shows '\[1 Precision\]'
+keys j
+ok "and takes keys" shows "$(at attention.q_proj@2)"
+keys q
+shows '^shell> *$|^octet' || true
+keys "clear; stty -a >$scratch/after" Enter
+wait_for 30 test -s "$scratch/after"
+ok "the terminal is as before" cmp "$scratch/before" "$scratch/after"
 finish

@@ -74,10 +74,12 @@ test_page(void **state)
 {
 	(void)state;
 	assert_int_equal(PAGE_MAGIC, 0x4750434f);
-	assert_int_equal(PAGE_VERSION, 3);
-	SIZE(page_history, 248);
+	assert_int_equal(PAGE_VERSION, 4);
+	SIZE(page_history, 312);
 	SIZE(page_client, 72);
 	SIZE(page_eval, 280);
+	SIZE(page_side, 56);
+	SIZE(page_shadow, 48);
 	AT(octet_page, seq, 12);
 	AT(octet_page, updated_us, 16);
 	AT(octet_page, octet_version, 24);
@@ -86,15 +88,26 @@ test_page(void **state)
 	AT(octet_page, possible, 720);
 	AT(octet_page, wanted, 784);
 	AT(octet_page, executed, 4880);
-	AT(octet_page, read_bytes, 8976);
-	AT(octet_page, absmax, 10000);
-	AT(octet_page, kl, 59152);
-	AT(octet_page, epoch, 75560);
-	AT(octet_page, policy, 75612);
-	AT(octet_page, history, 75864);
-	AT(octet_page, client, 83800);
-	AT(octet_page, eval, 88408);
-	SIZE(octet_page, 92888);
+	AT(octet_page, candidate, 8976);
+	AT(octet_page, read_bytes, 13072);
+	AT(octet_page, absmax, 14096);
+	AT(octet_page, kl, 63248);
+	AT(octet_page, saved_us, 79696);
+	AT(octet_page, sweep_us, 96144);
+	AT(octet_page, epoch, 96168);
+	AT(octet_page, flipping, 96220);
+	AT(octet_page, policy, 96224);
+	AT(octet_page, ttft_ms_p50, 96440);
+	AT(octet_page, shadow, 96592);
+	AT(octet_page, rollout, 96640);
+	AT(octet_page, side, 96744);
+	AT(octet_page, surge_policy, 96904);
+	AT(octet_page, history, 97016);
+	AT(octet_page, client, 107000);
+	AT(octet_page, eval, 111608);
+	AT(octet_page, n_log, 116088);
+	AT(octet_page, log, 116096);
+	SIZE(octet_page, 131456);
 }
 
 /* What apps are compiled against. */

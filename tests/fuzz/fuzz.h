@@ -20,7 +20,7 @@ static char fuzz_dir[] = "/tmp/octet-fuzz.XXXXXX";
 static inline void
 fuzz_remove(void)
 {
-	static const char *const made[] = {"config.json", "model.safetensors", "octet.ini", "journal", "lock"};
+	static const char *const made[] = {"config.json", "model.safetensors", "octet.ini", "journal", "lock", "replay"};
 	char path[64];
 
 	for (size_t i = 0; i < sizeof(made) / sizeof(*made); i++) {

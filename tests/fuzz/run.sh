@@ -7,10 +7,11 @@ set -eu
 cd "$(dirname "$0")/../.."
 seconds=${1:?usage: tests/fuzz/run.sh SECONDS [TARGET...]}
 shift
-[ $# -gt 0 ] || set -- selector ini journal safetensors config tokenizer blob wire
+[ $# -gt 0 ] || set -- selector ini journal safetensors config tokenizer blob wire console
 out=build-fuzz
 mkdir -p $out
-sources="client/tok*.c conf/conf.c daemon/engine/*.c kernels/*.c kernels/ref/*.c kernels/x86/*.c daemon/journal.c daemon/listen.c daemon/log.c"
+sources="client/tok*.c conf/conf.c daemon/engine/*.c kernels/*.c kernels/ref/*.c kernels/x86/*.c daemon/journal.c daemon/listen.c daemon/log.c
+ client/ctl.c client/octetctl.c client/ctl-eval.c $(ls tui/*.c | grep -vE '/(main|screen|remote)\.c')"
 flags="-g -O1 -std=gnu11 -D_GNU_SOURCE -DOCTET_VERSION=\"fuzz\" -DOCTET_SYSCONFDIR=\"/etc\" -I. -ffp-contract=off -pthread
  -fsanitize=address,undefined -fno-sanitize-recover=undefined $(pkg-config --cflags inih jansson libpcre2-8 libutf8proc libuv)"
 for c in $sources; do

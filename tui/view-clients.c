@@ -1,0 +1,111 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Clients: who is connected and what each takes. */
+#include <inttypes.h>
+#include <stdlib.h>
+
+#include "tui/ui.h"
+
+enum order { ORDER_RATE, ORDER_TOKENS, ORDER_REQUESTS, ORDER_ID, N_ORDERS };
+
+static const char *const order_name[N_ORDERS] = {"tokens/s", "tokens", "requests", "id"};
+
+static double
+key_of(const struct ui *ui, uint32_t i)
+{
+	const struct page_client *c = &ui->data.page.client[i];
+
+	switch (ui->order) {
+	case ORDER_RATE: return ui->data.client_rate[i];
+	case ORDER_TOKENS: return (double)c->tokens;
+	case ORDER_REQUESTS: return (double)c->requests;
+	default: return -(double)c->id;
+	}
+}
+
+/* Indices into the page; equal ones stay in its order. */
+static uint32_t
+sorted(const struct ui *ui, uint32_t at[PAGE_CLIENTS])
+{
+	uint32_t n = ui->data.page.n_clients;
+
+	for (uint32_t i = 0; i < n; i++) {
+		uint32_t k = i;
+
+		for (; k > 0 && key_of(ui, at[k - 1]) < key_of(ui, i); k--)
+			at[k] = at[k - 1];
+		at[k] = i;
+	}
+	return n;
+}
+
+static int
+count(const struct ui *ui)
+{
+	return (int)ui->data.page.n_clients;
+}
+
+static void
+row_text(const struct ui *ui, int row, char *buf, size_t len)
+{
+	uint32_t at[PAGE_CLIENTS], n = sorted(ui, at);
+	const struct page_client *c = &ui->data.page.client[at[(uint32_t)row < n ? (uint32_t)row : 0]];
+
+	snprintf(buf, len, "%" PRIu64 " %u %u %s", c->id, c->uid, c->pid, c->program);
+}
+
+static void
+draw_row(struct ui *ui, const struct pane *p, int y, const struct page_client *c, double rate, double most)
+{
+	char requests[NUMBER_TEXT], tokens[NUMBER_TEXT], per_s[NUMBER_TEXT];
+	int x = put(p, y, 0, STYLE_TEXT, "%6" PRIu64 " %7u %8u %-15.15s %5u %5u %8s %8s %8s", c->id, c->uid, c->pid, c->program, c->running,
+	    c->queued, text_number((double)c->requests, requests), text_number((double)c->tokens, tokens), text_number(rate, per_s));
+
+	(void)ui;
+	if (p->width - x > 10)
+		put_gauge(p, y, x + 2, p->width - x - 4 > 60 ? 60 : p->width - x - 4, STYLE_CURVE, most > 0 ? rate / most : 0);
+}
+
+static void
+draw(struct ui *ui, const struct pane *p)
+{
+	uint32_t at[PAGE_CLIENTS], n = sorted(ui, at);
+	struct list *l = ui_list(ui);
+	double most = 0;
+
+	list_fit(l, (int)n, p->height - 1);
+	put(p, 0, 0, STYLE_DIM, "%6s %7s %8s %-15s %5s %5s %8s %8s %8s", "id", "uid", "pid", "program", "run", "wait", "requests", "tokens",
+	    "tokens/s");
+	if (p->width > 100)
+		put(p, 0, p->width - 18, STYLE_DIM, "sorted by %s", order_name[ui->order]);
+	if (n == 0)
+		put(p, 2, 1, STYLE_DIM, "no client is connected");
+	for (uint32_t i = 0; i < n; i++)
+		most = ui->data.client_rate[i] > most ? ui->data.client_rate[i] : most;
+	for (int i = 0; i < l->height && l->top + i < (int)n; i++) {
+		uint32_t c = at[l->top + i];
+
+		draw_row(ui, p, 1 + i, &ui->data.page.client[c], ui->data.client_rate[c], most);
+		if (l->top + i == l->at && !ui->batch)
+			mark(p, 1 + i, 0, p->width, MARK_CURSOR);
+		hit(p, 1 + i, 0, p->width, HIT_ROW, (uint32_t)(l->top + i), 0);
+	}
+	list_scrollbar(p, 1, p->width - 1, l->height, l->top, (int)n);
+}
+
+static unsigned
+act_order(struct ui *ui, int arg)
+{
+	ui->order = (ui->order + arg) % N_ORDERS;
+	ui_say(ui, false, "sorted by %s", order_name[ui->order]);
+	return REACT_DRAW;
+}
+
+static const struct key keys[] = {
+	{{'o'}, "o", "sort by tokens/s, tokens, requests, id in turn", act_order, 1},
+	{{0}, NULL, NULL, NULL, 0},
+};
+
+const struct view view_clients = {
+	.name = "clients", .title = "Clients", .about = "who is connected and what each takes", .draw = draw, .keys = keys, .count = count,
+	.row_text = row_text,
+};

@@ -1,0 +1,402 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Precision: layers x groups, what each site runs; over the same grid what each costs. */
+#include <inttypes.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "tui/ui.h"
+
+#define SIDE_W 42
+#define SIDE_FROM 112 /* columns from which the side is shown, */
+#define TWO_FROM 180  /* and a second grid */
+#define FOOT 5
+#define BATCH_ROWS 32 /* more layers are folded in --batch */
+
+/* ---- words about it ---- */
+
+static const char *
+select_word(enum select s)
+{
+	static const char *const word[N_SELECTS] = {"cell", "layer", "group", "module", "block", "all", "selector"};
+
+	return word[s];
+}
+
+static void
+text_selected(const struct ui *ui, char *buf, size_t len)
+{
+	static char name[PAGE_GROUPS][SELECTOR_TEXT];
+	struct sites s;
+	uint32_t n;
+	size_t at = 0;
+
+	grid_sites(ui, &s);
+	n = sites_selectors(&ui->data.page, &s, name);
+	at = (size_t)snprintf(buf, len, "%s, %u site%s:", select_word(ui->grid.select), sites_count(&s), sites_count(&s) == 1 ? "" : "s");
+	for (uint32_t i = 0; i < n && at < len; i++)
+		at += (size_t)snprintf(buf + at, len - at, " %s", name[i]);
+}
+
+static void
+text_plan(const struct octet_page *p, char *buf, size_t len)
+{
+	double now = page_read_bytes(p, false, NULL, 0), most = 0;
+	char a[NUMBER_TEXT], b[NUMBER_TEXT];
+
+	for (uint32_t g = 0; g < p->n_groups; g++)
+		for (uint32_t l = 0; l < p->n_layers && !group_is_kv(p, g); l++)
+			if (site_is(p, g, l))
+				most += (double)p->read_bytes[g][0];
+	snprintf(buf, len, "%s of weights a token (%.0f %% of %s), %s of KV a position", text_bytes(now, a),
+	    most > 0 ? 100 * now / most : 0, format_name(p, 0), text_bytes(page_read_bytes(p, true, NULL, 0), b));
+}
+
+static void
+site_name(const struct octet_page *p, uint32_t g, uint32_t l, char *buf, size_t len)
+{
+	if (group_is_one(p, g))
+		snprintf(buf, len, "%s", p->group[g]);
+	else
+		snprintf(buf, len, "%s@%u", p->group[g], l);
+}
+
+static void
+text_formats(const struct octet_page *p, uint32_t g, uint32_t l, char *buf, size_t len)
+{
+	size_t n = (size_t)snprintf(buf, len, "wanted %s, executed %s", format_name(p, p->wanted[g][l]),
+	    format_name(p, p->executed[g][l]));
+
+	if (p->candidate[g][l] != PAGE_NONE && n < len)
+		snprintf(buf + n, len - n, ", candidate %s", format_name(p, p->candidate[g][l]));
+}
+
+static void
+text_sweep(const struct octet_page *p, uint32_t g, uint32_t l, char *buf, size_t len)
+{
+	char kl[NUMBER_TEXT], us[NUMBER_TEXT];
+
+	if (p->kl[g][l] < 0)
+		snprintf(buf, len, "%s", p->sweep_us != 0 ? "the last sweep did not flip it alone" : "no sweep yet");
+	else
+		snprintf(buf, len, "KL %s, saves %s us in %s", text_number((double)p->kl[g][l], kl),
+		    text_number((double)p->saved_us[g][l], us), p->sweep_format);
+}
+
+static void
+text_inputs(const struct octet_page *p, uint32_t g, uint32_t l, char *buf, size_t len)
+{
+	char max[NUMBER_TEXT];
+
+	if (p->absmax[g][l] < 0)
+		snprintf(buf, len, "inputs not measured");
+	else
+		snprintf(buf, len, "largest input %s; FP8 makes %.2g %% 0, %.2g %% its largest", text_number((double)p->absmax[g][l], max),
+		    100 * (double)p->zero[g][l], 100 * (double)p->saturated[g][l]);
+}
+
+static void
+draw_foot(struct ui *ui, const struct pane *p)
+{
+	const struct octet_page *page = &ui->data.page;
+	uint32_t g = ui->grid.group, l = group_is_one(page, g) ? 0 : ui->grid.layer;
+	char name[64], a[SELECTOR_TEXT], b[160], bytes[NUMBER_TEXT];
+
+	site_name(page, g, l, name, sizeof(name));
+	put_line(p, 0, ui->batch ? "Plan" : name);
+	text_plan(page, a, sizeof(a));
+	if (ui->batch) {
+		put(p, 1, 1, STYLE_TEXT, "%s", a);
+		return;
+	}
+	put(p, 4, 1, STYLE_TEXT, "%s", a);
+	if (site_is(page, g, l)) {
+		text_formats(page, g, l, a, sizeof(a));
+		text_sweep(page, g, l, b, sizeof(b));
+		put(p, 1, 1, STYLE_TEXT, "%s; reads %s; %s", a, text_bytes((double)page->read_bytes[g][page->wanted[g][l]], bytes), b);
+		text_inputs(page, g, l, a, sizeof(a));
+		put(p, 2, 1, STYLE_TEXT, "%s", a);
+	}
+	text_selected(ui, a, sizeof(a));
+	put(p, 3, 1, STYLE_KEY, "%s", a);
+}
+
+/* ---- the side of a wide screen ---- */
+
+static int
+side_site(struct ui *ui, const struct pane *p, int y)
+{
+	const struct octet_page *page = &ui->data.page;
+	uint32_t g = ui->grid.group, l = group_is_one(page, g) ? 0 : ui->grid.layer;
+	char a[SELECTOR_TEXT], name[64], bytes[NUMBER_TEXT];
+
+	site_name(page, g, l, name, sizeof(name));
+	put_line(p, y++, name);
+	if (!site_is(page, g, l)) {
+		put(p, y, 1, STYLE_DIM, "there is no such site");
+		return y + 2;
+	}
+	text_formats(page, g, l, a, sizeof(a));
+	y = put_words(p, y, 1, STYLE_TEXT, a);
+	put(p, y++, 1, STYLE_TEXT, "a token reads %s", text_bytes((double)page->read_bytes[g][page->wanted[g][l]], bytes));
+	text_sweep(page, g, l, a, sizeof(a));
+	y = put_words(p, y, 1, STYLE_TEXT, a);
+	text_inputs(page, g, l, a, sizeof(a));
+	return put_words(p, y, 1, STYLE_TEXT, a) + 1;
+}
+
+static int
+side_series(struct ui *ui, const struct pane *p, int y, enum series s, const char *title, double now)
+{
+	float v[SIDE_W];
+	double top = 0;
+	char a[NUMBER_TEXT], b[NUMBER_TEXT];
+	int n = p->width - 2 < SIDE_W ? p->width - 2 : SIDE_W;
+
+	if (y + 4 > p->height || n < 1)
+		return y;
+	data_columns(&ui->data, s, 1, v, n);
+	for (int i = 0; i < n; i++)
+		top = v[i] > top ? v[i] : top;
+	put_line(p, y, "");
+	put(p, y, 2, STYLE_TITLE, " %s ", title);
+	put(p, y, p->width - 20, STYLE_DIM, " %s, top %s ", text_number(now, a), text_number(top, b));
+	put_graph(p, y + 1, 1, 2, v, n, top);
+	return y + 4;
+}
+
+static void
+side_changes(struct ui *ui, const struct pane *p, int y)
+{
+	if (y + 2 > p->height)
+		return;
+	put_line(p, y++, "Changes");
+	for (uint32_t i = 0; i < ui->n_history && y < p->height; i++) {
+		const struct page_history *h = &ui->history[i];
+		char when[NUMBER_TEXT];
+
+		bool good = strcmp(h->result, "applied") == 0;
+
+		put(p, y++, 1, !good ? STYLE_BAD : i == 0 ? STYLE_TEXT : STYLE_DIM, "%4" PRIu64 " %s %.8s %s", h->epoch,
+		    text_time(h->time_us, when), h->program, !good ? h->result : *h->change != '\0' ? h->change : h->why);
+	}
+}
+
+static void
+draw_side(struct ui *ui, const struct pane *p)
+{
+	const struct octet_page *page = &ui->data.page;
+	char a[SELECTOR_TEXT];
+	int y = ui->batch ? 0 : side_site(ui, p, 0);
+
+	if (!ui->batch) {
+		put_line(p, y++, "Selected");
+		text_selected(ui, a, sizeof(a));
+		if (strlen(a) > 160)
+			snprintf(a + 156, 8, " ...");
+		y = put_words(p, y, 1, STYLE_KEY, a) + 1;
+	}
+	put_line(p, y++, "Plan");
+	text_plan(page, a, sizeof(a));
+	y = put_words(p, y, 1, STYLE_TEXT, a) + 1;
+	y = side_series(ui, p, y, SERIES_OUTPUT, "tokens/s", page->tokens_per_s);
+	y = side_series(ui, p, y, SERIES_STEP_P50, "step ms p50", page->step_ms_p50);
+	side_changes(ui, p, y);
+}
+
+static void
+choose_folding(struct ui *ui, int height)
+{
+	struct grid *g = &ui->grid;
+
+	if (ui->batch)
+		height = BATCH_ROWS;
+	g->folded = g->fold >= 0 ? g->fold > 0 : g->shows == SHOWS_FORMAT && (int)ui->data.page.n_layers > height;
+}
+
+/* Beside the grid what the sites cost, and below where there is room, what that saves and how their inputs fit. */
+static void
+draw_others(struct ui *ui, const struct pane *p, int y, int width)
+{
+	struct pane more = pane_part(p, 0, width / 2 + 1, p->height, width - width / 2 - 1);
+
+	grid_draw(ui, &more, ui->grid.shows == SHOWS_FORMAT ? SHOWS_KL : SHOWS_FORMAT);
+	if (y + 2 + y > p->height)
+		return;
+	more = pane_part(p, y + 1, 0, p->height - y - 1, width / 2 - 1);
+	grid_draw(ui, &more, SHOWS_TIME);
+	more = pane_part(p, y + 1, width / 2 + 1, p->height - y - 1, width - width / 2 - 1);
+	grid_draw(ui, &more, SHOWS_ZERO);
+}
+
+static void
+draw(struct ui *ui, const struct pane *p)
+{
+	bool side = p->width >= SIDE_FROM, two = p->width >= TWO_FROM;
+	int foot = side ? 0 : ui->batch ? 2 : FOOT, width = side ? p->width - SIDE_W - 2 : p->width;
+	struct pane grid = pane_part(p, 0, 0, p->height - foot, two ? width / 2 - 1 : width), more;
+	int y;
+
+	if (ui->data.page.n_layers > 0 && ui->grid.layer >= ui->data.page.n_layers)
+		ui->grid.layer = ui->data.page.n_layers - 1;
+	if (ui->data.page.n_groups > 0 && ui->grid.group >= ui->data.page.n_groups)
+		ui->grid.group = ui->data.page.n_groups - 1;
+	choose_folding(ui, grid.height - 2);
+	y = grid_draw(ui, &grid, ui->grid.shows);
+	if (two)
+		draw_others(ui, p, y, width);
+	if (side) {
+		more = pane_part(p, 0, p->width - SIDE_W, p->height, SIDE_W);
+		draw_side(ui, &more);
+	} else {
+		more = pane_part(p, y < p->height - foot ? y : p->height - foot, 0, foot, p->width);
+		draw_foot(ui, &more);
+	}
+}
+
+/* ---- keys ---- */
+
+enum { GO_UP, GO_DOWN, GO_LEFT, GO_RIGHT, GO_PAGE_UP, GO_PAGE_DOWN, GO_FIRST, GO_LAST, GO_FIRST_GROUP, GO_LAST_GROUP };
+
+static unsigned
+act_go(struct ui *ui, int arg)
+{
+	const struct octet_page *p = &ui->data.page;
+	struct grid *g = &ui->grid;
+	int page = g->rows.height > 1 ? g->rows.height - 1 : 1, row;
+	const int down[] = {-1, 1, 0, 0, -page, page, -(int)PAGE_LAYERS, PAGE_LAYERS, 0, 0};
+	const int right[] = {0, 0, -1, 1, 0, 0, 0, 0, -(int)PAGE_GROUPS, PAGE_GROUPS};
+	int group = (int)g->group + right[arg];
+	struct rows r;
+
+	rows_make(p, g->folded, &r);
+	if (r.n == 0 || p->n_groups == 0)
+		return REACT_NONE;
+	row = (int)rows_find(&r, g->layer) + down[arg];
+	row = row < 0 ? 0 : row >= (int)r.n ? (int)r.n - 1 : row;
+	group = group < 0 ? 0 : group >= (int)p->n_groups ? (int)p->n_groups - 1 : group;
+	g->layer = r.from[row], g->group = (uint32_t)group;
+	if (g->select == SELECT_GLOB)
+		g->select = SELECT_CELL;
+	return REACT_DRAW;
+}
+
+static unsigned
+act_select(struct ui *ui, int arg)
+{
+	struct grid *g = &ui->grid;
+
+	if (arg == SELECT_BLOCK)
+		g->anchor_layer = g->layer, g->anchor_group = g->group;
+	g->select = g->select == (enum select)arg && arg != SELECT_BLOCK ? SELECT_CELL : (enum select)arg;
+	return REACT_DRAW;
+}
+
+static unsigned
+act_shows(struct ui *ui, int arg)
+{
+	ui->grid.shows = (enum shows)(((int)ui->grid.shows + arg + N_SHOWS) % N_SHOWS);
+	return REACT_DRAW;
+}
+
+static unsigned
+act_fold(struct ui *ui, int arg)
+{
+	(void)arg;
+	ui->grid.fold = !ui->grid.folded;
+	return REACT_DRAW;
+}
+
+static unsigned
+act_flip(struct ui *ui, int arg)
+{
+	(void)arg;
+	return ask_flip(ui);
+}
+
+static bool
+find(struct ui *ui, const char *text, int direction)
+{
+	const struct octet_page *p = &ui->data.page;
+	uint32_t n = p->n_layers * p->n_groups, from = ui->grid.layer * p->n_groups + ui->grid.group;
+	bool digits = *text != '\0' && text[strspn(text, "0123456789")] == '\0';
+	char name[64], line[128];
+
+	for (uint32_t i = 1; i <= n; i++) {
+		uint32_t at = direction > 0 ? (from + i) % n : (from + n - i) % n, l = at / p->n_groups, g = at % p->n_groups;
+
+		if (digits ? l != strtoul(text, NULL, 10) || g != ui->grid.group : !site_is(p, g, l))
+			continue;
+		site_name(p, g, l, name, sizeof(name));
+		snprintf(line, sizeof(line), "%s %s", name, format_name(p, p->wanted[g][l]));
+		if (!digits && !text_has(line, text))
+			continue;
+		ui->grid.layer = l, ui->grid.group = g;
+		return true;
+	}
+	return false;
+}
+
+static unsigned
+click(struct ui *ui, const struct cell *c, bool released)
+{
+	struct grid *g = &ui->grid;
+
+	if (c->hit == HIT_LAYER && !released)
+		g->layer = c->b, g->select = SELECT_LAYER;
+	else if (c->hit == HIT_GROUP && !released)
+		g->group = c->a, g->select = SELECT_GROUP;
+	else if (c->hit == HIT_SITE && !released) {
+		g->group = g->anchor_group = c->a, g->select = SELECT_CELL;
+		g->layer = g->anchor_layer = group_is_one(&ui->data.page, c->a) ? g->layer : c->b;
+	} else if (c->hit == HIT_SITE && (c->a != g->group || c->b != g->layer) && !group_is_one(&ui->data.page, c->a))
+		g->group = c->a, g->layer = c->b, g->select = SELECT_BLOCK;
+	return REACT_DRAW;
+}
+
+static void
+wheel(struct ui *ui, int direction)
+{
+	act_go(ui, direction < 0 ? GO_UP : GO_DOWN);
+}
+
+static int
+batch_height(const struct ui *ui, int width)
+{
+	struct rows r;
+	int n;
+
+	rows_make(&ui->data.page, ui->data.page.n_layers > BATCH_ROWS, &r);
+	n = (int)r.n + 5;
+	return width >= SIDE_FROM && n < 21 ? 21 : n;
+}
+
+static const struct key keys[] = {
+	{{' ', K_ENTER}, "space, enter", "flip the selection: shows what changes, and asks", act_flip, 0},
+	{{K_UP, 'k'}, "up, k", "layer before", act_go, GO_UP},
+	{{K_DOWN, 'j'}, "down, j", "layer after", act_go, GO_DOWN},
+	{{K_LEFT, 'h'}, "left, h", "group before", act_go, GO_LEFT},
+	{{K_RIGHT, 'l'}, "right, l", "group after", act_go, GO_RIGHT},
+	{{K_PPAGE, CTRL('b')}, "page up", "a page up", act_go, GO_PAGE_UP},
+	{{K_NPAGE, CTRL('f')}, "page down", "a page down", act_go, GO_PAGE_DOWN},
+	{{K_HOME, 'g'}, "home, g", "first layer", act_go, GO_FIRST},
+	{{K_END, 'G'}, "end, G", "last layer", act_go, GO_LAST},
+	{{'0', '^'}, "0, ^", "first group", act_go, GO_FIRST_GROUP},
+	{{'$'}, "$", "last group", act_go, GO_LAST_GROUP},
+	{{'e', K_ESC}, "e, esc", "select the cell", act_select, SELECT_CELL},
+	{{'x'}, "x", "select the layer: its linear groups", act_select, SELECT_LAYER},
+	{{'c'}, "c", "select the column: the group in all layers", act_select, SELECT_GROUP},
+	{{'m'}, "m", "select the module: attention.* or mlp.*", act_select, SELECT_MODULE},
+	{{'v'}, "v", "select a block from here to where you move", act_select, SELECT_BLOCK},
+	{{'a'}, "a", "select all linear groups and lm_head", act_select, SELECT_ALL},
+	{{'s'}, "s", "select by a selector: mlp.*@0-3,-1", act_prompt, 's'},
+	{{'d'}, "d", "show formats, KL, time, bytes, inputs in turn", act_shows, 1},
+	{{'D'}, "D", "the same backwards", act_shows, -1},
+	{{'f'}, "f", "fold layers that are alike, or unfold them", act_fold, 0},
+	{{0}, NULL, NULL, NULL, 0},
+};
+
+const struct view view_precision = {
+	.name = "precision", .title = "Precision", .about = "what each site runs, and what flipping it costs and saves",
+	.draw = draw, .keys = keys, .batch_height = batch_height, .find = find, .click = click, .wheel = wheel,
+};
