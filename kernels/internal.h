@@ -9,12 +9,35 @@ void kernels_fill_avx2(struct k_ops *);
 void kernels_fill_avx512(struct k_ops *);
 void kernels_fill_amx(struct k_ops *);
 
-/* Of avx512.c, for amx.c: a whole linear layer; one block as BF16, [2 tiles][16 input pairs][16 channels][2 inputs];
+/* Of avx512.c, for amx.c: one block as BF16, [2 tiles][16 input pairs][16 channels][2 inputs];
  * totals of a panel, scaled, to y. */
-void linear_avx512(const struct k_linear *);
 void avx512_unpack_block(const struct k_weight *, uint32_t panel, uint32_t block, enum k_format, uint16_t out[1024]);
 void avx512_write_panel(const struct k_linear *, uint32_t panel, uint32_t row, uint32_t rows,
     const float (*total)[K_PANEL]);
+
+/* Also of avx512.c, for attention in tiles. Query vectors are (row, head) pairs that share a KV head. */
+#define K_VECTORS 64u
+struct k_vectors {
+	_Alignas(64) float out[K_VECTORS * 256]; /* [n, hd_pad] so far */
+	float m[K_VECTORS], l[K_VECTORS];        /* maximum and sum so far; l is 0 before the first block */
+	_Alignas(64) float block_m[K_VECTORS], block_l[K_VECTORS];
+	uint32_t valid[K_VECTORS];               /* slots of this block that count */
+	uint32_t n, hd_pad;
+};
+void attention_avx512(const struct k_attention *);
+/* x [n] as BF16, zeros up to n_pad. */
+void avx512_round(const float *x, uint32_t n, uint32_t n_pad, uint16_t *out);
+/* One KV head of a block with FP8 positions as BF16, [hd_pad * 32] each, and its scales [32], 1 in BF16 positions. */
+void avx512_mix_page(const struct k_attention *, const struct k_kv_block *, uint32_t kv_head, uint16_t *k, uint16_t *v,
+    float *ks, float *vs);
+/* V of a block with zeros in the slots after `last`; false if what is left is not all finite. */
+bool avx512_trim_page(const uint16_t *v, uint32_t hd_pad, uint32_t last, uint16_t *out);
+/* Vectors [from, to): scores [to - from][32] to probabilities in BF16; ks, vs NULL: all positions are BF16. */
+void avx512_softmax(struct k_vectors *, uint32_t from, uint32_t to, const float (*score)[32], float scale, const float *ks,
+    const float *vs, uint16_t (*p)[32]);
+/* Adds block outputs [to - from][hd_pad]. */
+void avx512_merge(struct k_vectors *, uint32_t from, uint32_t to, const float *block);
+void avx512_divide(const struct k_vectors *, uint32_t vector, uint32_t n, float *out); /* [n] */
 
 /* k_pack_panel() without vectors: it defines the bytes. */
 int k_pack_panel_ref(struct k_weight *, uint32_t panel, const uint16_t *rows, struct k_exception **exc, uint32_t *n_exc,
@@ -24,6 +47,19 @@ bool kernels_have_avx512(void);
  * of each pair of inputs that `left` has a bit for. */
 uint16_t avx512_absmax(const uint16_t *row, uint32_t n);
 void avx512_pack_tile(const uint16_t *rows, size_t ld, const int16_t *k, uint8_t *hi, int8_t *lo, uint32_t left[16]);
+
+/* One of the rows of a call. */
+static inline struct k_attention
+k_attention_row(const struct k_attention *a, uint32_t row)
+{
+	struct k_attention one = *a;
+
+	one.q += row * a->ld;
+	one.out += row * a->ld;
+	one.pos += row;
+	one.rows = 1;
+	return one;
+}
 
 bool amx_agrees(void); /* with ref on a block; in a thread after kernels_thread_init() */
 

@@ -113,20 +113,30 @@ struct k_kv_block {
 };
 
 /*
- * One query position, heads [head0, head1). Each block forms its own max, sum
- * and output; blocks merge in ascending order. In an FP8 position the score is
- * (sum * scale of K) * scale, and p * scale of V is rounded to BF16 for the
- * output; the sum of p is that of BF16 p in either format.
+ * Query positions pos, pos + 1 and so on of one sequence, heads [head0, head1).
+ * Each block forms its own max, sum and output; blocks merge in ascending order.
+ * In an FP8 position the score is (sum * scale of K) * scale, and p * scale of V
+ * is rounded to BF16 for the output; the sum of p is that of BF16 p in either format.
  */
 struct k_attention {
-	const float *q;         /* [n_heads, head_dim], RoPE applied; rounded to BF16 here */
-	float *out;             /* [n_heads, head_dim] */
-	const struct k_kv_block *block; /* [pos / 32 + 1]; those before first / 32 are not read */
+	const float *q;         /* [rows, ld] of [n_heads, head_dim], RoPE applied; rounded to BF16 here */
+	float *out;             /* [rows, ld] of [n_heads, head_dim] */
+	size_t ld;
+	uint32_t rows;
+	const struct k_kv_block *block; /* [(pos + rows - 1) / 32 + 1]; those before the first row's window are not read */
 	uint32_t n_heads, n_kv_heads, head_dim, hd_pad;
 	uint32_t head0, head1;
-	uint32_t first, pos;    /* attends to positions first..pos; other slots may hold anything */
+	uint32_t pos;           /* of the first row */
+	uint32_t window;        /* a row attends to so many positions up to its own, 0: to all; other slots may hold anything */
 	float scale;            /* 1 / sqrt(head_dim) */
 };
+
+/* The first position that a row at pos attends to. */
+static inline uint32_t
+k_window_first(uint32_t pos, uint32_t window)
+{
+	return window != 0 && pos >= window ? pos - window + 1 : 0;
+}
 
 struct k_ops {
 	const char *name;

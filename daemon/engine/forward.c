@@ -5,8 +5,12 @@
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #include "daemon/engine/device.h"
+
+#define HUGE_PAGE ((size_t)2 << 20)
+#define ATTENTION_ROWS 16u /* of one sequence that go through attention together */
 
 /* Inputs of linear layers in both encodings; a site's format picks one. */
 struct inputs {
@@ -41,6 +45,7 @@ struct forward {
 	uint32_t n_rows;
 	const struct plan **plan; /* [max_rows] plan of each input row */
 	uint32_t layer;
+	uint32_t next_item;       /* atomic: of attention, not yet taken */
 
 	struct evidence *evidence; /* NULL: none in this run */
 	uint32_t sample_row;
@@ -70,16 +75,20 @@ struct linear_phase {
 	uint32_t n_sites, n_rows;
 };
 
+/* Zeroed. Large ones in huge pages: a tile has 16 rows, each elsewhere, and they would be 16 misses of the TLB. */
 static void *
 buffer(size_t n, size_t size, bool *ok)
 {
-	size_t bytes = (n * size + 63) & ~(size_t)63;
-	void *p = aligned_alloc(64, bytes == 0 ? 64 : bytes);
+	size_t align = n * size >= HUGE_PAGE ? HUGE_PAGE : 64, bytes = (n * size + align - 1) & ~(align - 1);
+	void *p = aligned_alloc(align, bytes == 0 ? align : bytes);
 
-	if (p == NULL)
+	if (p == NULL) {
 		*ok = false;
-	else
-		memset(p, 0, bytes);
+		return NULL;
+	}
+	if (align == HUGE_PAGE)
+		madvise(p, bytes, MADV_HUGEPAGE);
+	memset(p, 0, bytes);
 	return p;
 }
 
@@ -121,7 +130,8 @@ forward_new(struct forward **out, const struct model *m, const struct k_ops *ops
 		return err_set(err, -ENOMEM, "no memory for the forward pass");
 	f->m = m, f->ops = ops, f->team = team, f->kv = kv, f->max_rows = max_rows;
 	f->tmp_ld = max3(s->hidden, s->intermediate, q);
-	f->in.ld = (f->tmp_ld + K_BLOCK - 1) & ~(size_t)(K_BLOCK - 1);
+	/* An odd number of cache lines: rows at a power of two would share a few sets of the cache. */
+	f->in.ld = ((f->tmp_ld + K_BLOCK - 1) / K_BLOCK | 1) * K_BLOCK;
 	f->block_ld = kv_blocks_for(s->max_context);
 	f->x = buffer((size_t)max_rows * s->hidden, sizeof(float), &ok);
 	f->q = buffer((size_t)max_rows * q, sizeof(float), &ok);
@@ -396,33 +406,56 @@ rope_part(void *arg, uint32_t part, uint32_t parts)
 	}
 }
 
-/* Rows x KV heads are shared out, so that one row uses all threads too. */
+/* Rows of one sequence that follow each other from r on. */
+static uint32_t
+run_of_rows(const struct forward *f, uint32_t r)
+{
+	uint32_t end = r + 1;
+
+	while (end < f->n_rows && end - r < ATTENTION_ROWS && f->row[end].kv == f->row[r].kv && f->row[end].pos == f->row[end - 1].pos + 1)
+		end++;
+	return end;
+}
+
+static void
+attend(struct forward *f, uint32_t r, uint32_t rows, uint32_t head0, uint32_t head1, struct k_kv_block *block)
+{
+	const struct model_shape *s = &f->m->shape;
+	const struct forward_row *row = &f->row[r];
+	size_t ld = (size_t)s->n_heads * s->head_dim;
+
+	for (uint32_t b = k_window_first(row->pos, s->window) / KV_PAGE_TOKENS; b <= (row->pos + rows - 1) / KV_PAGE_TOKENS; b++)
+		block[b] = block_of(f, row, b);
+	f->ops->attention(&(struct k_attention){
+	    .q = f->q + r * ld, .out = f->attn + r * ld, .ld = ld, .rows = rows, .block = block,
+	    .n_heads = s->n_heads, .n_kv_heads = s->n_kv_heads,
+	    .head_dim = s->head_dim, .hd_pad = f->kv->hd_pad,
+	    .head0 = head0, .head1 = head1, .pos = row->pos, .window = s->window,
+	    .scale = 1.0f / sqrtf((float)s->head_dim)});
+}
+
+/* An item is a KV head of a run of rows, so that its pages stay in cache for the next, or all heads of one row where
+ * rows are many. Items go to whoever is free: later positions have more before them. */
 static void
 attention_part(void *arg, uint32_t part, uint32_t parts)
 {
 	struct forward *f = arg;
-	const struct model_shape *s = &f->m->shape;
-	uint32_t group = s->n_heads / s->n_kv_heads, from, to;
+	uint32_t kv_heads = f->m->shape.n_kv_heads, group = f->m->shape.n_heads / kv_heads, item = 0, mine;
 	struct k_kv_block *block = f->block + part * f->block_ld;
+	bool many = f->n_rows >= 4 * parts;
 
-	team_share(f->n_rows * s->n_kv_heads, part, parts, &from, &to);
-	for (uint32_t i = from; i < to;) {
-		uint32_t r = i / s->n_kv_heads, h0 = i % s->n_kv_heads;
-		uint32_t h1 = h0 + (to - i) < s->n_kv_heads ? h0 + (to - i) : s->n_kv_heads;
-		const struct forward_row *row = &f->row[r];
-		uint32_t first = s->window != 0 && row->pos >= s->window ? row->pos - s->window + 1 : 0;
-		size_t at = (size_t)r * s->n_heads * s->head_dim;
+	mine = __atomic_fetch_add(&f->next_item, 1, __ATOMIC_RELAXED);
+	for (uint32_t h = 0; h < kv_heads; h++) {
+		for (uint32_t r = 0, end; r < f->n_rows; r = end) {
+			bool whole;
 
-		for (uint32_t b = first / KV_PAGE_TOKENS; b <= row->pos / KV_PAGE_TOKENS; b++)
-			block[b] = block_of(f, row, b);
-		f->ops->attention(&(struct k_attention){
-		    .q = f->q + at, .out = f->attn + at, .block = block,
-		    .n_heads = s->n_heads, .n_kv_heads = s->n_kv_heads,
-		    .head_dim = s->head_dim, .hd_pad = f->kv->hd_pad,
-		    .head0 = h0 * group, .head1 = h1 * group,
-		    .first = first, .pos = row->pos,
-		    .scale = 1.0f / sqrtf((float)s->head_dim)});
-		i += h1 - h0;
+			end = run_of_rows(f, r);
+			whole = many && end - r == 1;
+			if ((whole && h > 0) || item++ != mine)
+				continue;
+			attend(f, r, end - r, h * group, whole ? f->m->shape.n_heads : (h + 1) * group, block);
+			mine = __atomic_fetch_add(&f->next_item, 1, __ATOMIC_RELAXED);
+		}
 	}
 }
 
@@ -466,6 +499,7 @@ run_layer(struct forward *f, uint32_t n)
 	    {GROUP_K, &w[GROUP_K], f->k, kvd, false},
 	    {GROUP_V, &w[GROUP_V], f->v, kvd, false}}, 3, n);
 	run_rows(f, n, rope_part);
+	f->next_item = 0;
 	team_run(f->team, attention_part, f);
 	/* q, k and v were finite: the fault came out of the cache. */
 	trace(f, f->attn, qd, GROUP_KV_CACHE);

@@ -311,14 +311,14 @@ attend_page(const struct k_attention *a, const float *q, const struct head_page 
 			else
 				odd = fmaf(v_value(page, d, j), p[j], odd);
 		}
-		out[d] = even + odd;
+		out[d] = 0.0f + (even + odd); /* +0, never -0, as tiles have it */
 	}
 }
 
 static void
 attend_head(const struct k_attention *a, uint32_t h)
 {
-	uint32_t kvh = h / (a->n_heads / a->n_kv_heads), first = a->first / K_BLOCK;
+	uint32_t kvh = h / (a->n_heads / a->n_kv_heads), start = k_window_first(a->pos, a->window), first = start / K_BLOCK;
 	size_t head = (size_t)kvh * a->hd_pad * K_BLOCK, half = (size_t)a->n_kv_heads * a->hd_pad * K_BLOCK;
 	float *out = a->out + (size_t)h * a->head_dim, q[256], block[256], m = 0, l = 0;
 
@@ -327,7 +327,7 @@ attend_head(const struct k_attention *a, uint32_t h)
 	for (uint32_t b = first; b <= a->pos / K_BLOCK; b++) {
 		const float *scale = a->block[b].scale;
 		struct head_page page = {&a->block[b], head, half, NULL, NULL, a->hd_pad};
-		uint32_t lo = b == first ? a->first % K_BLOCK : 0;
+		uint32_t lo = b == first ? start % K_BLOCK : 0;
 		uint32_t hi = a->pos - b * K_BLOCK + 1 < K_BLOCK ? a->pos - b * K_BLOCK + 1 : K_BLOCK;
 		float bm, bl, to, fa, fb;
 
@@ -353,8 +353,12 @@ attend_head(const struct k_attention *a, uint32_t h)
 static void
 attention_ref(const struct k_attention *a)
 {
-	for (uint32_t h = a->head0; h < a->head1; h++)
-		attend_head(a, h);
+	for (uint32_t r = 0; r < a->rows; r++) {
+		struct k_attention one = k_attention_row(a, r);
+
+		for (uint32_t h = a->head0; h < a->head1; h++)
+			attend_head(&one, h);
+	}
 }
 
 static void

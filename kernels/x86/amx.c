@@ -1,8 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * AMX BF16: linear layers of FEWEST rows and more in tiles. A block of 32 inputs
- * is one TDPBF16PS, which sums as ref does; rows of x are A tiles as they lie,
- * unpacked blocks are B tiles. Everything else is avx512.c's.
+ * AMX BF16: linear layers in tiles, one row too (the tiles take less of the core
+ * than FMA do, so that unpacking keeps up with memory), and attention of FEWEST
+ * query vectors and more. A block of 32 inputs is one TDPBF16PS, which sums as
+ * ref does; rows of x are A tiles as they lie, unpacked blocks, K and V of a
+ * page are B tiles. Everything else is avx512.c's.
  *
  * With AMX_EMULATED the tiles are plain C, by the instruction's documentation:
  * checkkernels holds the blocking against ref where there is no AMX.
@@ -13,11 +15,13 @@
 
 #include "kernels/internal.h"
 
-#define FEWEST 8u        /* rows; fewer are quicker without tiles */
+#define FEWEST 16u       /* query vectors that attention takes through tiles; fewer are quicker without */
 #define TEAM 32u         /* rows that run together: two tiles, times two of a panel */
-#define ROWS 256u        /* rows that share one unpacking */
-#define GROUP 4u         /* panels that share a visit to the inputs */
-#define CHUNK 32u        /* blocks of it: 1024 inputs, so that ROWS of them stay in L2 */
+#define ROWS 512u        /* rows that share one unpacking */
+#define GROUP 8u         /* panels that share a visit to the inputs */
+#define CHUNK 16u        /* blocks of it: what is unpacked stays in L1, 512 inputs of ROWS rows in L2 */
+#define AHEAD 1u         /* blocks that are unpacked before the tiles need them: their stores are through then */
+#define RING 4u          /* blocks unpacked for one team, more than AHEAD */
 
 /* What LDTILECFG reads. */
 struct tile_config {
@@ -62,6 +66,12 @@ tile_store(int t, void *to, size_t stride)
 		memcpy((char *)to + r * stride, tile[t][r], tiles.row_bytes[t]);
 }
 
+static void
+tile_zero(int t)
+{
+	memset(tile[t], 0, sizeof(tile[t]));
+}
+
 /* Each FMA and each sum flushes subnormals, as the calling thread does. */
 AMX static void
 tile_multiply(int c, int a, int b)
@@ -88,6 +98,7 @@ tile_multiply(int c, int a, int b)
 #define tile_load _tile_loadd
 #define tile_store _tile_stored
 #define tile_multiply _tile_dpbf16ps
+#define tile_zero _tile_zero
 #define tile_release _tile_release
 
 /* gcc's intrinsics say of no operand in memory that they read it (8 bytes of this
@@ -114,19 +125,76 @@ configure(uint32_t rows)
 	tile_config(&c);
 }
 
+/* Sums of 16 vectors, and of 32: those that are configured. */
+AMX static inline void
+zero_two(void)
+{
+	tile_zero(0);
+	tile_zero(1);
+}
+
+AMX static inline void
+zero_four(void)
+{
+	zero_two();
+	tile_zero(2);
+	tile_zero(3);
+}
+
 typedef float totals[K_PANEL];
 typedef uint16_t block[1024]; /* two B tiles */
 
-/* Up to 16 rows against blocks of one panel. */
-AMX static void
-half_team(const uint16_t *x, size_t ldx, const block *w, uint32_t n_blocks, totals *total)
+/* ---- linear ---- */
+
+/* Rows [0, TEAM) of blocks of one panel; the tiles are configured for their number. A block is unpacked while the
+ * tiles multiply the one before it. */
+struct team {
+	const struct k_linear *a;
+	uint32_t panel, kb, n;    /* blocks [kb, kb + n) */
+	const uint16_t *x;        /* of the first row and block */
+	block *word;              /* [mask + 1] unpacked blocks, a ring */
+	uint32_t mask;
+	bool unpack;              /* they are not yet */
+	bool from_zero;
+};
+
+static void
+unpack(const struct team *t, uint32_t i)
 {
-	tile_load(0, &total[0][0], sizeof(totals));
-	tile_load(1, &total[0][16], sizeof(totals));
-	for (uint32_t i = 0; i < n_blocks; i++) {
-		tile_load(4, x + i * K_BLOCK, ldx * 2);
-		tile_load(6, w[i], 64);
-		tile_load(7, w[i] + 512, 64);
+	const struct k_weight *w = t->a->w;
+
+	if (t->unpack && i < t->n)
+		avx512_unpack_block(w, t->panel, t->panel * (w->k_pad / K_BLOCK) + t->kb + i, t->a->format, t->word[i & t->mask]);
+}
+
+AMX static void
+load_weights(const struct team *t, uint32_t i)
+{
+	const uint16_t *word = t->word[i & t->mask];
+
+	__asm__ volatile("" ::: "memory");
+	tile_load(6, word, 64);
+	tile_load(7, word + 512, 64);
+}
+
+/* Up to 16 rows. */
+AMX static void
+half_team(const struct team *t, totals *total)
+{
+	size_t ldx = t->a->ldx;
+
+	if (t->from_zero) {
+		zero_two();
+	} else {
+		tile_load(0, &total[0][0], sizeof(totals));
+		tile_load(1, &total[0][16], sizeof(totals));
+	}
+	for (uint32_t i = 0; i < AHEAD; i++)
+		unpack(t, i);
+	for (uint32_t i = 0; i < t->n; i++) {
+		unpack(t, i + AHEAD);
+		load_weights(t, i);
+		tile_load(4, t->x + i * K_BLOCK, ldx * 2);
 		tile_multiply(0, 4, 6);
 		tile_multiply(1, 4, 7);
 	}
@@ -136,20 +204,28 @@ half_team(const uint16_t *x, size_t ldx, const block *w, uint32_t n_blocks, tota
 
 /* 17 to 32. */
 AMX static void
-full_team(const uint16_t *x, size_t ldx, const block *w, uint32_t n_blocks, totals *total)
+full_team(const struct team *t, totals *total)
 {
-	const uint16_t *x1 = x + 16 * ldx;
+	size_t ldx = t->a->ldx;
 
-	tile_load(0, &total[0][0], sizeof(totals));
-	tile_load(1, &total[0][16], sizeof(totals));
-	tile_load(2, &total[16][0], sizeof(totals));
-	tile_load(3, &total[16][16], sizeof(totals));
-	for (uint32_t i = 0; i < n_blocks; i++) {
-		tile_load(4, x + i * K_BLOCK, ldx * 2);
-		tile_load(6, w[i], 64);
-		tile_load(7, w[i] + 512, 64);
+	if (t->from_zero) {
+		zero_four();
+	} else {
+		tile_load(0, &total[0][0], sizeof(totals));
+		tile_load(1, &total[0][16], sizeof(totals));
+		tile_load(2, &total[16][0], sizeof(totals));
+		tile_load(3, &total[16][16], sizeof(totals));
+	}
+	for (uint32_t i = 0; i < AHEAD; i++)
+		unpack(t, i);
+	for (uint32_t i = 0; i < t->n; i++) {
+		const uint16_t *x = t->x + i * K_BLOCK;
+
+		unpack(t, i + AHEAD);
+		load_weights(t, i);
+		tile_load(4, x, ldx * 2);
 		tile_multiply(0, 4, 6);
-		tile_load(5, x1 + i * K_BLOCK, ldx * 2);
+		tile_load(5, x + 16 * ldx, ldx * 2);
 		tile_multiply(1, 4, 7);
 		tile_multiply(2, 5, 6);
 		tile_multiply(3, 5, 7);
@@ -160,48 +236,57 @@ full_team(const uint16_t *x, size_t ldx, const block *w, uint32_t n_blocks, tota
 	tile_store(3, &total[16][16], sizeof(totals));
 }
 
-/* All rows against blocks of one panel. Leaves the tiles as configure(TEAM) does. */
 AMX static void
-panel_rows(const uint16_t *x, size_t ldx, uint32_t rows, const block *w, uint32_t n_blocks, totals *total)
+run_team(const struct team *t, uint32_t rows, totals *total)
 {
-	uint32_t r = 0, left = rows % TEAM;
-
 	__asm__ volatile("" ::: "memory");
-	for (; r + TEAM <= rows; r += TEAM)
-		full_team(x + r * ldx, ldx, w, n_blocks, total + r);
-	if (left == 0)
-		return;
-	configure(left);
-	if (left <= 16)
-		half_team(x + r * ldx, ldx, w, n_blocks, total + r);
+	if (rows <= 16)
+		half_team(t, total);
 	else
-		full_team(x + r * ldx, ldx, w, n_blocks, total + r);
-	configure(TEAM);
+		full_team(t, total);
 }
 
-/* Panels [p0, p1), at most GROUP, for up to ROWS rows. */
-static void
+/* Panels [p0, p1), at most GROUP, for up to ROWS rows. The tiles are configured for TEAM rows, before and after. */
+AMX static void
 tile_panels(const struct k_linear *a, uint32_t p0, uint32_t p1, uint32_t row, uint32_t rows)
 {
-	const struct k_weight *w = a->w;
+	uint32_t kb_n = a->w->k_pad / K_BLOCK, last = rows / TEAM * TEAM, left = rows - last;
 	const uint16_t *x = a->x + row * a->ldx;
-	uint32_t kb_n = w->k_pad / K_BLOCK;
 	_Alignas(64) block word[CHUNK];
 	_Alignas(64) totals total[GROUP][ROWS];
 
-	for (uint32_t p = p0; p < p1; p++)
-		memset(total[p - p0], 0, rows * sizeof(totals));
 	for (uint32_t kb = 0; kb < kb_n; kb += CHUNK) {
-		uint32_t n = kb_n - kb < CHUNK ? kb_n - kb : CHUNK;
-
 		for (uint32_t p = p0; p < p1; p++) {
-			for (uint32_t i = 0; i < n; i++)
-				avx512_unpack_block(w, p, p * kb_n + kb + i, a->format, word[i]);
-			panel_rows(x + kb * K_BLOCK, a->ldx, rows, (const block *)word, n, total[p - p0]);
+			struct team t = {a, p, kb, kb_n - kb < CHUNK ? kb_n - kb : CHUNK, x + kb * K_BLOCK, word, CHUNK - 1, true,
+			    kb == 0};
+
+			for (uint32_t r = 0; r < last; r += TEAM, t.unpack = false, t.x += TEAM * a->ldx)
+				run_team(&t, TEAM, total[p - p0] + r);
+			if (left != 0) {
+				configure(left);
+				run_team(&t, left, total[p - p0] + last);
+				configure(TEAM);
+			}
 		}
 	}
 	for (uint32_t p = p0; p < p1; p++)
 		avx512_write_panel(a, p, row, rows, (const totals *)total[p - p0]);
+}
+
+/* One team: its sums stay in tiles, and each weight is read once. */
+AMX static void
+tile_stream(const struct k_linear *a)
+{
+	_Alignas(64) block word[RING];
+	_Alignas(64) totals total[TEAM];
+
+	configure(a->rows);
+	for (uint32_t p = a->panel0; p < a->panel1; p++) {
+		struct team t = {a, p, 0, a->w->k_pad / K_BLOCK, a->x, word, RING - 1, true, true};
+
+		run_team(&t, a->rows, total);
+		avx512_write_panel(a, p, 0, a->rows, (const totals *)total);
+	}
 }
 
 AMX static void
@@ -209,8 +294,11 @@ linear_amx(const struct k_linear *a)
 {
 	uint32_t passes = (a->rows + ROWS - 1) / ROWS, each;
 
-	if (a->rows < FEWEST) {
-		linear_avx512(a);
+	if (a->rows == 0)
+		return;
+	if (a->rows <= TEAM) {
+		tile_stream(a);
+		tile_release();
 		return;
 	}
 	each = (a->rows + passes - 1) / passes;
@@ -221,6 +309,156 @@ linear_amx(const struct k_linear *a)
 
 		for (uint32_t row = 0; row < a->rows; row += each)
 			tile_panels(a, p0, p1, row, a->rows - row < each ? a->rows - row : each);
+	}
+	tile_release();
+}
+
+/* ---- attention ---- */
+
+/* One KV head of a block. */
+struct head_page {
+	const uint16_t *k, *v;
+	const float *ks, *vs;   /* NULL: all positions are BF16 */
+};
+
+/* Up to two tiles of vectors against a page. */
+AMX static void
+attend_page(struct k_vectors *s, const uint16_t *q, const struct head_page *page, float scale, uint32_t from)
+{
+	uint32_t n = s->n - from < 32 ? s->n - from : 32, ld = s->hd_pad;
+	bool two = n > 16;
+	_Alignas(64) float score[32][32], out[32 * 256];
+	_Alignas(64) uint16_t p[32][32];
+
+	q += (size_t)from * ld;
+	zero_four();
+	for (uint32_t d = 0; d < ld; d += K_BLOCK) {
+		tile_load(6, page->k + d * K_BLOCK, 4 * K_BLOCK);
+		tile_load(7, page->k + d * K_BLOCK + 32, 4 * K_BLOCK);
+		tile_load(4, q + d, ld * 2);
+		tile_multiply(0, 4, 6);
+		tile_multiply(1, 4, 7);
+		if (two) {
+			tile_load(5, q + 16 * ld + d, ld * 2);
+			tile_multiply(2, 5, 6);
+			tile_multiply(3, 5, 7);
+		}
+	}
+	tile_store(0, &score[0][0], sizeof(score[0]));
+	tile_store(1, &score[0][16], sizeof(score[0]));
+	if (two) {
+		tile_store(2, &score[16][0], sizeof(score[0]));
+		tile_store(3, &score[16][16], sizeof(score[0]));
+	}
+	__asm__ volatile("" ::: "memory");
+	avx512_softmax(s, from, from + n, (const float (*)[32])score, scale, page->ks, page->vs, p);
+	/* What the tiles hold beyond n is computed too, and not read. */
+	__asm__ volatile("" ::: "memory");
+	tile_load(4, p[0], sizeof(p[0]));
+	if (two)
+		tile_load(5, p[16], sizeof(p[0]));
+	for (uint32_t d = 0; d < ld; d += 32) {
+		tile_load(6, page->v + d * 2, ld * 4);
+		tile_load(7, page->v + d * 2 + 32, ld * 4);
+		zero_four();
+		tile_multiply(0, 4, 6);
+		tile_multiply(1, 4, 7);
+		tile_store(0, out + d, ld * 4);
+		tile_store(1, out + d + 16, ld * 4);
+		if (two) {
+			tile_multiply(2, 5, 6);
+			tile_multiply(3, 5, 7);
+			tile_store(2, out + 16 * ld + d, ld * 4);
+			tile_store(3, out + 16 * ld + d + 16, ld * 4);
+		}
+	}
+	__asm__ volatile("" ::: "memory");
+	avx512_merge(s, from, from + n, out);
+}
+
+/* Which slots of a block count for each vector; is that all of them for all? */
+static bool
+set_valid(const struct k_attention *a, struct k_vectors *s, uint32_t block, uint32_t heads)
+{
+	uint32_t at = block * K_BLOCK, all = 0xffffffffu;
+
+	for (uint32_t i = 0; i < s->n; i++) {
+		uint32_t pos = a->pos + i / heads, first = k_window_first(pos, a->window);
+
+		s->valid[i] = pos < at || first > at + 31 ? 0 : 0xffffffffu;
+		if (pos >= at && pos - at < 31)
+			s->valid[i] &= (2u << (pos - at)) - 1;
+		if (first > at && first < at + K_BLOCK)
+			s->valid[i] &= 0xffffffffu << (first - at);
+		all &= s->valid[i];
+	}
+	return all == 0xffffffffu;
+}
+
+/* Rows of one call, with heads [h0, h1) of one KV head: K_VECTORS in all at most. False if a value that does not count
+ * is not finite: with tiles it would. */
+AMX static bool
+attend_vectors(const struct k_attention *a, uint32_t h0, uint32_t h1)
+{
+	uint32_t heads = h1 - h0, last = a->pos + a->rows - 1, kvh = h0 / (a->n_heads / a->n_kv_heads);
+	size_t at = (size_t)kvh * a->hd_pad * K_BLOCK;
+	_Alignas(64) uint16_t q[K_VECTORS * 256], k[256 * K_BLOCK], v[256 * K_BLOCK], trimmed[256 * K_BLOCK];
+	_Alignas(64) float ks[32], vs[32];
+	struct k_vectors s;
+
+	s.n = a->rows * heads, s.hd_pad = a->hd_pad;
+	memset(s.l, 0, sizeof(s.l));
+	for (uint32_t i = 0; i < s.n; i++)
+		avx512_round(a->q + i / heads * a->ld + (size_t)(h0 + i % heads) * a->head_dim, a->head_dim, a->hd_pad,
+		    q + (size_t)i * a->hd_pad);
+	for (uint32_t b = k_window_first(a->pos, a->window) / K_BLOCK; b <= last / K_BLOCK; b++) {
+		const struct k_kv_block *kv = &a->block[b];
+		struct head_page page = {k, v, ks, vs};
+
+		if (kv->fp8 == 0)
+			page = (struct head_page){kv->k + at, kv->v + at, NULL, NULL};
+		else
+			avx512_mix_page(a, kv, kvh, k, v, ks, vs);
+		if (!set_valid(a, &s, b, heads)) {
+			uint32_t left = last - b * K_BLOCK;
+
+			if (!avx512_trim_page(page.v, a->hd_pad, left < 31 ? left : 31, trimmed))
+				return false;
+			page.v = trimmed;
+		}
+		for (uint32_t from = 0; from < s.n; from += 32)
+			attend_page(&s, q, &page, a->scale, from);
+	}
+	for (uint32_t i = 0; i < s.n; i++)
+		avx512_divide(&s, i, a->head_dim, a->out + i / heads * a->ld + (size_t)(h0 + i % heads) * a->head_dim);
+	return true;
+}
+
+AMX static void
+attention_amx(const struct k_attention *a)
+{
+	uint32_t group = a->n_heads / a->n_kv_heads, to;
+
+	if (a->rows * (group < a->head1 - a->head0 ? group : a->head1 - a->head0) < FEWEST) {
+		attention_avx512(a);
+		return;
+	}
+	configure(TEAM);
+	for (uint32_t h = a->head0; h < a->head1; h = to) {
+		uint32_t rows;
+
+		to = (h / group + 1) * group;
+		to = to > a->head1 ? a->head1 : to;
+		to = to - h > K_VECTORS ? h + K_VECTORS : to;
+		rows = K_VECTORS / (to - h);
+		for (uint32_t r = 0; r < a->rows; r += rows) {
+			struct k_attention some = k_attention_row(a, r);
+
+			some.rows = a->rows - r < rows ? a->rows - r : rows;
+			some.head0 = h, some.head1 = to;
+			if (!attend_vectors(&some, h, to))
+				attention_avx512(&some);
+		}
 	}
 	tile_release();
 }
@@ -243,7 +481,8 @@ some_bf16(uint64_t *state)
 AMX bool
 amx_agrees(void)
 {
-	_Alignas(64) uint16_t x[16][32], w[1024];
+	_Alignas(64) uint16_t x[16][32];
+	_Alignas(64) block w;
 	_Alignas(64) totals got[16], want[16];
 	uint64_t state = 1;
 
@@ -265,14 +504,37 @@ amx_agrees(void)
 			want[r][c] = want[r][c] + (sum[0] + sum[1]);
 		}
 		__asm__ volatile("" ::: "memory");
-		half_team(x[0], 32, (const block *)&w, 1, got);
+		half_team(&(struct team){.a = &(struct k_linear){.ldx = 32}, .n = 1, .x = x[0], .word = &w}, got);
 	}
 	tile_release();
 	return memcmp(got, want, sizeof(got)) == 0;
 }
 
+/* ---- probes ---- */
+
+AMX static double
+probe_tiles(uint32_t rounds)
+{
+	configure(TEAM);
+	zero_four();
+	tile_zero(4);
+	tile_zero(5);
+	tile_zero(6);
+	tile_zero(7);
+	for (uint32_t i = 0; i < rounds; i++) {
+		tile_multiply(0, 4, 6);
+		tile_multiply(1, 4, 7);
+		tile_multiply(2, 5, 6);
+		tile_multiply(3, 5, 7);
+	}
+	tile_release();
+	return 4.0 * 16 * 16 * 32 * 2 * rounds;
+}
+
 void
 kernels_fill_amx(struct k_ops *ops)
 {
+	ops->probe_fma = probe_tiles;
 	ops->linear = linear_amx;
+	ops->attention = attention_amx;
 }

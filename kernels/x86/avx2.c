@@ -784,7 +784,7 @@ page_output(const struct k_attention *a, const struct head_page *page, struct he
 		}
 		UNROLL
 		for (uint32_t h = 0; h < n; h++)
-			_mm256_store_ps(head[h].block + d, _mm256_add_ps(even[h], odd[h]));
+			_mm256_store_ps(head[h].block + d, _mm256_add_ps(_mm256_setzero_ps(), _mm256_add_ps(even[h], odd[h])));
 	}
 }
 
@@ -842,7 +842,7 @@ attend_heads(const struct k_attention *a, uint32_t kvh, uint32_t h0, uint32_t h1
 {
 	static void (*const attend[TEAM])(const struct k_attention *, const struct head_page *, struct head *, bool) = {
 	    attend_1, attend_2, attend_3, attend_4};
-	uint32_t hd = a->head_dim, first = a->first / K_BLOCK;
+	uint32_t hd = a->head_dim, start = k_window_first(a->pos, a->window), first = start / K_BLOCK;
 	size_t at = (size_t)kvh * a->hd_pad * K_BLOCK;
 	_Alignas(32) uint16_t k[256 * K_BLOCK], v[256 * K_BLOCK];
 	_Alignas(32) float ks[32], vs[32];
@@ -854,7 +854,7 @@ attend_heads(const struct k_attention *a, uint32_t kvh, uint32_t h0, uint32_t h1
 			    rounded_bf16(_mm256_maskload_ps(a->q + (size_t)h * hd + d, tail(d, hd))));
 	for (uint32_t b = first; b <= a->pos / K_BLOCK; b++) {
 		const struct k_kv_block *kv = &a->block[b];
-		struct head_page page = {k, v, ks, vs, b == first ? a->first % K_BLOCK : 0,
+		struct head_page page = {k, v, ks, vs, b == first ? start % K_BLOCK : 0,
 		    a->pos - b * K_BLOCK + 1 < K_BLOCK ? a->pos - b * K_BLOCK + 1 : K_BLOCK};
 
 		if (kv->fp8 == 0) {
@@ -878,11 +878,15 @@ attention_avx2(const struct k_attention *a)
 {
 	uint32_t group = a->n_heads / a->n_kv_heads;
 
-	for (uint32_t h = a->head0, to; h < a->head1; h = to) {
-		to = (h / group + 1) * group;
-		to = to > a->head1 ? a->head1 : to;
-		to = to - h > HEADS ? h + HEADS : to;
-		attend_heads(a, h / group, h, to);
+	for (uint32_t r = 0; r < a->rows; r++) {
+		const struct k_attention one = k_attention_row(a, r);
+
+		for (uint32_t h = a->head0, to; h < a->head1; h = to) {
+			to = (h / group + 1) * group;
+			to = to > a->head1 ? a->head1 : to;
+			to = to - h > HEADS ? h + HEADS : to;
+			attend_heads(&one, h / group, h, to);
+		}
 	}
 }
 

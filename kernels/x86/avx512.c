@@ -415,7 +415,7 @@ avx512_write_panel(const struct k_linear *a, uint32_t panel, uint32_t row, uint3
 	write_panel(a, panel, row, rows, total);
 }
 
-void
+static void
 linear_avx512(const struct k_linear *a)
 {
 	static void (*const few[FEW])(const struct k_linear *, uint32_t, uint32_t) = {few_1, few_2, few_3, few_4, few_5,
@@ -821,6 +821,8 @@ page_softmax(const struct head_page *page, struct head *head)
 INLINE void
 page_output(const struct k_attention *a, const struct head_page *page, struct head *head, const uint32_t n)
 {
+	const __m512 zero = _mm512_setzero_ps(); /* added last: +0, never -0, as tiles have it */
+
 	for (uint32_t d = 0; d < a->head_dim; d += 32) {
 		__m512 even[TEAM][2], odd[TEAM][2], e[2], o[2];
 
@@ -852,8 +854,8 @@ page_output(const struct k_attention *a, const struct head_page *page, struct he
 		}
 		UNROLL
 		for (uint32_t h = 0; h < n; h++) {
-			_mm512_store_ps(head[h].block + d, _mm512_add_ps(even[h][0], odd[h][0]));
-			_mm512_store_ps(head[h].block + d + 16, _mm512_add_ps(even[h][1], odd[h][1]));
+			_mm512_store_ps(head[h].block + d, _mm512_add_ps(zero, _mm512_add_ps(even[h][0], odd[h][0])));
+			_mm512_store_ps(head[h].block + d + 16, _mm512_add_ps(zero, _mm512_add_ps(even[h][1], odd[h][1])));
 		}
 	}
 }
@@ -912,7 +914,7 @@ attend_heads(const struct k_attention *a, uint32_t kvh, uint32_t h0, uint32_t h1
 {
 	static void (*const attend[TEAM])(const struct k_attention *, const struct head_page *, struct head *, bool) = {
 	    attend_1, attend_2, attend_3, attend_4};
-	uint32_t hd = a->head_dim, first = a->first / K_BLOCK;
+	uint32_t hd = a->head_dim, start = k_window_first(a->pos, a->window), first = start / K_BLOCK;
 	size_t at = (size_t)kvh * a->hd_pad * K_BLOCK;
 	_Alignas(64) uint16_t k[256 * K_BLOCK], v[256 * K_BLOCK];
 	_Alignas(64) float ks[32], vs[32];
@@ -924,7 +926,7 @@ attend_heads(const struct k_attention *a, uint32_t kvh, uint32_t h0, uint32_t h1
 			    round_bf16(_mm512_maskz_loadu_ps(tail(d, hd), a->q + (size_t)h * hd + d)), 16)));
 	for (uint32_t b = first; b <= a->pos / K_BLOCK; b++) {
 		const struct k_kv_block *kv = &a->block[b];
-		struct head_page page = {k, v, ks, vs, b == first ? a->first % K_BLOCK : 0,
+		struct head_page page = {k, v, ks, vs, b == first ? start % K_BLOCK : 0,
 		    a->pos - b * K_BLOCK + 1 < K_BLOCK ? a->pos - b * K_BLOCK + 1 : K_BLOCK};
 
 		if (kv->fp8 == 0) {
@@ -943,17 +945,137 @@ attend_heads(const struct k_attention *a, uint32_t kvh, uint32_t h0, uint32_t h1
 			    _mm512_div_ps(_mm512_load_ps(head[h - h0].out + d), _mm512_set1_ps(head[h - h0].l)));
 }
 
-static void
+void
 attention_avx512(const struct k_attention *a)
 {
 	uint32_t group = a->n_heads / a->n_kv_heads;
 
-	for (uint32_t h = a->head0, to; h < a->head1; h = to) {
-		to = (h / group + 1) * group;
-		to = to > a->head1 ? a->head1 : to;
-		to = to - h > HEADS ? h + HEADS : to;
-		attend_heads(a, h / group, h, to);
+	for (uint32_t r = 0; r < a->rows; r++) {
+		const struct k_attention one = k_attention_row(a, r);
+
+		for (uint32_t h = a->head0, to; h < a->head1; h = to) {
+			to = (h / group + 1) * group;
+			to = to > a->head1 ? a->head1 : to;
+			to = to - h > HEADS ? h + HEADS : to;
+			attend_heads(&one, h / group, h, to);
+		}
 	}
+}
+
+/* ---- what attention in tiles needs besides products ---- */
+
+AVX512 void
+avx512_round(const float *x, uint32_t n, uint32_t n_pad, uint16_t *out)
+{
+	act_bf16_avx512(x, n, n_pad, out);
+}
+
+AVX512 void
+avx512_mix_page(const struct k_attention *a, const struct k_kv_block *b, uint32_t kv_head, uint16_t *k, uint16_t *v,
+    float *ks, float *vs)
+{
+	mix_page(a, b, kv_head, k, v);
+	mix_scales(a, b, kv_head, ks, vs);
+}
+
+AVX512 bool
+avx512_trim_page(const uint16_t *v, uint32_t hd_pad, uint32_t last, uint16_t *out)
+{
+	const __m512i inf = _mm512_set1_epi16(0x7f80);
+	__mmask32 bad = 0;
+
+	for (uint32_t j = 0; j < K_BLOCK; j += 2) {
+		__mmask32 keep = j + 1 <= last ? 0xffffffffu : j <= last ? 0x55555555u : 0;
+
+		for (uint32_t i = j / 2 * hd_pad * 2, to = i + hd_pad * 2; i < to; i += 32) {
+			__m512i w = _mm512_maskz_loadu_epi16(keep, v + i);
+
+			bad |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(w, inf), inf);
+			_mm512_store_si512(out + i, w);
+		}
+	}
+	return bad == 0;
+}
+
+AVX512 void
+avx512_softmax(struct k_vectors *s, uint32_t from, uint32_t to, const float (*score)[32], float scale, const float *ks,
+    const float *vs, uint16_t (*p)[32])
+{
+	const __m512 low = _mm512_set1_ps(-INFINITY), by = _mm512_set1_ps(scale);
+
+	for (uint32_t i = from; i < to; i++, score++, p++) {
+		__mmask16 valid[2] = {(__mmask16)s->valid[i], (__mmask16)(s->valid[i] >> 16)}, nan = 0;
+		__m512 v[2], max;
+
+		UNROLL
+		for (uint32_t t = 0; t < 2; t++) {
+			v[t] = _mm512_load_ps(*score + t * 16);
+			if (ks != NULL)
+				v[t] = _mm512_mul_ps(v[t], _mm512_load_ps(ks + t * 16));
+			v[t] = _mm512_mul_ps(v[t], by);
+			nan |= _mm512_mask_cmp_ps_mask(valid[t], v[t], v[t], _CMP_UNORD_Q);
+		}
+		max = _mm512_max_ps(_mm512_mask_mov_ps(low, valid[0], v[0]), _mm512_mask_mov_ps(low, valid[1], v[1]));
+		s->block_m[i] = nan ? NAN : _mm512_reduce_max_ps(max);
+		UNROLL
+		for (uint32_t t = 0; t < 2; t++) {
+			__m512 e = exp_avx512(_mm512_sub_ps(v[t], _mm512_set1_ps(s->block_m[i])));
+
+			v[t] = _mm512_castsi512_ps(_mm512_maskz_slli_epi32(valid[t], round_bf16(e), 16));
+		}
+		s->block_l[i] = fold16(_mm512_add_ps(v[0], v[1]));
+		UNROLL
+		for (uint32_t t = 0; t < 2; t++) {
+			__m512i w = _mm512_srli_epi32(_mm512_castps_si512(v[t]), 16);
+
+			if (vs != NULL)
+				w = _mm512_maskz_mov_epi32(valid[t], round_bf16(_mm512_mul_ps(v[t], _mm512_load_ps(vs + t * 16))));
+			_mm256_store_si256((__m256i *)(void *)(*p + t * 16), _mm512_cvtepi32_epi16(w));
+		}
+	}
+}
+
+AVX512 void
+avx512_merge(struct k_vectors *s, uint32_t from, uint32_t to, const float *block)
+{
+	for (uint32_t i = from; i < to; i += 16) {
+		__mmask16 in = tail(i, to);
+		__m512 m = _mm512_maskz_loadu_ps(in, s->m + i), bm = _mm512_maskz_loadu_ps(in, s->block_m + i);
+		__m512 l = _mm512_maskz_loadu_ps(in, s->l + i), bl = _mm512_maskz_loadu_ps(in, s->block_l + i);
+		__mmask16 has = _mm512_mask_cmpneq_epi32_mask(in, _mm512_maskz_loadu_epi32(in, s->valid + i), _mm512_setzero_si512());
+		__mmask16 had = has & _mm512_cmp_ps_mask(l, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+		__m512 max = _mm512_mask_mov_ps(m, _mm512_cmp_ps_mask(bm, m, _CMP_GT_OQ), bm);
+		_Alignas(64) float fa[16], fb[16];
+
+		_mm512_store_ps(fa, exp_avx512(_mm512_sub_ps(m, max)));
+		_mm512_store_ps(fb, exp_avx512(_mm512_sub_ps(bm, max)));
+		l = _mm512_fmadd_ps(l, _mm512_load_ps(fa), _mm512_mul_ps(bl, _mm512_load_ps(fb)));
+		_mm512_mask_storeu_ps(s->m + i, has, _mm512_mask_mov_ps(bm, had, max));
+		_mm512_mask_storeu_ps(s->l + i, has, _mm512_mask_mov_ps(bl, had, l));
+		for (uint32_t j = 0; j < 16 && i + j < to; j++) {
+			float *out = s->out + (size_t)(i + j) * s->hd_pad;
+			const float *b = block + (size_t)(i - from + j) * s->hd_pad;
+
+			if (!(has >> j & 1))
+				continue;
+			if (!(had >> j & 1)) {
+				memcpy(out, b, s->hd_pad * sizeof(*out));
+				continue;
+			}
+			for (uint32_t d = 0; d < s->hd_pad; d += 16)
+				_mm512_store_ps(out + d, _mm512_fmadd_ps(_mm512_load_ps(out + d), _mm512_set1_ps(fa[j]),
+				    _mm512_mul_ps(_mm512_load_ps(b + d), _mm512_set1_ps(fb[j]))));
+		}
+	}
+}
+
+AVX512 void
+avx512_divide(const struct k_vectors *s, uint32_t vector, uint32_t n, float *out)
+{
+	const float *v = s->out + (size_t)vector * s->hd_pad;
+
+	for (uint32_t d = 0; d < n; d += 16)
+		_mm512_mask_storeu_ps(out + d, tail(d, n), _mm512_div_ps(_mm512_load_ps(v + d), _mm512_set1_ps(s->l[vector])));
 }
 
 /* ---- probes ---- */

@@ -414,8 +414,9 @@ check_attention(const struct scene *s)
 		ref->rope(tmp, s->n_heads + s->n_kv, s->hd, cos_t + r * half, sin_t + r * half);
 		ref->kv_write(&page[r / 32], tmp + q, tmp + q + s->n_kv * s->hd, s->n_kv, s->hd, hd_pad, r % 32);
 		if (r >= first_row)
-			ref->attention(&(struct k_attention){tmp, want + (r - first_row) * q, page, s->n_heads, s->n_kv, s->hd, hd_pad, 0, s->n_heads,
-			    s->window != 0 && r >= s->window ? r - s->window + 1 : 0, r, 1.0f / sqrtf((float)s->hd)});
+			ref->attention(&(struct k_attention){.q = tmp, .out = want + (r - first_row) * q, .rows = 1, .block = page,
+			    .n_heads = s->n_heads, .n_kv_heads = s->n_kv, .head_dim = s->hd, .hd_pad = hd_pad, .head1 = s->n_heads,
+			    .pos = r, .window = s->window, .scale = 1.0f / sqrtf((float)s->hd)});
 		for (uint32_t i = 0; i < s->n_kv * s->hd; i++)
 			vmax = fmaxf(vmax, fabsf(v[q + s->n_kv * s->hd + i]));
 		free(tmp);
