@@ -16,7 +16,7 @@
 #define CHUNK 512u            /* rows of a prefill step: the default of engine.max_batch_tokens */
 #define CONTEXT 128u          /* positions that a decoding sequence has behind it, unless told */
 #define DECODE_ROOM 128u      /* and may take */
-#define ROUNDS 5u             /* each a measurement of every format, one after the other */
+#define ROUNDS 5u             /* unless told, each a measurement of every format, one after the other */
 #define ROUND_SECONDS 0.5     /* a round goes on so long */
 #define TEST_SECONDS 60.0     /* a slow test ends after fewer rounds: all formats together */
 #define READ_BYTES ((size_t)1 << 30)
@@ -313,19 +313,20 @@ fill_result(struct bench *b, const struct test *t, int format, double seconds, s
 static bool
 is_wanted(const struct bench *b, const struct test *t, int format)
 {
-	char name[64];
+	char name[64], words[64];
 
-	snprintf(name, sizeof(name), "%s %s %u", plan_format_name((enum plan_format)format), t->name, t->n);
+	snprintf(name, sizeof(name), " %s %s %u ", plan_format_name((enum plan_format)format), t->name, t->n);
+	snprintf(words, sizeof(words), " %s ", b->o->only == NULL ? "" : b->o->only);
 	if (t->decode && (t->n > b->batch || (t->n == 8 && b->device == NULL)))
 		return false;
-	return (t->decode || t->n <= b->m->shape.max_context) && (b->o->only == NULL || strstr(name, b->o->only) != NULL);
+	return (t->decode || t->n <= b->m->shape.max_context) && (b->o->only == NULL || strstr(name, words) != NULL);
 }
 
 static void
 run_test(struct bench *b, const struct test *t, struct result result[K_N_FORMATS])
 {
-	double seconds[K_N_FORMATS][ROUNDS], start = now();
-	uint32_t round = 0;
+	double seconds[K_N_FORMATS][BENCH_MAX_ROUNDS], start = now();
+	uint32_t round = 0, rounds = b->o->rounds != 0 ? b->o->rounds : ROUNDS;
 
 	for (int f = 0; f < N_LINEAR_FORMATS; f++)
 		if (is_wanted(b, t, f))
@@ -334,7 +335,7 @@ run_test(struct bench *b, const struct test *t, struct result result[K_N_FORMATS
 		for (int f = 0; f < N_LINEAR_FORMATS; f++)
 			if (is_wanted(b, t, f))
 				seconds[f][round] = one_round(b, t, b->plan[f]);
-	} while (++round < ROUNDS && now() - start < TEST_SECONDS);
+	} while (++round < rounds && now() - start < TEST_SECONDS);
 	for (int f = 0; f < N_LINEAR_FORMATS; f++)
 		if (is_wanted(b, t, f))
 			fill_result(b, t, f, median(seconds[f], round), &result[f]);

@@ -5,6 +5,8 @@
 #include <stdint.h>
 #include "client/err.h"
 
+#define BENCH_MAX_ROUNDS 100u
+
 /*
  * octetd --bench: loads a model, serves nobody, and prints what its forward
  * pass reaches in every format beside what the machine could do: tokens/s,
@@ -12,10 +14,11 @@
  */
 struct bench_options {
 	const char *model;   /* directory */
-	const char *only;    /* run the tests whose "FORMAT TEST N" contains it; NULL: all */
+	const char *only;    /* run the tests whose "FORMAT TEST N" has these words in a row; NULL: all */
 	uint32_t threads;    /* 0: the CPUs of the affinity mask */
 	bool json;
 	bool cuda;           /* on the card that CUDA calls 0, beside nobody's ceilings but memory's */
+	uint32_t rounds;     /* of which the median is taken, BENCH_MAX_ROUNDS at most; 0: 5 */
 	uint32_t context;    /* positions behind a decoding sequence; 0: 128 */
 };
 

@@ -611,12 +611,14 @@ run(struct daemon *m, bool check_only)
 
 static const char usage[] =
     "usage: octetd [--config FILE] [--check] [--help] [--help-options] [--version]\n"
-    "       octetd --bench MODEL_DIR [--threads N] [--only TEXT] [--backend cpu|cuda] [--context N] [--json]\n"
+    "       octetd --bench MODEL_DIR [--threads N] [--only WORDS] [--rounds N] [--backend cpu|cuda] [--context N]\n"
+    "                                [--json]\n"
     "  --config FILE   configuration file (default " OCTET_SYSCONFDIR "/octet.ini)\n"
     "  --check         read and check the file, the model and the policies, then end\n"
     "  --bench DIR     measure a model in every format beside the machine's ceilings, serve nobody\n"
     "    --threads N   with so many threads (default: all CPUs)\n"
-    "    --only TEXT   the tests whose name has it: \"fp8 decode 1\", \"prefill\"\n"
+    "    --only WORDS  the tests whose name has them: \"fp8 decode 1\", \"prefill\"\n"
+    "    --rounds N    the median of so many (default: 5)\n"
     "    --backend B   cpu (default) or cuda\n"
     "    --context N   positions behind a decoding sequence (default: 128)\n"
     "    --json        one JSON object\n"
@@ -624,12 +626,27 @@ static const char usage[] =
     "  --version       the version\n"
     "Signals: SIGHUP reads the file again, SIGTERM and SIGINT stop. See octetd(8).\n";
 
+/* Of a command line, from 1 on. */
+static bool
+number(const char *option, const char *text, uint32_t max, uint32_t *out)
+{
+	char *end;
+	unsigned long n = strtoul(text, &end, 10);
+
+	if (*text < '0' || *text > '9' || *end != '\0' || n == 0 || n > max) {
+		fprintf(stderr, "octetd: %s '%s' is no number from 1 to %u\n", option, text, max);
+		return false;
+	}
+	*out = (uint32_t)n;
+	return true;
+}
+
 int
 main(int argc, char **argv)
 {
 	static const struct option longs[] = {{"config", required_argument, NULL, 'c'}, {"check", no_argument, NULL, 't'},
 	    {"bench", required_argument, NULL, 'b'}, {"threads", required_argument, NULL, 'n'},
-	    {"only", required_argument, NULL, 'y'}, {"backend", required_argument, NULL, 'B'}, {"context", required_argument, NULL, 'C'},
+	    {"only", required_argument, NULL, 'y'}, {"rounds", required_argument, NULL, 'r'}, {"backend", required_argument, NULL, 'B'}, {"context", required_argument, NULL, 'C'},
 	    {"json", no_argument, NULL, 'j'},
 	    {"help", no_argument, NULL, 'h'}, {"help-options", no_argument, NULL, 'o'}, {"version", no_argument, NULL, 'v'},
 	    {NULL, 0, NULL, 0}};
@@ -637,7 +654,6 @@ main(int argc, char **argv)
 	struct bench_options bench = {0};
 	bool check_only = false, for_bench = false;
 	struct err err;
-	char *end;
 	int c, rc;
 
 	m.d.conf_path = OCTET_SYSCONFDIR "/octet.ini";
@@ -648,11 +664,13 @@ main(int argc, char **argv)
 		case 'b': bench.model = optarg; break;
 		case 'n':
 			for_bench = true;
-			bench.threads = (uint32_t)strtoul(optarg, &end, 10);
-			if (*end != '\0' || bench.threads == 0 || bench.threads > 1024) {
-				fprintf(stderr, "octetd: --threads '%s' is no number from 1 to 1024\n", optarg);
+			if (!number("--threads", optarg, 1024, &bench.threads))
 				return 2;
-			}
+			break;
+		case 'r':
+			for_bench = true;
+			if (!number("--rounds", optarg, BENCH_MAX_ROUNDS, &bench.rounds))
+				return 2;
 			break;
 		case 'y': bench.only = optarg; for_bench = true; break;
 		case 'B':
@@ -665,11 +683,8 @@ main(int argc, char **argv)
 			break;
 		case 'C':
 			for_bench = true;
-			bench.context = (uint32_t)strtoul(optarg, &end, 10);
-			if (*end != '\0' || bench.context == 0 || bench.context > 1 << 20) {
-				fprintf(stderr, "octetd: --context '%s' is no number of positions\n", optarg);
+			if (!number("--context", optarg, 1 << 20, &bench.context))
 				return 2;
-			}
 			break;
 		case 'j': bench.json = for_bench = true; break;
 		case 'h': printf("%s", usage); return 0;
@@ -683,7 +698,7 @@ main(int argc, char **argv)
 		return 2;
 	}
 	if (for_bench && bench.model == NULL) {
-		fprintf(stderr, "octetd: --threads, --only, --backend, --context and --json belong to --bench\n%s", usage);
+		fprintf(stderr, "octetd: --threads, --only, --rounds, --backend, --context and --json belong to --bench\n%s", usage);
 		return 2;
 	}
 	if (bench.model != NULL) {
