@@ -93,27 +93,51 @@ running_of(const struct engine *e, uint64_t client)
 	return n;
 }
 
-/* The waiting request that sched_admit() would choose, looking at the oldest
- * request of each client only: the queue is scanned once. */
+void
+batch_queue(struct engine *e, struct request *r, bool front)
+{
+	struct request **first = &e->waiting, *head;
+
+	while (*first != NULL && (*first)->client != r->client)
+		first = &(*first)->next_client;
+	head = *first;
+	r->next = NULL;
+	if (head != NULL && !front) {
+		head->last->next = r;
+		head->last = r;
+		return;
+	}
+	r->next = head;
+	r->last = head != NULL ? head->last : r;
+	r->next_client = head != NULL ? head->next_client : NULL;
+	*first = r;
+}
+
+void
+batch_unqueue(struct request **first)
+{
+	struct request *r = *first, *next = r->next;
+
+	*first = next != NULL ? next : r->next_client;
+	if (next != NULL) {
+		next->last = r->last;
+		next->next_client = r->next_client;
+	}
+}
+
+/* The waiting request that sched_admit() would choose: the first of a client. */
 static struct request **
 next_waiting(struct engine *e)
 {
 	struct request **best = NULL;
 	struct sched_waiting pair[2];
 
-	for (struct request **rp = &e->waiting; *rp != NULL; rp = &(*rp)->next) {
-		struct sched_waiting w = {(*rp)->client, (*rp)->seq->order, 0};
-
-		if (best != NULL && w.client == pair[0].client)
-			continue;
-		w.client_running = running_of(e, w.client);
-		pair[1] = w;
+	for (struct request **rp = &e->waiting; *rp != NULL; rp = &(*rp)->next_client) {
+		pair[1] = (struct sched_waiting){(*rp)->client, (*rp)->seq->order, running_of(e, (*rp)->client)};
 		if (best == NULL || sched_admit(pair, 2) == 1) {
 			best = rp;
-			pair[0] = w;
+			pair[0] = pair[1];
 		}
-		if (pair[0].client_running == 0)
-			break;
 	}
 	return best;
 }
@@ -193,7 +217,7 @@ batch_publish(struct engine *e, struct seq *s)
 void
 batch_admit(struct engine *e)
 {
-	struct request **rp, *r;
+	struct request **rp;
 	uint64_t promised = 0;
 
 	for (uint32_t i = 0; e->waiting != NULL && i < e->n_running; i++)
@@ -209,8 +233,7 @@ batch_admit(struct engine *e)
 		if (e->n_running > 0 && promised > kv_available(&e->kv) &&
 		    !(probe_drop_pages(e) && promised <= kv_available(&e->kv)))
 			return;
-		r = *rp;
-		*rp = r->next;
+		batch_unqueue(rp);
 		__atomic_sub_fetch(&e->n_queued, 1, __ATOMIC_RELAXED);
 		match_prefix(e, s);
 		seq_set_state(s, SEQ_RUNNING);
@@ -227,8 +250,7 @@ preempt(struct engine *e, struct seq *s)
 	seq_set_state(s, SEQ_QUEUED);
 	kv_close(&e->kv, &s->kv);
 	s->n_run = 0;
-	s->req->next = e->waiting;
-	e->waiting = s->req;
+	batch_queue(e, s->req, true);
 	__atomic_add_fetch(&e->n_queued, 1, __ATOMIC_RELAXED);
 	e->preemptions++;
 }

@@ -59,6 +59,7 @@ struct engine {
 	struct flip *applied, **applied_end;
 	struct probe *probes_posted, **probes_posted_end, *probes_done, **probes_done_end;
 	uint32_t n_queued;          /* atomic: posted or waiting */
+	uint32_t cancels;           /* atomic: calls of engine_cancel() */
 	uint64_t order;
 
 	/* Engine thread. */
@@ -69,7 +70,8 @@ struct engine {
 	uint32_t max_seqs;
 	struct seq **running;       /* [max_seqs] */
 	uint32_t n_running;
-	struct request *waiting;    /* by ->next, oldest first */
+	struct request *waiting;    /* the first of each client, by ->next_client; the client's others by ->next */
+	uint32_t n_cancels;         /* those that drop_cancelled() has looked for */
 	struct sched_seq *pick;     /* [max_seqs] */
 	struct forward_row *row;    /* [max_batch_tokens] */
 	struct want { struct seq *seq; uint32_t pos; } *want; /* [max_batch_tokens] logits of a position */
@@ -114,6 +116,12 @@ void batch_put(struct request *, struct wire_event);
 /* Ends a request: pages back, DONE out, over to the front. It may be gone when this returns. */
 void batch_finish(struct engine *, struct request *, enum wire_finish, uint64_t detail);
 void batch_drop_running(struct engine *, uint32_t i);
+/* Waiting requests: a list a client, so that none of this walks a long queue. */
+void batch_queue(struct engine *, struct request *, bool front);
+void batch_unqueue(struct request **first); /* a client's first; *first is its next one, or another client's first */
+#define FOR_EACH_WAITING(e, r) \
+	for (struct request *first_ = (e)->waiting; first_ != NULL; first_ = first_->next_client) \
+		for (struct request *(r) = first_; (r) != NULL; (r) = (r)->next)
 void batch_admit(struct engine *);
 /* Picks sequences, opens their pages, fills rows and wants; returns the rows. */
 uint32_t batch_choose(struct engine *);

@@ -76,7 +76,7 @@ retire_rollout(struct engine *e)
 {
 	for (uint32_t i = 0; i < e->n_running; i++)
 		retire(e, e->running[i]->req);
-	for (struct request *r = e->waiting; r != NULL; r = r->next)
+	FOR_EACH_WAITING(e, r)
 		retire(e, r);
 }
 
@@ -98,10 +98,16 @@ apply_flip(struct engine *e, struct flip *f)
 			seq_set_plan(s, e->plan, e->epoch);
 	}
 	/* Preempted sequences are among those that wait. */
-	for (struct request *r = e->waiting; r != NULL; r = r->next)
+	FOR_EACH_WAITING(e, r)
 		if (r->seq->plan != NULL && !seq_has_own_plan(r->seq) && (!e->cfg.pin || f->force))
 			seq_set_plan(r->seq, e->plan, e->epoch);
 	f->step = e->step + 1;
+}
+
+static bool
+is_cancelled(const struct request *r)
+{
+	return __atomic_load_n(&r->cancelled, __ATOMIC_ACQUIRE) != 0;
 }
 
 /* Returns false when the engine is to stop. */
@@ -126,14 +132,12 @@ take_mail(struct engine *e)
 	}
 	pthread_mutex_unlock(&e->lock);
 
-	if (posted != NULL) {
-		struct request **end = &e->waiting;
-
-		while (*end != NULL)
-			end = &(*end)->next;
-		*end = posted;
-		for (struct request *r = posted; r != NULL; r = r->next)
-			seq_set_state(r->seq, SEQ_QUEUED);
+	for (struct request *r = posted, *next; r != NULL; r = next) {
+		next = r->next;
+		seq_set_state(r->seq, SEQ_QUEUED);
+		batch_queue(e, r, false);
+		if (is_cancelled(r))
+			e->n_cancels--; /* it may have been looked for before it came */
 	}
 	if (probes != NULL) {
 		struct probe **end = &e->probes;
@@ -162,15 +166,41 @@ take_mail(struct engine *e)
 	return !stop;
 }
 
-static bool
-is_cancelled(const struct request *r)
+static void
+drop_cancelled_waiting(struct engine *e)
 {
-	return __atomic_load_n(&r->cancelled, __ATOMIC_ACQUIRE) != 0;
+	for (struct request **first = &e->waiting; *first != NULL;) {
+		struct request *head = *first, *r, *last = head;
+
+		if (is_cancelled(head)) {
+			batch_unqueue(first);
+			__atomic_sub_fetch(&e->n_queued, 1, __ATOMIC_RELAXED);
+			batch_finish(e, head, WIRE_FINISH_CANCELLED, 0);
+			continue;
+		}
+		while ((r = last->next) != NULL) {
+			if (!is_cancelled(r)) {
+				last = r;
+				continue;
+			}
+			last->next = r->next;
+			__atomic_sub_fetch(&e->n_queued, 1, __ATOMIC_RELAXED);
+			batch_finish(e, r, WIRE_FINISH_CANCELLED, 0);
+		}
+		head->last = last;
+		first = &head->next_client;
+	}
 }
 
 static void
 drop_cancelled(struct engine *e)
 {
+	uint32_t cancels = __atomic_load_n(&e->cancels, __ATOMIC_ACQUIRE);
+
+	probe_drop_cancelled(e);
+	if (cancels == e->n_cancels)
+		return;
+	e->n_cancels = cancels;
 	for (uint32_t i = 0; i < e->n_running;) {
 		struct request *r = e->running[i]->req;
 
@@ -180,17 +210,7 @@ drop_cancelled(struct engine *e)
 		} else
 			i++;
 	}
-	for (struct request **rp = &e->waiting; *rp != NULL;) {
-		struct request *r = *rp;
-
-		if (is_cancelled(r)) {
-			*rp = r->next;
-			__atomic_sub_fetch(&e->n_queued, 1, __ATOMIC_RELAXED);
-			batch_finish(e, r, WIRE_FINISH_CANCELLED, 0);
-		} else
-			rp = &r->next;
-	}
-	probe_drop_cancelled(e);
+	drop_cancelled_waiting(e);
 }
 
 static void
@@ -213,6 +233,18 @@ wait_for_mail(struct engine *e)
 	pthread_mutex_unlock(&e->lock);
 }
 
+/* How long the oldest request waits. */
+static double
+oldest_ms(const struct engine *e)
+{
+	const struct request *oldest = e->waiting;
+
+	for (const struct request *r = oldest; r != NULL; r = r->next_client)
+		if (r->submitted_ms < oldest->submitted_ms)
+			oldest = r;
+	return oldest == NULL ? 0 : engine_now_ms() - oldest->submitted_ms;
+}
+
 static void
 note_state(struct engine *e)
 {
@@ -225,7 +257,7 @@ note_state(struct engine *e)
 	e->stats.prefix_hit_tokens = e->kv.hit_tokens;
 	e->stats.prefix_evictions = e->kv.evictions;
 	e->stats.preemptions = e->preemptions;
-	e->stats.queue_ms = e->waiting != NULL ? engine_now_ms() - e->waiting->submitted_ms : 0;
+	e->stats.queue_ms = oldest_ms(e);
 	pthread_mutex_unlock(&e->stats_lock);
 }
 
@@ -248,7 +280,7 @@ engine_main(void *arg)
 	while (e->waiting != NULL) {
 		struct request *r = e->waiting;
 
-		e->waiting = r->next;
+		batch_unqueue(&e->waiting);
 		batch_finish(e, r, WIRE_FINISH_CANCELLED, 0);
 	}
 	probe_finish_all(e, -ECANCELED);
@@ -447,6 +479,7 @@ void
 engine_cancel(struct engine *e, struct request *r)
 {
 	__atomic_store_n(&r->cancelled, 1, __ATOMIC_RELEASE);
+	__atomic_add_fetch(&e->cancels, 1, __ATOMIC_RELEASE);
 	engine_kick(e);
 }
 

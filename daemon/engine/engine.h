@@ -85,6 +85,7 @@ struct request {
 	int error;
 	/* The engine's own. */
 	struct request *next;
+	struct request *last, *next_client; /* of the first that a client has waiting */
 	uint32_t cancelled;  /* atomic */
 	struct seq *seq;
 };
