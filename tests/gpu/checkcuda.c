@@ -340,6 +340,28 @@ check_encoded(const char *what, const struct cu_encoded *e, const float *value, 
 	free(got), free(want), free(code), free(s);
 }
 
+/* A value that is no number, before others of the same thread: the row's scale must tell. */
+static void
+check_nan(void)
+{
+	enum { N = 1024 };
+	float *x = host(2 * N * 4), *w = host(N * 4), s[2] = {0, 0};
+	struct cu_encoded e = {NULL, device(N), device(4), N};
+	void *dx, *dw;
+
+	for (uint32_t i = 0; i < 2 * N; i++)
+		x[i] = normal(), w[i % N] = 1;
+	x[3] = NAN;
+	dx = to_device(x, 2 * N * 4), dw = to_device(w, N * 4);
+	cu_silu_mul(dx, N, 1, &e, NULL);
+	from_device(&s[0], e.xs, 4);
+	cu_rmsnorm(dx, N, NULL, dw, N, 1e-5f, 1, &e, NULL);
+	from_device(&s[1], e.xs, 4);
+	tell(s[0] != s[0] && s[1] != s[1], "NaN reaches the scale of a row", "it was lost");
+	must(cudaFree(dx)), must(cudaFree(dw)), must(cudaFree(e.xq)), must(cudaFree(e.xs));
+	free(x), free(w);
+}
+
 static void
 check_rows(uint32_t n)
 {
@@ -546,6 +568,7 @@ main(int argc, char **argv)
 	check_rows(7);
 	check_rows(256);
 	check_rows(1000);
+	check_nan();
 	check_attentions();
 	check_sample(100, 60);
 	check_sample(3000, 40);
