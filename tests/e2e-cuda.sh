@@ -64,6 +64,13 @@ if [ -z "${OCTET_TEST_PLUGIN-}" ]; then
 	is "falls back with one line too" "$(grep 'backend backend=cpu' "$scratch/log" | grep -c 'too small')" 1
 	stop
 	unset OCTET_EMU_MEMORY
+	OCTET_EMU_FAULT=capture
+	export OCTET_EMU_FAULT
+	ok "start where graphs come to nothing" start
+	octet complete --ignore-eos --max-tokens 6 "It work" >"$scratch/eager"
+	is "steps run eagerly" "$(octetctl --json status | jq -c '.device | [.graphs, .eager_steps > 4, .failure]')" '[0,true,""]'
+	stop
+	unset OCTET_EMU_FAULT
 fi
 OCTET_PLUGIN=$plugin
 for residency in both nested; do

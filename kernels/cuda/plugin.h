@@ -37,6 +37,8 @@ struct layer {
 
 /* ---- lt.c ---- */
 
+#define LT_WORKSPACE ((size_t)32 << 20)
+
 enum lt_kind { LT_BF16, LT_FP8_OUTER, LT_FP8_SCALAR, N_LT_KINDS };
 struct lt;
 int lt_new(struct lt **, const char *cache_dir, const char *device, bool fast, char *why, size_t why_len);
@@ -58,7 +60,8 @@ void lt_save(struct lt *); /* what lt_tune() found */
 struct graph {
 	uint64_t digest, used;
 	uint32_t rows, splits;
-	cudaGraphExec_t exec;   /* NULL: seen once, not captured yet */
+	bool tried;             /* to capture it */
+	cudaGraphExec_t exec;   /* NULL: runs eagerly */
 };
 
 /* Rows [row, row + n) of one plan. */

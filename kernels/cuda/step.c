@@ -466,7 +466,7 @@ find_graph(struct kd_device *d, uint64_t digest, const struct shape *s)
 		oldest = &d->graph[d->n_graphs++];
 	else if (oldest->exec != NULL)
 		cudaGraphExecDestroy(oldest->exec);
-	*oldest = (struct graph){digest, 0, s->rows, s->splits, NULL};
+	*oldest = (struct graph){.digest = digest, .rows = s->rows, .splits = s->splits};
 	return oldest;
 }
 
@@ -479,21 +479,24 @@ step_free_graphs(struct kd_device *d)
 	d->n_graphs = 0;
 }
 
-/* A capture that fails leaves the step to run eagerly. */
+/* A capture that fails leaves this step and those like it to run eagerly. Its error would otherwise be the step's. */
 static void
 capture(struct kd_device *d, struct graph *g, const struct shape *s)
 {
 	cudaGraph_t graph = NULL;
 
-	if (cudaStreamBeginCapture(d->stream, cudaStreamCaptureModeThreadLocal) != cudaSuccess)
-		return;
-	run_layers(d, s);
-	if (cudaStreamEndCapture(d->stream, &graph) == cudaSuccess && cudaGraphInstantiate(&g->exec, graph, 0) == cudaSuccess)
-		__atomic_add_fetch(&d->captured, 1, __ATOMIC_RELAXED);
-	else
-		g->exec = NULL;
+	g->tried = true;
+	if (cudaStreamBeginCapture(d->stream, cudaStreamCaptureModeThreadLocal) == cudaSuccess) {
+		run_layers(d, s);
+		if (cudaStreamEndCapture(d->stream, &graph) == cudaSuccess && cudaGraphInstantiate(&g->exec, graph, 0) == cudaSuccess)
+			__atomic_add_fetch(&d->captured, 1, __ATOMIC_RELAXED);
+		else
+			g->exec = NULL;
+	}
 	if (graph != NULL)
 		cudaGraphDestroy(graph);
+	if (g->exec == NULL)
+		cudaGetLastError();
 }
 
 static void
@@ -501,7 +504,7 @@ launch(struct kd_device *d, uint64_t digest, const struct shape *s, bool decode)
 {
 	struct graph *g = decode ? find_graph(d, digest, s) : NULL;
 
-	if (g != NULL && g->exec == NULL && g->used != 0)
+	if (g != NULL && !g->tried && g->used != 0)
 		capture(d, g, s);
 	if (g != NULL)
 		g->used = ++d->clock;
