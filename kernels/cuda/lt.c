@@ -11,7 +11,6 @@
 
 #include "kernels/cuda/plugin.h"
 
-#define WORKSPACE ((size_t)32 << 20)
 #define CHOICES 8
 #define TIMED 10  /* runs of each choice */
 #define BUCKETS 1024u
@@ -119,7 +118,7 @@ int
 lt_new(struct lt **out, const char *cache_dir, const char *device, bool fast, char *why, size_t why_len)
 {
 	struct lt *lt = calloc(1, sizeof(*lt));
-	size_t bytes = WORKSPACE;
+	size_t bytes = LT_WORKSPACE;
 	cublasStatus_t s;
 
 	*out = lt;
@@ -132,7 +131,7 @@ lt_new(struct lt **out, const char *cache_dir, const char *device, bool fast, ch
 	    cublasLtMatmulPreferenceSetAttribute(lt->pref, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &bytes, sizeof(bytes)) !=
 	    CUBLAS_STATUS_SUCCESS)
 		return snprintf(why, why_len, "cuBLASLt: no preference"), -ENODEV;
-	if (cudaMalloc(&lt->workspace, WORKSPACE) != cudaSuccess)
+	if (cudaMalloc(&lt->workspace, LT_WORKSPACE) != cudaSuccess)
 		return snprintf(why, why_len, "the card is out of memory: the workspace of cuBLASLt"), -ENOMEM;
 	if (cache_dir != NULL) {
 		int n = snprintf(lt->path, sizeof(lt->path), "%s/cublaslt-%zu%s-", cache_dir, cublasLtGetVersion(), fast ? "-fast" : "");
@@ -226,7 +225,7 @@ multiply(const struct lt *lt, struct plan *p, const struct operands *o)
 	    !set(p, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, &o->x_scale, sizeof(o->x_scale))))
 		return false;
 	return cublasLtMatmul(lt->handle, p->desc, &one, o->w, p->a, o->x, p->b, &beta, o->y, p->c, o->y, p->c, &p->algo,
-	    lt->workspace, WORKSPACE, o->stream) == CUBLAS_STATUS_SUCCESS;
+	    lt->workspace, LT_WORKSPACE, o->stream) == CUBLAS_STATUS_SUCCESS;
 }
 
 static float
