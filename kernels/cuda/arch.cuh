@@ -80,17 +80,16 @@ cu_mma_e4m3(float c[4], const uint32_t a[4], const uint32_t b[2])
 	    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-/* Weights are read once: past the L1. */
+/* 16 bytes that are read once; zeros unless `there`. volatile: several shall be on their way before the first is used, which
+ * the compiler would rather undo for the sake of registers. */
 static __device__ __forceinline__ uint4
-cu_stream16(const void *p)
+cu_stream16(const void *p, bool there)
 {
-	return __ldcs(static_cast<const uint4 *>(p));
-}
+	uint4 v = make_uint4(0, 0, 0, 0);
 
-static __device__ __forceinline__ uint2
-cu_stream8(const void *p)
-{
-	return __ldcs(static_cast<const uint2 *>(p));
+	asm volatile("{ .reg .pred p; setp.ne.u32 p, %5, 0; @p ld.global.cs.v4.u32 {%0,%1,%2,%3}, [%4]; }"
+	    : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w) : "l"(p), "r"((uint32_t)there));
+	return v;
 }
 
 /* Every lane gets it. */
