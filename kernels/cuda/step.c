@@ -644,17 +644,25 @@ step_tune(struct kd_device *d)
 	static const uint32_t rows[] = {96, 128, 160, 192, 256, 384, 512, 1024, 2048};
 	static const enum k_format formats[] = {K_BF16, K_FP8};
 
+	/* On numbers, since a card is faster on zeros: E4M3 1.5, BF16 and FP32 0.0115. */
+	cudaMemsetAsync(d->xb, 0x3c, (size_t)d->m.max_rows * d->ldx * sizeof(*d->xb), d->stream);
+	cudaMemsetAsync(d->xq, 0x3c, (size_t)d->m.max_rows * d->ldx, d->stream);
+	cudaMemsetAsync(d->xs, 0x3c, d->m.max_rows * sizeof(*d->xs), d->stream);
 	for (size_t i = 0; i < sizeof(rows) / sizeof(*rows); i++)
-		for (int b = 0; b < N_BUNDLES && rows[i] <= d->m.max_rows; b++)
+		for (int b = 0; b <= N_BUNDLES && rows[i] <= d->m.max_rows; b++)
 			for (size_t f = 0; f < 2; f++) {
-				const struct bundle *w = &d->layer[0].b[b];
+				const struct bundle *w = b == N_BUNDLES ? &d->head : &d->layer[0].b[b];
 				bool add = b == B_O || b == B_DOWN;
-				float *y = b == B_QKV ? d->qkv : b == B_GU ? d->gu : d->x;
+				float *y = b == B_QKV ? d->qkv : b == B_GU ? d->gu : b == N_BUNDLES ? d->logits : d->x;
+
+				if (b == N_BUNDLES && rows[i] > 256)
+					continue; /* so many rows seldom want logits */
 				struct call c = {w, 0, w->parts, 0, rows[i], formats[f], y, add ? d->m.hidden : w->n_all, add, true};
 				struct cu_linear a = linear_of(d, &c);
 
 				run_lt(d, &c, &a, rows[i], lt_tune);
 			}
+	cudaMemsetAsync(d->x, 0, (size_t)d->m.max_rows * d->m.hidden * sizeof(*d->x), d->stream); /* products were added up */
 	cudaStreamSynchronize(d->stream);
 	cudaGetLastError();
 	lt_save(d->lt);
