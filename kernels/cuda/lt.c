@@ -23,6 +23,8 @@ struct key {
 struct plan {
 	struct key key;
 	bool failed;      /* not to be had */
+	bool wins;        /* against an own kernel, where there is one: lt_against() */
+	float us;         /* 0: not timed */
 	cublasLtMatmulDesc_t desc;
 	cublasLtMatrixLayout_t a, b, c;
 	cublasLtMatmulAlgo_t algo;
@@ -42,6 +44,7 @@ struct lt {
 	cublasLtMatmulPreference_t pref[2]; /* pointers aligned to 16, to 256 */
 	void *workspace;
 	bool fast, dirty;
+	struct plan *last; /* that ran */
 	struct plan *plan[BUCKETS];
 	struct kept *kept;
 	char path[4096];
@@ -267,6 +270,7 @@ take_kept(const struct lt *lt, struct plan *p)
 		    r.state != CUBLAS_STATUS_SUCCESS || r.workspaceSize > LT_WORKSPACE)
 			return false;
 		p->algo = k->algo;
+		p->us = k->us;
 		return true;
 	}
 	return false;
@@ -305,6 +309,7 @@ choose(struct lt *lt, struct plan *p, const struct operands *o, bool tune)
 	if (cublasLtMatmulAlgoGetHeuristic(lt->handle, p->desc, p->a, p->b, p->c, p->c, lt->pref[p->key.aligned == 256], CHOICES, found, &n) !=
 	    CUBLAS_STATUS_SUCCESS)
 		return;
+	tune = tune && n > 1;
 	for (int i = 0; i < n; i++) {
 		float t;
 
@@ -315,24 +320,34 @@ choose(struct lt *lt, struct plan *p, const struct operands *o, bool tune)
 			p->failed = false;
 			return; /* multiply() tells whether it really runs */
 		}
-		t = n > 1 ? time_choice(lt, p, o) : multiply(lt, p, o) ? 0 : -1; /* some fail only when they run */
+		t = time_choice(lt, p, o);
 		if (t >= 0 && (us < 0 || t < us))
 			best = p->algo, us = t;
 	}
 	p->failed = us < 0;
 	p->algo = best;
+	p->us = us;
 	if (!p->failed)
 		keep(lt, p, us);
 }
 
 static struct plan *
+find_plan(const struct lt *lt, const struct key *key)
+{
+	struct plan *p = lt->plan[bucket_of(key)];
+
+	while (p != NULL && memcmp(&p->key, key, sizeof(*key)) != 0)
+		p = p->next;
+	return p;
+}
+
+static struct plan *
 plan_for(struct lt *lt, const struct key *key, const struct operands *o, bool tune)
 {
-	struct plan **at = &lt->plan[bucket_of(key)], *p;
+	struct plan **at = &lt->plan[bucket_of(key)], *p = find_plan(lt, key);
 
-	for (p = *at; p != NULL; p = p->next)
-		if (memcmp(&p->key, key, sizeof(*key)) == 0)
-			return p;
+	if (p != NULL)
+		return p;
 	p = calloc(1, sizeof(*p));
 	if (p == NULL)
 		return NULL;
@@ -357,31 +372,62 @@ run(struct lt *lt, const struct key *key, const struct operands *o, bool tune)
 	p = plan_for(lt, key, o, tune);
 	if (p == NULL || p->failed)
 		return -ENOTSUP;
-	if (multiply(lt, p, o))
+	if (multiply(lt, p, o)) {
+		lt->last = p;
 		return 0;
+	}
 	p->failed = true;
 	return -ENOTSUP;
 }
 
-static int
-product(struct lt *lt, enum lt_kind kind, const struct operands *o, size_t ldx, size_t ldy, uint32_t n, uint32_t k, uint32_t t,
-    bool add, bool tune)
+static struct key
+key_of(enum lt_kind kind, const struct operands *o, size_t ldx, size_t ldy, uint32_t n, uint32_t k, uint32_t t, bool add)
 {
 	uintptr_t all = (uintptr_t)o->w | (uintptr_t)o->x | (uintptr_t)o->y;
 
-	return run(lt, &(struct key){kind, n, k, t, (uint32_t)ldx, (uint32_t)ldy, add, all % 256 == 0 ? 256 : 16}, o, tune);
+	return (struct key){kind, n, k, t, (uint32_t)ldx, (uint32_t)ldy, add, all % 256 == 0 ? 256 : 16};
 }
 
 int
 lt_run(struct lt *lt, enum lt_kind kind, const void *w, const void *x, size_t ldx, float *y, size_t ldy, uint32_t n,
     uint32_t k, uint32_t t, bool add, const float *w_scale, const float *x_scale, cudaStream_t stream)
 {
-	return product(lt, kind, &(struct operands){w, x, w_scale, x_scale, y, stream}, ldx, ldy, n, k, t, add, false);
+	struct operands o = {w, x, w_scale, x_scale, y, stream};
+	struct key key = key_of(kind, &o, ldx, ldy, n, k, t, add);
+
+	return run(lt, &key, &o, false);
 }
 
 int
 lt_tune(struct lt *lt, enum lt_kind kind, const void *w, const void *x, size_t ldx, float *y, size_t ldy, uint32_t n,
     uint32_t k, uint32_t t, bool add, const float *w_scale, const float *x_scale, cudaStream_t stream)
 {
-	return product(lt, kind, &(struct operands){w, x, w_scale, x_scale, y, stream}, ldx, ldy, n, k, t, add, true);
+	struct operands o = {w, x, w_scale, x_scale, y, stream};
+	struct key key = key_of(kind, &o, ldx, ldy, n, k, t, add);
+
+	lt->last = NULL;
+	return run(lt, &key, &o, true);
+}
+
+bool
+lt_timed(const struct lt *lt)
+{
+	return lt->last != NULL && lt->last->us > 0;
+}
+
+void
+lt_against(struct lt *lt, float us)
+{
+	lt->last->wins = lt->last->us < us;
+}
+
+bool
+lt_wins(const struct lt *lt, enum lt_kind kind, const void *w, const void *x, size_t ldx, const float *y, size_t ldy,
+    uint32_t n, uint32_t k, uint32_t t, bool add)
+{
+	struct operands o = {w, x, NULL, NULL, (float *)(uintptr_t)y, NULL};
+	struct key key = key_of(kind, &o, ldx, ldy, n, k, t, add);
+	const struct plan *p = find_plan(lt, &key);
+
+	return p != NULL && p->wins && !p->failed;
 }

@@ -50,6 +50,11 @@ int lt_run(struct lt *, enum lt_kind, const void *w, const void *x, size_t ldx, 
 /* The same, and the best of eight algorithms is chosen by timing; y is overwritten. */
 int lt_tune(struct lt *, enum lt_kind, const void *w, const void *x, size_t ldx, float *y, size_t ldy, uint32_t n, uint32_t k,
     uint32_t t, bool add, const float *w_scale, const float *x_scale, cudaStream_t);
+/* Whether lt_tune() has a time now; what an own kernel took for the same; whether the library did better. */
+bool lt_timed(const struct lt *);
+void lt_against(struct lt *, float us);
+bool lt_wins(const struct lt *, enum lt_kind, const void *w, const void *x, size_t ldx, const float *y, size_t ldy, uint32_t n,
+    uint32_t k, uint32_t t, bool add);
 void lt_save(struct lt *); /* what lt_tune() found */
 
 /* ---- the device ---- */

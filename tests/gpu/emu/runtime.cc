@@ -308,6 +308,12 @@ cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDesc_t d, cublasL
 		out[0].algo.data[1] = pref->aligned == 0 ? 256 : pref->aligned; /* what the algorithm relies on */
 		*got = 1;
 	}
+	const char *fault = getenv("OCTET_EMU_FAULT"); /* "choices": there are two algorithms, so octet times them */
+
+	if (n > 1 && fault != nullptr && strcmp(fault, "choices") == 0) {
+		out[1] = out[0];
+		*got = 2;
+	}
 	return CUBLAS_STATUS_SUCCESS;
 }
 
