@@ -11,7 +11,11 @@
 #include "kernels/cuda/arch.cuh"
 #include "kernels/cuda/cu.h"
 
+#ifdef OCTET_EMU
+#define THREADS 128 /* each is a fiber there */
+#else
 #define THREADS 1024
+#endif
 #define WARPS (THREADS / 32)
 #define ONE ((uint64_t)1 << 45) /* weight of the likeliest */
 #define BITS 12
