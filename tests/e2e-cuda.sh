@@ -64,6 +64,29 @@ if [ -z "${OCTET_TEST_PLUGIN-}" ]; then
 	is "falls back with one line too" "$(grep 'backend backend=cpu' "$scratch/log" | grep -c 'too small')" 1
 	stop
 	unset OCTET_EMU_MEMORY
+	OCTET_EMU_FAULT=capture
+	export OCTET_EMU_FAULT
+	ok "start where graphs come to nothing" start
+	octet complete --ignore-eos --max-tokens 6 "It work" >"$scratch/eager"
+	is "steps run eagerly" "$(octetctl --json status | jq -c '.device | [.graphs, .eager_steps > 4, .failure]')" '[0,true,""]'
+	stop
+	rm -rf "$scratch/state"
+	OCTET_EMU_FAULT=choices
+	engine_options='backend = cuda
+max_batch = 16
+max_batch_tokens = 16' config </dev/null
+	ok "start with products to choose from" start
+	is "16 rows" "$(octet bench --clients 16 --requests 16 --prompt-tokens 4 --output-tokens 3 --json | jq -c '[.failed, .tokens]')" "[0,48]"
+	stop
+	set -- "$scratch"/state/cublaslt-*
+	is "a line for each product" "$(wc -l <"$1")" 10
+	sed 's/ [0-9a-f]* \([0-9a-f]*\)\( 0 0 0 0 0 0\)$/ 0 \1\2/' "$1" >"$scratch/lines" # algorithms that the library does not know
+	cp "$scratch/lines" "$1"
+	ok "start with a file that is wrong" start
+	stop
+	is "it was timed again" "$(cmp -s "$1" "$scratch/lines" && echo same)$(wc -l <"$1")" 10
+	unset OCTET_EMU_FAULT
+	rm -rf "$scratch/state"
 fi
 OCTET_PLUGIN=$plugin
 for residency in both nested; do

@@ -61,11 +61,12 @@ cu_mul_bf16x2(uint32_t a, uint32_t b)
 	return d;
 }
 
-/* c [16, 8] += a [16, 16] (rows) * b [16, 8] (columns), BF16 in, FP32 sums. */
+/* c [16, 8] += a [16, 16] (rows) * b [16, 8] (columns), BF16 in, FP32 sums. All lanes must meet here: volatile keeps the
+ * compiler from moving it under a condition. */
 static __device__ __forceinline__ void
 cu_mma_bf16(float c[4], const uint32_t a[4], const uint32_t b[2])
 {
-	asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+	asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
 	    : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
 	    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
@@ -74,22 +75,21 @@ cu_mma_bf16(float c[4], const uint32_t a[4], const uint32_t b[2])
 static __device__ __forceinline__ void
 cu_mma_e4m3(float c[4], const uint32_t a[4], const uint32_t b[2])
 {
-	asm("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+	asm volatile("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
 	    : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
 	    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-/* Weights are read once: past the L1. */
+/* 16 bytes that are read once; zeros unless `there`. volatile: several shall be on their way before the first is used, which
+ * the compiler would rather undo for the sake of registers. */
 static __device__ __forceinline__ uint4
-cu_stream16(const void *p)
+cu_stream16(const void *p, bool there)
 {
-	return __ldcs(static_cast<const uint4 *>(p));
-}
+	uint4 v = make_uint4(0, 0, 0, 0);
 
-static __device__ __forceinline__ uint2
-cu_stream8(const void *p)
-{
-	return __ldcs(static_cast<const uint2 *>(p));
+	asm volatile("{ .reg .pred p; setp.ne.u32 p, %5, 0; @p ld.global.cs.v4.u32 {%0,%1,%2,%3}, [%4]; }"
+	    : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w) : "l"(p), "r"((uint32_t)there));
+	return v;
 }
 
 /* Every lane gets it. */

@@ -436,6 +436,7 @@ attend_any(struct cu_attention a)
 			e = cu_lo(cu_bf16x2(cu_exp(s - bm), 0));
 			prob[lane] = cu_lo(cu_bf16x2(e * kv_scale(p, true, lane), 0));
 			e = cu_warp_sum(e);
+			__syncwarp(); /* shuffles order no memory */
 			both = bm > m ? bm : m;
 			fa = l == 0 ? 0 : cu_exp(m - both), fb = cu_exp(bm - both);
 			l = fmaf(l, fa, e * fb);

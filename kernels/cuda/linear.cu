@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Linear layers for few rows, bound by the memory that weights are read from: one
- * warp an output channel to 4 rows, matrix instructions with the weights as the
- * 16-row operand to 64. And what cuBLASLt needs beside it.
+ * Linear layers for up to 64 rows, bound by the memory that weights are read from:
+ * matrix instructions with the weights as the 16-row operand, for one row too. (A
+ * warp an output channel on FP32 spends five instructions a weight to unpack E4M3: three
+ * quarters of all a Hopper can issue while it reads them.) And what cuBLASLt needs beside it.
  *
  * The sum over k has no meaning in its order, so a lane takes neighbouring inputs,
  * which one wide load brings, wherever the fragment's layout would have them.
@@ -10,10 +11,9 @@
 #include "kernels/cuda/arch.cuh"
 #include "kernels/cuda/cu.h"
 
-#define GEMV_WARPS 4
-#define GEMV_CHANNELS 2 /* of a warp: they share what is loaded of x */
-#define MMA_WARPS 4     /* share k among them */
-#define MMA_TILES 2     /* of 16 channels each, in every warp */
+#define WARPS 8         /* share k among them */
+#define TILES 2         /* of 16 channels each, in every warp */
+#define STEP 64u        /* inputs at a time of a warp: 16 of a lane */
 
 /* The E4M3 code of a weight under the scale of the whole tensor: rounded once more, as kernels/ref does. */
 static __device__ __forceinline__ uint32_t
@@ -26,30 +26,50 @@ rescale_x4(uint32_t hi, float ratio)
 	return cu_e4m3x2(v[0], v[1]) | cu_e4m3x2(v[2], v[3]) << 16;
 }
 
-/* Eight weights of row c from input i on, as four pairs of BF16, or as two words of E4M3. */
+/* 16 weights of a channel as they lie in memory. */
 template <int KIND>
-static __device__ __forceinline__ void
-load8(const struct cu_linear &a, uint32_t c, uint32_t i, float ratio, uint32_t pair[4], uint32_t code[2])
+struct raw {
+	static constexpr bool code = KIND == CU_W_E4M3 || KIND == CU_W_E4M3T;
+	uint4 v[code ? 1 : 2]; /* BF16: 8 and 8; nested: the high plane, the low */
+};
+
+template <int KIND>
+static __device__ __forceinline__ struct raw<KIND>
+load16(const struct cu_linear &a, uint32_t c, uint32_t i)
 {
-	size_t at = (size_t)c * a.ld + i;
+	const size_t at = (size_t)c * a.ld + i;
+	const bool there = i < a.ld; /* which is a multiple of 32 only */
+	struct raw<KIND> r;
+
+	r.v[0] = KIND == CU_W_BF16 ? cu_stream16(a.bf16 + at, there) : cu_stream16(a.hi + at, there);
+	if (!r.code)
+		r.v[!r.code] = KIND == CU_W_BF16 ? cu_stream16(a.bf16 + at + 8, there) : cu_stream16(a.lo + at, there);
+	return r;
+}
+
+/* Weights 8 half .. + 7 of them: four pairs of BF16, or two words of E4M3. */
+template <int KIND, bool W8A8>
+static __device__ __forceinline__ void
+half_of(const struct raw<KIND> &r, int half, float ratio, uint32_t w[4])
+{
+	const uint4 v = r.v[0], l = r.v[!r.code];
 
 	if (KIND == CU_W_BF16) {
-		uint4 v = cu_stream16(a.bf16 + at);
-
-		pair[0] = v.x, pair[1] = v.y, pair[2] = v.z, pair[3] = v.w;
+		w[0] = half ? l.x : v.x, w[1] = half ? l.y : v.y, w[2] = half ? l.z : v.z, w[3] = half ? l.w : v.w;
 		return;
 	}
-	uint2 hi = cu_stream8(a.hi + at);
+	uint32_t a = half ? v.z : v.x, b = half ? v.w : v.y;
 
 	if (KIND == CU_W_NESTED) {
-		uint2 lo = cu_stream8(a.lo + at);
-
-		cu_nested_x4(hi.x, lo.x, pair);
-		cu_nested_x4(hi.y, lo.y, pair + 2);
-		return;
+		cu_nested_x4(a, half ? l.z : l.x, w);
+		cu_nested_x4(b, half ? l.w : l.y, w + 2);
+	} else if (W8A8) {
+		w[0] = KIND == CU_W_E4M3T ? rescale_x4(a, ratio) : a;
+		w[1] = KIND == CU_W_E4M3T ? rescale_x4(b, ratio) : b;
+	} else {
+		cu_bf16_of_e4m3x4(a, w);
+		cu_bf16_of_e4m3x4(b, w + 2);
 	}
-	code[0] = KIND == CU_W_E4M3T ? rescale_x4(hi.x, ratio) : hi.x;
-	code[1] = KIND == CU_W_E4M3T ? rescale_x4(hi.y, ratio) : hi.y;
 }
 
 /* What the scaled domain of a channel is worth. */
@@ -78,137 +98,101 @@ write_y(const struct cu_linear &a, bool w8a8, uint32_t row, uint32_t c, float v,
 	*y = a.add ? *y + v : v;
 }
 
-template <int KIND, bool W8A8, int ROWS>
-__global__ void __launch_bounds__(GEMV_WARPS * 32)
-gemv(struct cu_linear a)
-{
-	const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-	const uint32_t c0 = (blockIdx.x * GEMV_WARPS + warp) * GEMV_CHANNELS;
-	float sum[GEMV_CHANNELS][ROWS] = {};
-
-	for (uint32_t i = lane * 8; i < a.ld; i += 256) {
-		float w[GEMV_CHANNELS][8];
-
-#pragma unroll
-		for (int j = 0; j < GEMV_CHANNELS; j++) {
-			uint32_t pair[4] = {}, code[2] = {}, c = c0 + j < a.n ? c0 + j : a.n - 1;
-
-			load8<KIND>(a, c, i, ratio_of<KIND>(a, c), pair, code);
-			for (int e = 0; e < 8; e++)
-				w[j][e] = KIND == CU_W_E4M3 || KIND == CU_W_E4M3T ? cu_float_of_e4m3(code[e / 4] >> 8 * (e % 4)) :
-				    e % 2 ? cu_hi(pair[e / 2]) : cu_lo(pair[e / 2]);
-		}
-#pragma unroll
-		for (int r = 0; r < ROWS; r++) {
-			float x[8];
-
-			if (W8A8) {
-				uint2 v = *reinterpret_cast<const uint2 *>(a.xq + r * a.ldx + i);
-
-				for (int e = 0; e < 8; e++)
-					x[e] = cu_float_of_e4m3((e < 4 ? v.x : v.y) >> 8 * (e % 4));
-			} else {
-				uint4 v = *reinterpret_cast<const uint4 *>(a.xb + r * a.ldx + i);
-
-				x[0] = cu_lo(v.x), x[1] = cu_hi(v.x), x[2] = cu_lo(v.y), x[3] = cu_hi(v.y);
-				x[4] = cu_lo(v.z), x[5] = cu_hi(v.z), x[6] = cu_lo(v.w), x[7] = cu_hi(v.w);
-			}
-#pragma unroll
-			for (int j = 0; j < GEMV_CHANNELS; j++)
-				for (int e = 0; e < 8; e++)
-					sum[j][r] = fmaf(w[j][e], x[e], sum[j][r]);
-		}
-	}
-#pragma unroll
-	for (int j = 0; j < GEMV_CHANNELS; j++)
-#pragma unroll
-		for (int r = 0; r < ROWS; r++) {
-			float v = cu_warp_sum(sum[j][r]);
-
-			if (lane == 0 && c0 + j < a.n)
-				write_y(a, W8A8, r, c0 + j, v, out_scale<KIND>(a, c0 + j));
-		}
-}
-
 /*
- * 16 channels a tile, 8 rows of x a column block. Lane (g, t) = (lane / 4, lane % 4) has inputs i + 8 t .. + 7 of channels
- * g, g + 8 and of row g: two BF16 products (slots 2t, 2t+1, 2t+8, 2t+9 of each hold four neighbours), or one of E4M3.
+ * 16 channels a tile, 8 rows of x a column block. Lane (g, t) = (lane / 4, lane % 4) has inputs i + 16 t .. + 15 of channels
+ * g, g + 8 and of row g: four BF16 products (slots 2t, 2t+1, 2t+8, 2t+9 of each hold four neighbours), or two of E4M3.
+ *
+ * What is short is bytes on their way: memory at 4.3 TB/s answers after some 700 ns, so a multiprocessor needs 24 KB of
+ * loads in flight. Each lane asks for 128 bytes before it uses the first: 32 KB of a block.
  */
 template <int KIND, bool W8A8, int COLS>
-__global__ void __launch_bounds__(MMA_WARPS * 32)
+__global__ void __launch_bounds__(WARPS * 32)
 skinny(struct cu_linear a)
 {
-	__shared__ float part[MMA_WARPS][COLS * 8][MMA_TILES * 16 + 1];
+	constexpr int DEEP = raw<KIND>::code ? 2 : 1;
+	__shared__ float part[WARPS / 2][COLS * 8][TILES * 16 + 1];
 	const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-	const uint32_t c0 = blockIdx.x * MMA_TILES * 16;
-	float c[MMA_TILES][COLS][4] = {}, ratio[MMA_TILES][2];
-	uint32_t channel[MMA_TILES][2];
+	const uint32_t c0 = blockIdx.x * TILES * 16;
+	float c[TILES][COLS][4] = {}, ratio[TILES][2];
+	uint32_t channel[TILES][2];
 
 #pragma unroll
-	for (int m = 0; m < MMA_TILES; m++)
+	for (int m = 0; m < TILES; m++)
+#pragma unroll
 		for (int h = 0; h < 2; h++) {
 			channel[m][h] = min(c0 + m * 16 + h * 8 + g, a.n - 1);
 			ratio[m][h] = ratio_of<KIND>(a, channel[m][h]);
 		}
-	for (uint32_t i = warp * 32 + t * 8; i < a.ld; i += MMA_WARPS * 32) {
-		uint32_t w[MMA_TILES][2][4];
+	for (uint32_t i = warp * STEP * DEEP; i < a.ld; i += WARPS * STEP * DEEP) {
+		struct raw<KIND> r[DEEP][TILES][2];
 
 #pragma unroll
-		for (int m = 0; m < MMA_TILES; m++)
+		for (int u = 0; u < DEEP; u++)
 #pragma unroll
-			for (int h = 0; h < 2; h++) {
-				uint32_t code[2];
+			for (int m = 0; m < TILES; m++)
+#pragma unroll
+				for (int h = 0; h < 2; h++)
+					r[u][m][h] = load16<KIND>(a, channel[m][h], i + u * STEP + t * 16);
+#pragma unroll
+		for (int u = 0; u < DEEP * 2; u++) {
+			const uint32_t at = i + u / 2 * STEP + t * 16 + u % 2 * 8;
+			uint32_t w[TILES][2][4];
 
-				load8<KIND>(a, channel[m][h], i, ratio[m][h], w[m][h], code);
-				if (KIND == CU_W_E4M3 || KIND == CU_W_E4M3T) {
-					if (W8A8) {
-						w[m][h][0] = code[0], w[m][h][1] = code[1];
-					} else {
-						cu_bf16_of_e4m3x4(code[0], w[m][h]);
-						cu_bf16_of_e4m3x4(code[1], w[m][h] + 2);
-					}
+#pragma unroll
+			for (int m = 0; m < TILES; m++)
+#pragma unroll
+				for (int h = 0; h < 2; h++)
+					half_of<KIND, W8A8>(r[u / 2][m][h], u % 2, ratio[m][h], w[m][h]);
+#pragma unroll
+			for (int n = 0; n < COLS; n++) {
+				uint32_t row = n * 8 + g, x[4] = {0, 0, 0, 0};
+
+				if (row < a.rows && at < a.ld && W8A8) {
+					uint2 v = *reinterpret_cast<const uint2 *>(a.xq + row * a.ldx + at);
+
+					x[0] = v.x, x[1] = v.y;
+				} else if (row < a.rows && at < a.ld) {
+					uint4 v = *reinterpret_cast<const uint4 *>(a.xb + row * a.ldx + at);
+
+					x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
 				}
-			}
 #pragma unroll
-		for (int n = 0; n < COLS; n++) {
-			uint32_t row = n * 8 + g, x[4] = {0, 0, 0, 0};
+				for (int m = 0; m < TILES; m++) {
+					uint32_t f[4] = {w[m][0][0], w[m][1][0], w[m][0][1], w[m][1][1]};
 
-			if (row < a.rows && W8A8) {
-				uint2 v = *reinterpret_cast<const uint2 *>(a.xq + row * a.ldx + i);
+					if (W8A8) {
+						cu_mma_e4m3(c[m][n], f, x);
+					} else {
+						uint32_t f2[4] = {w[m][0][2], w[m][1][2], w[m][0][3], w[m][1][3]};
 
-				x[0] = v.x, x[1] = v.y;
-			} else if (row < a.rows) {
-				uint4 v = *reinterpret_cast<const uint4 *>(a.xb + row * a.ldx + i);
-
-				x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
-			}
-#pragma unroll
-			for (int m = 0; m < MMA_TILES; m++) {
-				uint32_t f[4] = {w[m][0][0], w[m][1][0], w[m][0][1], w[m][1][1]};
-
-				if (W8A8) {
-					cu_mma_e4m3(c[m][n], f, x);
-				} else {
-					uint32_t f2[4] = {w[m][0][2], w[m][1][2], w[m][0][3], w[m][1][3]};
-
-					cu_mma_bf16(c[m][n], f, x);
-					cu_mma_bf16(c[m][n], f2, x + 2);
+						cu_mma_bf16(c[m][n], f, x);
+						cu_mma_bf16(c[m][n], f2, x + 2);
+					}
 				}
 			}
 		}
 	}
+	/* Half of the warps leave their sums, the others add theirs: 48 KB is all there is without asking for more. */
+	for (int half = 0; half < 2; half++) {
 #pragma unroll
-	for (int m = 0; m < MMA_TILES; m++)
+		for (int m = 0; m < TILES; m++)
 #pragma unroll
-		for (int n = 0; n < COLS; n++)
-			for (int e = 0; e < 4; e++)
-				part[warp][n * 8 + 2 * t + e % 2][m * 16 + e / 2 * 8 + g] = c[m][n][e];
-	__syncthreads();
-	for (uint32_t i = threadIdx.x; i < a.rows * MMA_TILES * 16; i += MMA_WARPS * 32) {
-		uint32_t row = i / (MMA_TILES * 16), ch = i % (MMA_TILES * 16);
+			for (int n = 0; n < COLS; n++)
+#pragma unroll
+				for (int e = 0; e < 4; e++) {
+					float *p = &part[warp % (WARPS / 2)][n * 8 + 2 * t + e % 2][m * 16 + e / 2 * 8 + g];
+
+					if (warp / (WARPS / 2) == (uint32_t)half)
+						*p = half == 0 ? c[m][n][e] : *p + c[m][n][e];
+				}
+		__syncthreads();
+	}
+	for (uint32_t i = threadIdx.x; i < a.rows * TILES * 16; i += WARPS * 32) {
+		uint32_t row = i / (TILES * 16), ch = i % (TILES * 16);
 		float v = 0;
 
-		for (int p = 0; p < MMA_WARPS; p++)
+#pragma unroll
+		for (int p = 0; p < WARPS / 2; p++)
 			v += part[p][row][ch];
 		if (c0 + ch < a.n)
 			write_y(a, W8A8, row, c0 + ch, v, out_scale<KIND>(a, c0 + ch));
@@ -219,27 +203,19 @@ template <int KIND, bool W8A8>
 static void
 launch(const struct cu_linear *a, cudaStream_t stream)
 {
-	const uint32_t per = GEMV_WARPS * GEMV_CHANNELS;
-	dim3 few((a->n + per - 1) / per), many((a->n + MMA_TILES * 16 - 1) / (MMA_TILES * 16));
+	dim3 grid((a->n + TILES * 16 - 1) / (TILES * 16));
 
 	/* A comma inside a template's arguments would end the macro's. */
-	auto g1 = gemv<KIND, W8A8, 1>, g2 = gemv<KIND, W8A8, 2>, g4 = gemv<KIND, W8A8, 4>;
 	auto s1 = skinny<KIND, W8A8, 1>, s2 = skinny<KIND, W8A8, 2>, s4 = skinny<KIND, W8A8, 4>, s8 = skinny<KIND, W8A8, 8>;
 
-	if (a->rows == 1)
-		CU_LAUNCH(g1, few, GEMV_WARPS * 32, 0, stream, *a);
-	else if (a->rows == 2)
-		CU_LAUNCH(g2, few, GEMV_WARPS * 32, 0, stream, *a);
-	else if (a->rows == 4)
-		CU_LAUNCH(g4, few, GEMV_WARPS * 32, 0, stream, *a);
-	else if (a->rows <= 8)
-		CU_LAUNCH(s1, many, MMA_WARPS * 32, 0, stream, *a);
+	if (a->rows <= 8)
+		CU_LAUNCH(s1, grid, WARPS * 32, 0, stream, *a);
 	else if (a->rows <= 16)
-		CU_LAUNCH(s2, many, MMA_WARPS * 32, 0, stream, *a);
+		CU_LAUNCH(s2, grid, WARPS * 32, 0, stream, *a);
 	else if (a->rows <= 32)
-		CU_LAUNCH(s4, many, MMA_WARPS * 32, 0, stream, *a);
+		CU_LAUNCH(s4, grid, WARPS * 32, 0, stream, *a);
 	else
-		CU_LAUNCH(s8, many, MMA_WARPS * 32, 0, stream, *a);
+		CU_LAUNCH(s8, grid, WARPS * 32, 0, stream, *a);
 }
 
 extern "C" void

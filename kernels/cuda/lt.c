@@ -11,27 +11,27 @@
 
 #include "kernels/cuda/plugin.h"
 
-#define WORKSPACE ((size_t)32 << 20)
 #define CHOICES 8
 #define TIMED 10  /* runs of each choice */
 #define BUCKETS 1024u
 
 struct key {
 	uint32_t kind, n, k, t, ldx, ldy, add;
+	uint32_t aligned; /* of all pointers: 16 or 256. The library assumes 256 unless it is told */
 };
 
 struct plan {
 	struct key key;
 	bool failed;      /* not to be had */
-	bool tuned;
-	float us;
+	bool wins;        /* against an own kernel, where there is one: lt_against() */
+	float us;         /* 0: not timed */
 	cublasLtMatmulDesc_t desc;
 	cublasLtMatrixLayout_t a, b, c;
 	cublasLtMatmulAlgo_t algo;
 	struct plan *next;
 };
 
-/* A line of the file, until a plan takes it. */
+/* A line of the file. */
 struct kept {
 	struct key key;
 	float us;
@@ -41,9 +41,10 @@ struct kept {
 
 struct lt {
 	cublasLtHandle_t handle;
-	cublasLtMatmulPreference_t pref;
+	cublasLtMatmulPreference_t pref[2]; /* pointers aligned to 16, to 256 */
 	void *workspace;
 	bool fast, dirty;
+	struct plan *last; /* that ran */
 	struct plan *plan[BUCKETS];
 	struct kept *kept;
 	char path[4096];
@@ -73,9 +74,9 @@ read_kept(struct lt *lt)
 
 		if (k == NULL)
 			break;
-		if (sscanf(line, "%u %u %u %u %u %u %u %f %llx %llx %llx %llx %llx %llx %llx %llx", &k->key.kind, &k->key.n, &k->key.k,
-		    &k->key.t, &k->key.ldx, &k->key.ldy, &k->key.add, &k->us, &w[0], &w[1], &w[2], &w[3], &w[4], &w[5], &w[6],
-		    &w[7]) != 16) {
+		if (sscanf(line, "%u %u %u %u %u %u %u %u %f %llx %llx %llx %llx %llx %llx %llx %llx", &k->key.kind, &k->key.n, &k->key.k,
+		    &k->key.t, &k->key.ldx, &k->key.ldy, &k->key.add, &k->key.aligned, &k->us, &w[0], &w[1], &w[2], &w[3], &w[4], &w[5], &w[6],
+		    &w[7]) != 17) {
 			free(k);
 			continue;
 		}
@@ -99,27 +100,37 @@ lt_save(struct lt *lt)
 	snprintf(temp, sizeof(temp), "%s.new", lt->path);
 	if ((f = fopen(temp, "w")) == NULL)
 		return; /* it is a cache */
-	for (uint32_t b = 0; b < BUCKETS; b++)
-		for (const struct plan *p = lt->plan[b]; p != NULL; p = p->next) {
-			if (!p->tuned || p->failed)
-				continue;
-			fprintf(f, "%u %u %u %u %u %u %u %.3f", p->key.kind, p->key.n, p->key.k, p->key.t, p->key.ldx, p->key.ldy, p->key.add,
-			    (double)p->us);
-			for (int i = 0; i < 8; i++)
-				fprintf(f, " %llx", (unsigned long long)p->algo.data[i]);
-			fprintf(f, "\n");
-		}
+	for (const struct kept *k = lt->kept; k != NULL; k = k->next) {
+		fprintf(f, "%u %u %u %u %u %u %u %u %.3f", k->key.kind, k->key.n, k->key.k, k->key.t, k->key.ldx, k->key.ldy, k->key.add,
+		    k->key.aligned, (double)k->us);
+		for (int i = 0; i < 8; i++)
+			fprintf(f, " %llx", (unsigned long long)k->algo.data[i]);
+		fprintf(f, "\n");
+	}
 	if (fclose(f) == 0 && rename(temp, lt->path) == 0)
 		lt->dirty = false;
 	else
 		remove(temp);
 }
 
+static bool
+prefer(cublasLtMatmulPreference_t *p, uint32_t aligned)
+{
+	static const cublasLtMatmulPreferenceAttributes_t of[] = {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES,
+		CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES};
+	size_t bytes = LT_WORKSPACE;
+	bool ok = cublasLtMatmulPreferenceCreate(p) == CUBLAS_STATUS_SUCCESS &&
+	    cublasLtMatmulPreferenceSetAttribute(*p, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &bytes, sizeof(bytes)) == CUBLAS_STATUS_SUCCESS;
+
+	for (int i = 0; ok && i < 4; i++)
+		ok = cublasLtMatmulPreferenceSetAttribute(*p, of[i], &aligned, sizeof(aligned)) == CUBLAS_STATUS_SUCCESS;
+	return ok;
+}
+
 int
 lt_new(struct lt **out, const char *cache_dir, const char *device, bool fast, char *why, size_t why_len)
 {
 	struct lt *lt = calloc(1, sizeof(*lt));
-	size_t bytes = WORKSPACE;
 	cublasStatus_t s;
 
 	*out = lt;
@@ -128,11 +139,9 @@ lt_new(struct lt **out, const char *cache_dir, const char *device, bool fast, ch
 	lt->fast = fast;
 	if ((s = cublasLtCreate(&lt->handle)) != CUBLAS_STATUS_SUCCESS)
 		return snprintf(why, why_len, "cuBLASLt does not start: %s", cublasLtGetStatusString(s)), -ENODEV;
-	if (cublasLtMatmulPreferenceCreate(&lt->pref) != CUBLAS_STATUS_SUCCESS ||
-	    cublasLtMatmulPreferenceSetAttribute(lt->pref, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &bytes, sizeof(bytes)) !=
-	    CUBLAS_STATUS_SUCCESS)
+	if (!prefer(&lt->pref[0], 16) || !prefer(&lt->pref[1], 256))
 		return snprintf(why, why_len, "cuBLASLt: no preference"), -ENODEV;
-	if (cudaMalloc(&lt->workspace, WORKSPACE) != cudaSuccess)
+	if (cudaMalloc(&lt->workspace, LT_WORKSPACE) != cudaSuccess)
 		return snprintf(why, why_len, "the card is out of memory: the workspace of cuBLASLt"), -ENOMEM;
 	if (cache_dir != NULL) {
 		int n = snprintf(lt->path, sizeof(lt->path), "%s/cublaslt-%zu%s-", cache_dir, cublasLtGetVersion(), fast ? "-fast" : "");
@@ -174,8 +183,9 @@ lt_free(struct lt **ltp)
 		next = k->next;
 		free(k);
 	}
-	if (lt->pref != NULL)
-		cublasLtMatmulPreferenceDestroy(lt->pref);
+	for (int i = 0; i < 2; i++)
+		if (lt->pref[i] != NULL)
+			cublasLtMatmulPreferenceDestroy(lt->pref[i]);
 	if (lt->handle != NULL)
 		cublasLtDestroy(lt->handle);
 	cudaFree(lt->workspace);
@@ -226,7 +236,7 @@ multiply(const struct lt *lt, struct plan *p, const struct operands *o)
 	    !set(p, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, &o->x_scale, sizeof(o->x_scale))))
 		return false;
 	return cublasLtMatmul(lt->handle, p->desc, &one, o->w, p->a, o->x, p->b, &beta, o->y, p->c, o->y, p->c, &p->algo,
-	    lt->workspace, WORKSPACE, o->stream) == CUBLAS_STATUS_SUCCESS;
+	    lt->workspace, LT_WORKSPACE, o->stream) == CUBLAS_STATUS_SUCCESS;
 }
 
 static float
@@ -247,16 +257,42 @@ time_choice(struct lt *lt, struct plan *p, const struct operands *o)
 	return ok ? ms * 1e3f / TIMED : -1;
 }
 
+/* What the file says is asked of the library once more: another card of this name may have it no longer. */
 static bool
 take_kept(const struct lt *lt, struct plan *p)
 {
-	for (const struct kept *k = lt->kept; k != NULL; k = k->next)
-		if (memcmp(&k->key, &p->key, sizeof(p->key)) == 0) {
-			p->algo = k->algo;
-			p->us = k->us;
-			return p->tuned = true;
-		}
+	cublasLtMatmulHeuristicResult_t r;
+
+	for (const struct kept *k = lt->kept; k != NULL; k = k->next) {
+		if (memcmp(&k->key, &p->key, sizeof(p->key)) != 0)
+			continue;
+		if (cublasLtMatmulAlgoCheck(lt->handle, p->desc, p->a, p->b, p->c, p->c, &k->algo, &r) != CUBLAS_STATUS_SUCCESS ||
+		    r.state != CUBLAS_STATUS_SUCCESS || r.workspaceSize > LT_WORKSPACE)
+			return false;
+		p->algo = k->algo;
+		p->us = k->us;
+		return true;
+	}
 	return false;
+}
+
+/* To be found by take_kept() and written by lt_save(), before what an older file had. */
+static void
+keep(struct lt *lt, const struct plan *p, float us)
+{
+	struct kept *k = calloc(1, sizeof(*k)), *old;
+
+	if (k == NULL)
+		return;
+	for (struct kept **at = &lt->kept; (old = *at) != NULL; at = &old->next)
+		if (memcmp(&old->key, &p->key, sizeof(p->key)) == 0) {
+			*at = old->next;
+			free(old);
+			break;
+		}
+	*k = (struct kept){p->key, us, p->algo, lt->kept};
+	lt->kept = k;
+	lt->dirty = true;
 }
 
 /* The first that runs; with tune, the fastest. */
@@ -270,7 +306,7 @@ choose(struct lt *lt, struct plan *p, const struct operands *o, bool tune)
 
 	memset(found, 0, sizeof(found));
 	p->failed = true;
-	if (cublasLtMatmulAlgoGetHeuristic(lt->handle, p->desc, p->a, p->b, p->c, p->c, lt->pref, CHOICES, found, &n) !=
+	if (cublasLtMatmulAlgoGetHeuristic(lt->handle, p->desc, p->a, p->b, p->c, p->c, lt->pref[p->key.aligned == 256], CHOICES, found, &n) !=
 	    CUBLAS_STATUS_SUCCESS)
 		return;
 	tune = tune && n > 1;
@@ -291,17 +327,27 @@ choose(struct lt *lt, struct plan *p, const struct operands *o, bool tune)
 	p->failed = us < 0;
 	p->algo = best;
 	p->us = us;
-	p->tuned = lt->dirty = !p->failed;
+	if (!p->failed)
+		keep(lt, p, us);
+}
+
+static struct plan *
+find_plan(const struct lt *lt, const struct key *key)
+{
+	struct plan *p = lt->plan[bucket_of(key)];
+
+	while (p != NULL && memcmp(&p->key, key, sizeof(*key)) != 0)
+		p = p->next;
+	return p;
 }
 
 static struct plan *
 plan_for(struct lt *lt, const struct key *key, const struct operands *o, bool tune)
 {
-	struct plan **at = &lt->plan[bucket_of(key)], *p;
+	struct plan **at = &lt->plan[bucket_of(key)], *p = find_plan(lt, key);
 
-	for (p = *at; p != NULL; p = p->next)
-		if (memcmp(&p->key, key, sizeof(*key)) == 0)
-			return p;
+	if (p != NULL)
+		return p;
 	p = calloc(1, sizeof(*p));
 	if (p == NULL)
 		return NULL;
@@ -326,24 +372,62 @@ run(struct lt *lt, const struct key *key, const struct operands *o, bool tune)
 	p = plan_for(lt, key, o, tune);
 	if (p == NULL || p->failed)
 		return -ENOTSUP;
-	if (multiply(lt, p, o))
+	if (multiply(lt, p, o)) {
+		lt->last = p;
 		return 0;
+	}
 	p->failed = true;
 	return -ENOTSUP;
+}
+
+static struct key
+key_of(enum lt_kind kind, const struct operands *o, size_t ldx, size_t ldy, uint32_t n, uint32_t k, uint32_t t, bool add)
+{
+	uintptr_t all = (uintptr_t)o->w | (uintptr_t)o->x | (uintptr_t)o->y;
+
+	return (struct key){kind, n, k, t, (uint32_t)ldx, (uint32_t)ldy, add, all % 256 == 0 ? 256 : 16};
 }
 
 int
 lt_run(struct lt *lt, enum lt_kind kind, const void *w, const void *x, size_t ldx, float *y, size_t ldy, uint32_t n,
     uint32_t k, uint32_t t, bool add, const float *w_scale, const float *x_scale, cudaStream_t stream)
 {
-	return run(lt, &(struct key){kind, n, k, t, (uint32_t)ldx, (uint32_t)ldy, add},
-	    &(struct operands){w, x, w_scale, x_scale, y, stream}, false);
+	struct operands o = {w, x, w_scale, x_scale, y, stream};
+	struct key key = key_of(kind, &o, ldx, ldy, n, k, t, add);
+
+	return run(lt, &key, &o, false);
 }
 
 int
 lt_tune(struct lt *lt, enum lt_kind kind, const void *w, const void *x, size_t ldx, float *y, size_t ldy, uint32_t n,
     uint32_t k, uint32_t t, bool add, const float *w_scale, const float *x_scale, cudaStream_t stream)
 {
-	return run(lt, &(struct key){kind, n, k, t, (uint32_t)ldx, (uint32_t)ldy, add},
-	    &(struct operands){w, x, w_scale, x_scale, y, stream}, true);
+	struct operands o = {w, x, w_scale, x_scale, y, stream};
+	struct key key = key_of(kind, &o, ldx, ldy, n, k, t, add);
+
+	lt->last = NULL;
+	return run(lt, &key, &o, true);
+}
+
+bool
+lt_timed(const struct lt *lt)
+{
+	return lt->last != NULL && lt->last->us > 0;
+}
+
+void
+lt_against(struct lt *lt, float us)
+{
+	lt->last->wins = lt->last->us < us;
+}
+
+bool
+lt_wins(const struct lt *lt, enum lt_kind kind, const void *w, const void *x, size_t ldx, const float *y, size_t ldy,
+    uint32_t n, uint32_t k, uint32_t t, bool add)
+{
+	struct operands o = {w, x, NULL, NULL, (float *)(uintptr_t)y, NULL};
+	struct key key = key_of(kind, &o, ldx, ldy, n, k, t, add);
+	const struct plan *p = find_plan(lt, &key);
+
+	return p != NULL && p->wins && !p->failed;
 }

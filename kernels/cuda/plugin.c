@@ -134,7 +134,7 @@ plugin_open(struct kd_device **out, uint32_t index, char *why, size_t why_len)
 	    (rc = cu_failed(cudaStreamCreateWithFlags(&d->stream, cudaStreamNonBlocking), "a stream", why, why_len)) != 0 ||
 	    (rc = cu_failed(cudaEventCreate(&d->begin), "an event", why, why_len)) != 0 ||
 	    (rc = cu_failed(cudaEventCreate(&d->end), "an event", why, why_len)) != 0) {
-		free(d);
+		plugin_close(&d);
 		return rc;
 	}
 	open_nvml(d);

@@ -37,6 +37,8 @@ struct layer {
 
 /* ---- lt.c ---- */
 
+#define LT_WORKSPACE ((size_t)32 << 20)
+
 enum lt_kind { LT_BF16, LT_FP8_OUTER, LT_FP8_SCALAR, N_LT_KINDS };
 struct lt;
 int lt_new(struct lt **, const char *cache_dir, const char *device, bool fast, char *why, size_t why_len);
@@ -48,6 +50,11 @@ int lt_run(struct lt *, enum lt_kind, const void *w, const void *x, size_t ldx, 
 /* The same, and the best of eight algorithms is chosen by timing; y is overwritten. */
 int lt_tune(struct lt *, enum lt_kind, const void *w, const void *x, size_t ldx, float *y, size_t ldy, uint32_t n, uint32_t k,
     uint32_t t, bool add, const float *w_scale, const float *x_scale, cudaStream_t);
+/* Whether lt_tune() has a time now; what an own kernel took for the same; whether the library did better. */
+bool lt_timed(const struct lt *);
+void lt_against(struct lt *, float us);
+bool lt_wins(const struct lt *, enum lt_kind, const void *w, const void *x, size_t ldx, const float *y, size_t ldy, uint32_t n,
+    uint32_t k, uint32_t t, bool add);
 void lt_save(struct lt *); /* what lt_tune() found */
 
 /* ---- the device ---- */
@@ -58,7 +65,8 @@ void lt_save(struct lt *); /* what lt_tune() found */
 struct graph {
 	uint64_t digest, used;
 	uint32_t rows, splits;
-	cudaGraphExec_t exec;   /* NULL: seen once, not captured yet */
+	bool tried;             /* to capture it */
+	cudaGraphExec_t exec;   /* NULL: runs eagerly */
 };
 
 /* Rows [row, row + n) of one plan. */

@@ -26,7 +26,7 @@ encode(const struct cu_encoded &e, uint32_t r, uint32_t n, float s, F get)
 static __device__ __forceinline__ float
 absmax(float m, float v)
 {
-	return v != v ? v : fmaxf(m, fabsf(v));
+	return v != v || m != m ? __uint_as_float(0x7fc00000u) : fmaxf(m, fabsf(v)); /* fmaxf() would forget it */
 }
 
 /* The scale of a row from each thread's largest magnitude; NaN if one has it. */

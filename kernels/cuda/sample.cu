@@ -11,7 +11,12 @@
 #include "kernels/cuda/arch.cuh"
 #include "kernels/cuda/cu.h"
 
-#define THREADS 512
+#ifdef OCTET_EMU
+#define THREADS 128 /* each is a fiber there */
+#else
+#define THREADS 1024
+#endif
+#define WARPS (THREADS / 32)
 #define ONE ((uint64_t)1 << 45) /* weight of the likeliest */
 #define BITS 12
 #define BINS (1 << BITS)
@@ -31,13 +36,37 @@ struct best {
 
 struct shared {
 	u64 bin[BINS];
-	u64 sum[THREADS];
-	double dsum[THREADS];
-	struct best top[THREADS / 32];
+	u64 sum[WARPS];
+	double dsum[WARPS];
+	struct best top[WARPS];
 	struct best found;
 	u64 word;
 	uint32_t id;
 };
+
+/* What the threads before this one have, and all together. */
+static __device__ u64
+sum_before(u64 mine, u64 *all, struct shared &sh)
+{
+	const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+	u64 v = mine, before = 0, total = 0;
+
+	for (int o = 1; o < 32; o *= 2) {
+		u64 up = __shfl_up_sync(CU_FULL, v, o);
+
+		v += lane >= (uint32_t)o ? up : 0;
+	}
+	if (lane == 31)
+		sh.sum[warp] = v;
+	__syncthreads();
+	for (uint32_t w = 0; w < WARPS; w++) {
+		before += w < warp ? sh.sum[w] : 0;
+		total += sh.sum[w];
+	}
+	__syncthreads();
+	*all = total;
+	return before + v - mine;
+}
 
 static __device__ __forceinline__ bool
 better(struct best a, struct best b)
@@ -51,6 +80,7 @@ next_best(const struct row &r, struct best after, struct shared &sh)
 {
 	struct best b = {__uint_as_float(0xff800000u), CU_NONE};
 
+#pragma unroll 8
 	for (uint32_t i = threadIdx.x; i < r.vocab; i += THREADS) {
 		struct best c = {r.logits[i], i};
 
@@ -66,7 +96,7 @@ next_best(const struct row &r, struct best after, struct shared &sh)
 		sh.top[threadIdx.x / 32] = b;
 	__syncthreads();
 	if (threadIdx.x == 0) {
-		for (int i = 1; i < THREADS / 32; i++)
+		for (int i = 1; i < WARPS; i++)
 			b = better(sh.top[i], b) ? sh.top[i] : b;
 		sh.found = b;
 	}
@@ -91,14 +121,15 @@ log_sum_exp(const struct row &r, float max, struct shared &sh)
 
 	for (uint32_t i = threadIdx.x; i < r.vocab; i += THREADS)
 		sum += exp((double)r.logits[i] - max);
-	sh.dsum[threadIdx.x] = sum;
+	for (int o = 16; o > 0; o /= 2)
+		sum += __shfl_xor_sync(CU_FULL, sum, o);
+	if (threadIdx.x % 32 == 0)
+		sh.dsum[threadIdx.x / 32] = sum;
 	__syncthreads();
-	for (uint32_t half = THREADS / 2; half > 0; half /= 2) {
-		if (threadIdx.x < half)
-			sh.dsum[threadIdx.x] += sh.dsum[threadIdx.x + half];
-		__syncthreads();
-	}
-	sum = log(sh.dsum[0]) + max;
+	sum = 0;
+	for (int w = 0; w < WARPS; w++)
+		sum += sh.dsum[w];
+	sum = log(sum) + max;
 	__syncthreads();
 	return sum;
 }
@@ -123,22 +154,9 @@ find_id(const struct row &r, u64 w, u64 target, struct shared &sh)
 	share(r, &from, &to);
 	for (uint32_t i = from; i < to; i++)
 		sum += w == 0 ? r.weight[i] : r.weight[i] == w;
-	sh.sum[threadIdx.x] = sum;
 	if (threadIdx.x == 0)
 		sh.id = CU_NONE;
-	__syncthreads();
-	if (threadIdx.x == 0) {
-		u64 before = 0;
-
-		for (uint32_t i = 0; i < THREADS; i++) {
-			u64 mine = sh.sum[i];
-
-			sh.sum[i] = before;
-			before += mine;
-		}
-	}
-	__syncthreads();
-	u64 at = sh.sum[threadIdx.x];
+	u64 all, at = sum_before(sum, &all, sh);
 
 	if (at < target && at + sum >= target)
 		for (uint32_t i = from; i < to; i++) {
@@ -163,27 +181,42 @@ static __device__ u64
 descend(const struct row &r, bool count, u64 target, u64 *rest, struct shared &sh)
 {
 	u64 prefix = 0;
+	const uint32_t per = BINS / THREADS, top = BINS - threadIdx.x * per; /* a thread's bins, from the top */
 
 	for (int shift = 48 - BITS; shift >= 0; shift -= BITS) {
+		u64 low = 0, mine = 0, all;
+
 		for (uint32_t i = threadIdx.x; i < BINS; i += THREADS)
 			sh.bin[i] = 0;
 		__syncthreads();
 		for (uint32_t i = threadIdx.x; i < r.vocab; i += THREADS) {
 			u64 w = r.weight[i];
 
-			if (w != 0 && w >> shift >> BITS == prefix)
+			if (w == 0 || w >> shift >> BITS != prefix)
+				continue;
+			/* Most tokens are unlikely: in bin 0, where all threads would wait for each other. */
+			if ((w >> shift & (BINS - 1)) == 0)
+				low += count ? (u64)1 : w;
+			else
 				atomicAdd(&sh.bin[w >> shift & (BINS - 1)], count ? (u64)1 : w);
 		}
+		sum_before(low, &low, sh); /* its barriers: the bins are complete */
+		if (threadIdx.x == 0)
+			sh.bin[0] = low, sh.id = 0;
 		__syncthreads();
-		if (threadIdx.x == 0) {
-			u64 above = 0;
-			int b = BINS - 1;
+		for (uint32_t b = top - per; b < top; b++)
+			mine += sh.bin[b];
+		u64 above = sum_before(mine, &all, sh);
 
-			while (b > 0 && above + sh.bin[b] < target)
-				above += sh.bin[b--];
-			sh.word = above;
-			sh.id = (uint32_t)b;
-		}
+		/* The thread in whose bins the target lies; none: bin 0, with all that is above it. */
+		if (threadIdx.x == THREADS - 1 && above + mine < target)
+			sh.word = above + mine - sh.bin[0];
+		if (above < target && above + mine >= target)
+			for (uint32_t b = top; b-- > top - per; above += sh.bin[b])
+				if (above + sh.bin[b] >= target || b == 0) {
+					sh.word = above, sh.id = b;
+					break;
+				}
 		__syncthreads();
 		target -= sh.word;
 		prefix = prefix << BITS | sh.id;
@@ -203,14 +236,8 @@ sum_above(const struct row &r, u64 w, u64 *n, struct shared &sh)
 		sum += r.weight[i] > w ? r.weight[i] : 0;
 		count += r.weight[i] > w;
 	}
-	if (threadIdx.x == 0)
-		sh.bin[0] = sh.bin[1] = 0;
-	__syncthreads();
-	atomicAdd(&sh.bin[0], sum);
-	atomicAdd(&sh.bin[1], count);
-	__syncthreads();
-	sum = sh.bin[0], *n = sh.bin[1];
-	__syncthreads();
+	sum_before(sum, &sum, sh);
+	sum_before(count, n, sh);
 	return sum;
 }
 
@@ -275,9 +302,9 @@ change(const struct row &r, const struct cu_want &w, struct kd_edit *edit)
 		float plain = r.logits[e->id], l = plain;
 
 		if (e->seen)
-			l = l > 0 ? __fdiv_rn(l, w.repetition) : l * w.repetition;
+			l = l > 0 ? __fdiv_rn(l, w.repetition) : __fmul_rn(l, w.repetition);
 		if (e->n_output > 0)
-			l -= w.presence + w.frequency * (float)e->n_output;
+			l -= __fadd_rn(w.presence, __fmul_rn(w.frequency, (float)e->n_output));
 		r.logits[e->id] = l + e->bias;
 		e->bias = plain;
 	}
@@ -285,12 +312,16 @@ change(const struct row &r, const struct cu_want &w, struct kd_edit *edit)
 }
 
 static __device__ float
-plain_logit(const struct row &r, const struct cu_want &w, const struct kd_edit *edit, uint32_t token)
+plain_logit(const struct row &r, const struct cu_want &w, const struct kd_edit *edit, uint32_t token, struct shared &sh)
 {
-	for (uint32_t i = 0; i < w.n_edit; i++)
+	if (threadIdx.x == 0)
+		sh.found.value = r.logits[token];
+	__syncthreads();
+	for (uint32_t i = threadIdx.x; i < w.n_edit; i += THREADS)
 		if (edit[w.first_edit + i].id == token)
-			return edit[w.first_edit + i].bias;
-	return r.logits[token];
+			sh.found.value = edit[w.first_edit + i].bias;
+	__syncthreads();
+	return sh.found.value;
 }
 
 __global__ void __launch_bounds__(THREADS)
@@ -308,6 +339,7 @@ sample(float *logits, size_t ld, uint32_t vocab, const struct cu_want *wants, st
 
 	if (w.kind != KD_SCORE && w.kind != KD_DRAW)
 		return;
+#pragma unroll 8
 	for (uint32_t i = threadIdx.x; i < vocab; i += THREADS)
 		bad |= !(r.logits[i] * 0.0f == 0.0f);
 	if (threadIdx.x == 0)
@@ -340,10 +372,12 @@ sample(float *logits, size_t ld, uint32_t vocab, const struct cu_want *wants, st
 		}
 		token = w.temperature > 0 ? draw(r, w, first.value, sh) : first.id;
 	}
+	if (w.logprob)
+		first.value = w.kind == KD_SCORE ? r.logits[token] : plain_logit(r, w, edit, token, sh);
 	if (threadIdx.x == 0) {
 		out->token = token;
 		if (w.logprob)
-			out->logprob = (float)((double)(w.kind == KD_SCORE ? r.logits[token] : plain_logit(r, w, edit, token)) - lse);
+			out->logprob = (float)((double)first.value - lse);
 	}
 }
 

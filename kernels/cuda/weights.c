@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The model on the card: sizes first, one allocation, then plane by plane in pieces that two buffers take in turn. */
+/* The model on the card: sizes first, one allocation, then plane by plane in pieces. */
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -8,6 +8,7 @@
 #include "kernels/cuda/plugin.h"
 
 #define PIECE ((size_t)32 << 20) /* of a plane that is copied at a time */
+#define N_PIECES 3
 #define MAX_PART_ROWS 2048u      /* rows * splits of attention */
 
 static size_t
@@ -182,6 +183,13 @@ kv_bytes(const struct kd_model *m)
 	return (size_t)m->n_pages * (page_elems(m) * sizeof(uint16_t) + (size_t)2 * m->n_kv_heads * K_BLOCK * sizeof(float));
 }
 
+/* Room for a part of a plane: at least a panel of the widest. */
+static size_t
+piece_bytes(const struct kd_device *d)
+{
+	return PIECE + (size_t)K_PANEL * d->ldx;
+}
+
 void
 weights_memory(struct kd_device *d, const struct kd_model *m, struct kd_memory *out)
 {
@@ -189,10 +197,12 @@ weights_memory(struct kd_device *d, const struct kd_model *m, struct kd_memory *
 	struct kd_device unused;
 	size_t free_now = 0, total = 0;
 
-	(void)d;
+	cudaSetDevice(d->index);
 	sizes.layer = NULL;
 	out->weights = place_weights(&unused, &sizes, NULL, NULL);
-	out->buffers = place_buffers(&unused, &sizes, NULL) + ((size_t)64 << 20); /* cuBLASLt's workspace, tables, pieces */
+	out->buffers = place_buffers(&unused, &sizes, NULL);
+	/* What only loading needs, cuBLASLt's workspace, and tables and graphs as they grow. */
+	out->buffers += N_PIECES * piece_bytes(&unused) + LT_WORKSPACE + ((size_t)32 << 20);
 	out->kv = kv_bytes(m);
 	cudaMemGetInfo(&free_now, &total);
 	out->free = free_now, out->total = total;
@@ -202,9 +212,7 @@ weights_memory(struct kd_device *d, const struct kd_model *m, struct kd_memory *
 
 struct loader {
 	struct kd_device *d;
-	uint8_t *tiled[2];      /* [PIECE] on the card */
-	uint8_t *lo;            /* a piece of the low plane, by rows */
-	uint32_t turn;
+	uint8_t *piece[N_PIECES]; /* on the card: of the high and the low plane as packed, of the low by rows */
 	char *why;
 	size_t why_len;
 	int rc;
@@ -303,7 +311,7 @@ out:
 	free(e), free(row), free(first), free(col), free(delta), free(master);
 }
 
-/* Planes of one site. The host's copy of a piece and the card's work on the one before overlap where the driver lets them. */
+/* Planes of one site. */
 static void
 load_planes(struct loader *x, const struct k_weight *w, struct bundle *b, uint32_t part)
 {
@@ -314,14 +322,14 @@ load_planes(struct loader *x, const struct k_weight *w, struct bundle *b, uint32
 	for (uint32_t p = 0; p < panels && x->rc == 0; p += per) {
 		uint32_t n = panels - p < per ? panels - p : per, row = p * K_PANEL, rows = w->n - row < n * K_PANEL ? w->n - row : n * K_PANEL;
 		size_t to = (size_t)(b->at[part] + row) * b->ld;
-		int8_t *lo = b->lo != NULL ? b->lo + to : (int8_t *)x->lo;
+		int8_t *lo = b->lo != NULL ? b->lo + to : (int8_t *)x->piece[2];
 		struct cu_linear a = {.hi = b->hi + to, .lo = lo, .scale = b->scale + b->at[part] + row, .n = rows, .ld = b->ld};
 		struct cu_exceptions none = {0};
 
-		copy(x, x->tiled[0], w->hi + p * panel, n * panel);
-		cu_untile(x->tiled[0], n, rows, b->ld, b->hi + to, x->d->stream);
-		copy(x, x->tiled[1], w->lo + p * panel, n * panel);
-		cu_untile(x->tiled[1], n, rows, b->ld, (uint8_t *)lo, x->d->stream);
+		copy(x, x->piece[0], w->hi + p * panel, n * panel);
+		cu_untile(x->piece[0], n, rows, b->ld, b->hi + to, x->d->stream);
+		copy(x, x->piece[1], w->lo + p * panel, n * panel);
+		cu_untile(x->piece[1], n, rows, b->ld, (uint8_t *)lo, x->d->stream);
 		if (b->bf16 != NULL)
 			cu_unpack(&a, &none, b->bf16 + to, x->d->stream);
 		check(x, cudaStreamSynchronize(x->d->stream), "copying the model");
@@ -404,40 +412,51 @@ place_staged(struct staged *s, uint32_t rows, char *base)
 	return s->bytes = a.at;
 }
 
+/* Of the card, or pinned memory of the host; NULL after the first that failed. */
+static void *
+get(struct loader *x, cudaError_t (*from)(void **, size_t), size_t bytes, const char *what)
+{
+	void *p = NULL;
+
+	if (x->rc == 0)
+		check(x, from(&p, bytes), what);
+	return x->rc == 0 ? p : NULL;
+}
+
+static cudaError_t on_card(void **p, size_t n) { return cudaMalloc(p, n); }
+static cudaError_t pinned(void **p, size_t n) { return cudaMallocHost(p, n); }
+
 static void
 allocate(struct loader *x, const struct kd_model *m)
 {
 	struct kd_device *d = x->d;
 	uint32_t rows = up(m->max_rows, 16);
-	void *p = NULL, *q = NULL;
+	size_t pages = m->n_pages;
 
 	d->layer = calloc(m->n_layers, sizeof(*d->layer));
 	if (d->layer == NULL) {
 		x->rc = -ENOMEM, snprintf(x->why, x->why_len, "out of memory");
 		return;
 	}
-	check(x, cudaMalloc(&d->weights, place_weights(d, m, NULL, d->layer)), "memory for the weights");
-	check(x, cudaMalloc(&d->buffers, place_buffers(d, m, NULL)), "memory for the buffers of a step");
-	check(x, cudaMalloc(&p, (size_t)m->n_pages * page_elems(m) * sizeof(uint16_t)), "memory for the KV cache");
-	check(x, cudaMalloc(&q, (size_t)m->n_pages * 2 * m->n_kv_heads * K_BLOCK * sizeof(float)), "memory for the KV cache");
-	d->kv = (struct cu_kv){p, q, page_elems(m), m->n_kv_heads};
-	check(x, cudaMalloc(&p, place_staged(&d->dev, rows, NULL)), "memory for the rows of a step");
-	if (x->rc == 0)
-		place_staged(&d->dev, rows, p);
-	check(x, cudaMallocHost(&p, place_staged(&d->host, rows, NULL)), "pinned memory");
-	if (x->rc == 0)
-		place_staged(&d->host, rows, p);
-	check(x, cudaMallocHost((void **)&d->host_result, rows * sizeof(*d->host_result)), "pinned memory");
+	d->weights = get(x, on_card, place_weights(d, m, NULL, d->layer), "memory for the weights");
+	d->buffers = get(x, on_card, place_buffers(d, m, NULL), "memory for the buffers of a step");
+	d->kv.mem = get(x, on_card, pages * page_elems(m) * sizeof(uint16_t), "memory for the KV cache");
+	d->kv.scale = get(x, on_card, pages * 2 * m->n_kv_heads * K_BLOCK * sizeof(float), "memory for the KV cache");
+	d->kv.page_elems = page_elems(m), d->kv.n_kv = m->n_kv_heads;
+	d->dev.token = get(x, on_card, place_staged(&d->dev, rows, NULL), "memory for the rows of a step");
+	d->host.token = get(x, pinned, place_staged(&d->host, rows, NULL), "pinned memory");
+	d->host_result = get(x, pinned, rows * sizeof(*d->host_result), "pinned memory");
+	for (int i = 0; i < N_PIECES; i++)
+		x->piece[i] = get(x, on_card, piece_bytes(d), "memory to load with");
 	if (x->rc != 0)
 		return;
+	place_staged(&d->dev, rows, (char *)d->dev.token);
+	place_staged(&d->host, rows, (char *)d->host.token);
 	place_weights(d, m, d->weights, d->layer);
 	place_buffers(d, m, d->buffers);
-	for (int i = 0; i < 2; i++)
-		check(x, cudaMalloc((void **)&x->tiled[i], PIECE + (size_t)K_PANEL * d->ldx), "memory to load with");
-	check(x, cudaMalloc((void **)&x->lo, PIECE + (size_t)K_PANEL * d->ldx), "memory to load with");
 	/* What is read before it was written must be finite: rows that pad a batch. */
 	check(x, cudaMemsetAsync(d->buffers, 0, place_buffers(d, m, d->buffers), d->stream), "clearing buffers");
-	check(x, cudaMemsetAsync(d->kv.mem, 0, (size_t)m->n_pages * d->kv.page_elems * sizeof(uint16_t), d->stream), "clearing the KV cache");
+	check(x, cudaMemsetAsync(d->kv.mem, 0, pages * d->kv.page_elems * sizeof(uint16_t), d->stream), "clearing the KV cache");
 }
 
 int
@@ -449,9 +468,8 @@ weights_load(struct kd_device *d, const struct kd_model *m, char *why, size_t wh
 	allocate(&x, m);
 	if (x.rc == 0)
 		load_layers(&x, m);
-	for (int i = 0; i < 2; i++)
-		cudaFree(x.tiled[i]);
-	cudaFree(x.lo);
+	for (int i = 0; i < N_PIECES; i++)
+		cudaFree(x.piece[i]);
 	/* The host's structs may go now. */
 	d->m.layer = NULL, d->m.lm_head = NULL, d->m.embed = NULL, d->m.final_norm = NULL;
 	d->m.rope_cos = d->m.rope_sin = NULL, d->m.cache_dir = NULL;

@@ -4,7 +4,8 @@
  *   1 which scale modes of cuBLASLt run for the shapes of an 8B model, with how many rows, how fast, fast accumulation off and on
  *   2 what reading memory reaches
  *   3 unpacking E4M3: the conversion instruction against moving bits and multiplying
- *   4 a graph's cost: capture, instantiation, launch
+ *   4 a graph's cost: capture, instantiation, launch; a node disabled and enabled again, another graph taken over
+ *   5 own linear kernels by rows and format, over weights that no cache holds, and attention over BF16 and over FP8 pages
  */
 #include <cstdio>
 #include <cstdlib>
@@ -12,6 +13,7 @@
 #include <cuda_runtime.h>
 
 #include "kernels/cuda/arch.cuh"
+#include "kernels/cuda/cu.h"
 
 static cudaStream_t stream;
 
@@ -115,7 +117,7 @@ static void
 products(void)
 {
 	static const int shape[][2] = {{6144, 4096}, {4096, 4096}, {28672, 4096}, {4096, 14336}, {3072, 9216}};
-	static const int rows[] = {16, 32, 64, 128, 256, 512, 2048};
+	static const int rows[] = {1, 16, 32, 48, 64, 128, 256, 512, 2048};
 	cublasLtHandle_t lt;
 	void *ws = make((size_t)32 << 20);
 
@@ -221,7 +223,111 @@ graphs(void)
 
 	printf("graph of %d nodes: capture %.0f us, instantiate %.0f us, a launch %.1f us; eagerly %.1f us\n", nodes, capture * 1e3,
 	    instantiate * 1e3, launch, eager);
+	/* A flip by switching nodes off and on (all of them, as a flip of every site would), or by updating the whole graph. */
+	cudaGraphNode_t node[nodes];
+	cudaGraphExecUpdateResultInfo info;
+	size_t n = nodes;
+
+	MUST(cudaGraphGetNodes(g, node, &n));
+	cudaEventRecord(a, 0);
+	cudaEventSynchronize(a);
+	for (size_t i = 0; i < n; i++)
+		MUST(cudaGraphNodeSetEnabled(x, node[i], i % 2));
+	cudaEventRecord(b, 0);
+	cudaEventSynchronize(b);
+	MUST(cudaGraphExecUpdate(x, g, &info));
+	cudaEventRecord(c, 0);
+	cudaEventSynchronize(c);
+	cudaEventElapsedTime(&capture, a, b);
+	cudaEventElapsedTime(&instantiate, b, c);
+	printf("switching %zu nodes %.0f us, updating the graph %.0f us\n", n, capture * 1e3, instantiate * 1e3);
 	cudaGraphExecDestroy(x), cudaGraphDestroy(g);
+}
+
+/* ---- 5 ---- */
+
+static void
+own_linears(void)
+{
+	static const int shape[][2] = {{6144, 4096}, {4096, 4096}, {28672, 4096}, {4096, 14336}};
+	static const int rows[] = {1, 2, 4, 8, 16, 32, 48, 64};
+	static const struct { const char *name; enum cu_weights kind; bool w8a8; int bytes; } how[] = {
+	    {"bf16", CU_W_BF16, false, 2}, {"nested", CU_W_NESTED, false, 2}, {"fp8w", CU_W_E4M3, false, 1}, {"fp8", CU_W_E4M3, true, 1}};
+	const size_t all = (size_t)2 << 30;
+	char *w = static_cast<char *>(make(all)), *lo = static_cast<char *>(make(all / 2));
+	struct cu_linear a = {};
+
+	a.xb = static_cast<uint16_t *>(make(64 * 14336 * 2)), a.xq = static_cast<uint8_t *>(make(64 * 14336));
+	a.xs = static_cast<float *>(make(64 * 4)), a.scale = static_cast<float *>(make(28672 * 4)), a.y = static_cast<float *>(make(64 * 28672 * 4));
+	for (auto &s : shape)
+		for (auto &h : how)
+			for (int r : rows) {
+				size_t plane = (size_t)s[0] * s[1], step = plane * (h.kind == CU_W_BF16 ? 2 : 1), at = 0;
+
+				a.kind = h.kind, a.w8a8 = h.w8a8, a.n = s[0], a.k = a.ld = s[1], a.ldx = s[1], a.rows = r, a.ldy = s[0];
+				float us = time_us(40, [&] {
+					at = at + 2 * step <= all / 2 ? at + step : 0;
+					a.bf16 = reinterpret_cast<uint16_t *>(w + at), a.hi = reinterpret_cast<uint8_t *>(w + at);
+					a.lo = reinterpret_cast<int8_t *>(lo + at);
+					cu_linear_skinny(&a, stream);
+				});
+
+				MUST(cudaGetLastError());
+				printf("own %-6s n=%-6d k=%-6d t=%-5d %8.2f us, %7.1f GB/s\n", h.name, s[0], s[1], r, us, (double)plane * h.bytes / us / 1e3);
+			}
+	MUST(cudaFree(w)), MUST(cudaFree(lo));
+}
+
+/* Decode over a context of 1024: queries of one position each, pages of their own. */
+static void
+own_attention(void)
+{
+	static const int heads[] = {32, 64}, batch[] = {1, 8, 32, 128};
+	const uint32_t n_kv = 8, hd = 128, blocks = 32;
+	const size_t elems = (size_t)n_kv * hd * 32;
+	uint16_t *mem = static_cast<uint16_t *>(make(128 * blocks * 2 * elems * 2));
+	float *scale = static_cast<float *>(make(128 * blocks * 2 * 2 * n_kv * 32 * 4));
+
+	for (int h : heads)
+		for (int n : batch)
+			for (int fp8 = 0; fp8 < 2; fp8++) {
+				struct cu_attention a = {};
+				auto *table = new kd_block[128 * blocks];
+				uint32_t first[128], pos[128];
+				cu_tile tile[128];
+
+				for (int i = 0; i < n; i++) {
+					first[i] = i * blocks, pos[i] = 1023, tile[i] = {(uint32_t)i, 1};
+					for (uint32_t b = 0; b < blocks; b++) {
+						uint32_t p = (i * blocks + b) * 2;
+
+						table[i * blocks + b] = {p, p + 1, p, fp8 ? ~0u : 0};
+					}
+				}
+				auto put = [](const void *from, size_t bytes) {
+					void *to = make(bytes);
+
+					MUST(cudaMemcpy(to, from, bytes, cudaMemcpyHostToDevice));
+					return to;
+				};
+				a.kv = {mem, scale, elems, n_kv}, a.n_layers = 1, a.n_heads = h, a.hd = hd, a.rows = n, a.n_tiles = n, a.scale = 0.088f;
+				a.table = static_cast<kd_block *>(put(table, sizeof(kd_block) * n * blocks));
+				a.first = static_cast<uint32_t *>(put(first, sizeof(first))), a.pos = static_cast<uint32_t *>(put(pos, sizeof(pos)));
+				a.tile = static_cast<cu_tile *>(put(tile, sizeof(tile))), a.q = static_cast<uint16_t *>(make((size_t)n * h * hd * 2));
+				for (a.splits = 1; a.splits <= 8; a.splits *= 2) {
+					a.part = static_cast<float *>(make((size_t)n * h * a.splits * (hd + 2) * 4));
+					float us = time_us(40, [&] { cu_attend(&a, stream); });
+
+					MUST(cudaGetLastError());
+					printf("attend %s %d/%u heads, batch %-3d splits %u %8.2f us, %7.1f GB/s\n", fp8 ? "fp8 " : "bf16", h, n_kv, n, a.splits, us,
+					    (double)n * blocks * elems * (fp8 ? 2 : 4) / us / 1e3);
+					MUST(cudaFree(a.part));
+				}
+				MUST(cudaFree(a.q)), MUST(cudaFree((void *)a.table)), MUST(cudaFree((void *)a.first));
+				MUST(cudaFree((void *)a.pos)), MUST(cudaFree((void *)a.tile));
+				delete[] table;
+			}
+	MUST(cudaFree(mem)), MUST(cudaFree(scale));
 }
 
 int
@@ -234,6 +340,8 @@ main(void)
 	MUST(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
 	reads();
 	graphs();
+	own_linears();
+	own_attention();
 	products();
 	return 0;
 }

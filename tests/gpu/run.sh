@@ -10,8 +10,9 @@
 #   serve  50 tokens in, 50 out, a 1B shape, as many clients as help
 #   torch  PyTorch on the same card, the same shapes
 #
-# Each stage takes less than ten minutes and leaves a file in build-gpu/out; whichever there are, the table is made of, printed
-# last, and written to tests/gpu/results/DATE.md (and $OUT, if set). With OCTET_GPU_DRY=1 the plugin of tests/gpu/emu takes the
+# Each stage takes less than ten minutes, fails alone, and leaves a file in build-gpu/out (small: take it along to the next
+# machine if stages run on several); of whichever there are tests/gpu/results/DATE.md is made (and copied to $OUT, if set) and
+# the table, printed last. It needs no package of a distribution: Python 3 and CUDA's libraries, the rest is packed. With OCTET_GPU_DRY=1 the plugin of tests/gpu/emu takes the
 # card's place and a tiny model the large ones': that shows whether this script works, and nothing else.
 set -u
 cd "$(dirname "$0")/../.." || exit 1
@@ -105,18 +106,19 @@ stage_check() {
 	{
 		echo "## The card"
 		card
-		[ -n "$dry" ] || timeout 150 measure || echo "FAILED: measure"
+		echo "## What to know of it first: reading, unpacking, graphs, own kernels, attention, products of cuBLASLt"
+		[ -n "$dry" ] || timeout 120 measure || echo "FAILED: measure"
 		echo "## Kernels against ref"
 		if [ -z "$dry" ]; then
 			for seed in 1 2 3; do
-				checkcuda-card $seed >"$out/kernels.$seed" 2>&1
+				timeout 60 checkcuda-card $seed >"$out/kernels.$seed" 2>&1
 				echo "seed $seed: exit $?, $(grep -c '^ok' "$out/kernels.$seed") ok, $(grep -c '^not ok' "$out/kernels.$seed") not ok"
 				grep '^not ok\|^Bail' "$out/kernels.$seed" | head -20
 			done
 			sanitizer=$(command -v compute-sanitizer || ls "${CUDA_HOME:-/usr/local/cuda}"/bin/compute-sanitizer 2>/dev/null)
 			for tool in memcheck racecheck synccheck; do
 				[ -n "$sanitizer" ] || { echo "no compute-sanitizer"; break; }
-				OCTET_CHECK_SHORT=1 timeout 100 "$sanitizer" --tool $tool --error-exitcode 9 "$carry/real/checkcuda-card" 4 \
+				OCTET_CHECK_SHORT=1 LD_LIBRARY_PATH=$libs timeout 60 "$sanitizer" --tool $tool --error-exitcode 9 "$carry/real/checkcuda-card" 4 \
 					>"$out/$tool" 2>&1
 				echo "compute-sanitizer $tool: exit $?, $(grep 'SUMMARY' "$out/$tool" | tail -1)"
 			done
@@ -133,7 +135,8 @@ stage_check() {
 }
 
 stage_bench() {
-	dir=$(model 8b)
+	rm -f "$out/bench.txt"
+	dir=$(model 8b) || exit 1
 	{
 		echo "## octetd --bench, the shape of Llama-3.1-8B, context 1024"
 		card
@@ -152,7 +155,8 @@ stage_bench() {
 
 # One daemon a policy; clients grow while it helps.
 stage_serve() {
-	dir=$(model 1b)
+	rm -f "$out/serve.txt"
+	dir=$(model 1b) || exit 1
 	clients_list='1 8 32 128 256' each=6 kv=16G
 	[ -z "$dry" ] || clients_list='1 2' each=1 kv=64M
 	{
@@ -188,23 +192,49 @@ stage_torch() {
 	} >"$out/torch.txt" 2>&1
 }
 
-# Decode steps of octet beside PyTorch's, formats beside each other.
+versions() {
+	octetd --version
+	nvidia-smi 2>/dev/null | sed -n 's/.*\(Driver Version[^|]*[^ |]\).*/\1/p'
+	grep -h '^cuBLASLt\|^device ' "$out/check.txt" "$out/bench.txt" 2>/dev/null | sort -u
+	python3 -c 'import torch; print("PyTorch", torch.__version__)' 2>/dev/null
+}
+
+# Decode steps of octet beside PyTorch's, formats beside each other; what went wrong; requests/s.
 table() {
+	echo '| decode, context 1k | octet bf16 ms | octet fp8 ms | ratio | torch bf16 ms | torch fp8 ms |'
+	echo '|---|---|---|---|---|---|'
+	for n in 1 8 32 128; do
+		step() { sed '/^fast accumulation 1/,$d' "$out/bench.txt" 2>/dev/null | awk -v f="$1" -v n=$n '$1 == f && $2 == "decode" && $3 == n { print $5; exit }'; }
+		other() { awk -v f="$1" -v n=$n '$1 == "torch" && $2 == f && $4 == n { print $5; exit }' "$out/torch.txt" 2>/dev/null; }
+		b=$(step bf16) f=$(step fp8)
+		echo "| $n | $b | $f | $(awk -v b="${b:-0}" -v f="${f:-0}" 'BEGIN { if (f > 0) printf "%.2f", b / f }') | $(other bf16) | $(other fp8) |"
+	done
+	echo
+	echo '| 50 in, 50 out, clients | bf16 requests/s | linears fp8 | all fp8 |'
+	echo '|---|---|---|---|'
+	for n in 1 2 8 32 128 256; do
+		of() { awk -v p="$1" -v n=$n '$1 == "serve" && $2 == p && $3 == n { printf "%.1f%s", $4, $6 != 0 ? " (" $6 " failed)" : ""; exit }' "$out/serve.txt" 2>/dev/null; }
+		[ -z "$(of bf16)$(of linears)$(of fp8)" ] || echo "| $n | $(of bf16) | $(of linears) | $(of fp8) |"
+	done
+	echo
+	for s in check bench serve torch; do
+		[ -f "$out/$s.txt" ] || { echo "$s: did not run"; continue; }
+		grep -h 'not ok\|FAILED\|^exit [^0]\|exit [1-9]' "$out/$s.txt" | sed "s/^/$s: /" | head -20
+	done
+}
+
+results() {
 	date=$(date -u +%Y-%m-%d)
 	[ -z "$dry" ] || date=dry
 	file=$top/tests/gpu/results/$date.md
 	{
 		echo "# $date, $(card)"
 		echo
-		echo '| decode, context 1k | octet bf16 ms | octet fp8 ms | ratio | torch bf16 ms | torch fp8 ms |'
-		echo '|---|---|---|---|---|---|'
-		for n in 1 8 32 128; do
-			step() { sed '/^fast accumulation 1/,$d' "$out/bench.txt" 2>/dev/null | awk -v f="$1" -v n=$n '$1 == f && $2 == "decode" && $3 == n { print $5; exit }'; }
-			other() { awk -v f="$1" -v n=$n '$1 == "torch" && $2 == f && $4 == n { print $5; exit }' "$out/torch.txt" 2>/dev/null; }
-			b=$(step bf16) f=$(step fp8)
-			echo "| $n | $b | $f | $(awk -v b="${b:-0}" -v f="${f:-0}" 'BEGIN { if (f > 0) printf "%.2f", b / f }') | $(other bf16) | $(other fp8) |"
-		done
-		echo
+		echo "\`tests/gpu/run.sh $*\`"
+		echo '```'
+		versions
+		echo '```'
+		table
 		for s in check bench serve torch; do
 			[ -f "$out/$s.txt" ] || continue
 			echo '```'
@@ -212,9 +242,9 @@ table() {
 			echo '```'
 		done
 	} >"$file"
-	cat "$file"
-	[ -z "${OUT-}" ] || cp "$file" "$OUT/"
+	[ -z "${OUT-}" ] || cp "$file" "$out"/*.txt "$OUT/"
 	[ -z "$dry" ] || rm -f "$file"
+	table
 }
 
 if [ "${1-}" = pack ]; then
@@ -222,12 +252,12 @@ if [ "${1-}" = pack ]; then
 	exit
 fi
 for s in "$@"; do
-	case $s in check | bench | serve | torch | table) ;; *) sed -n '5,19s/^# \{0,1\}//p' "$0"; exit 2 ;; esac
+	case $s in check | bench | serve | torch | table) ;; *) sed -n '5,20s/^# \{0,1\}//p' "$0"; exit 2 ;; esac
 done
 mkdir -p "$out" "$tmp"
 unpack
 [ $# -gt 0 ] || set -- check bench serve torch
 for s in "$@"; do
-	[ "$s" = table ] || "stage_$s"
+	[ "$s" = table ] || ("stage_$s") || echo "FAILED: $s ended before its time" >>"$out/$s.txt"
 done
-table
+results "$@"

@@ -237,6 +237,22 @@ cu_mul_bf16x2(uint32_t a, uint32_t b)
  * holds row g + 8 (i odd), columns t * n .. from half i / 2 of k; register i of B rows of half i, column g; c[i] is row
  * g + 8 (i / 2), column 2 t + i % 2. n: values in 32 bits.
  */
+static float
+bf16_value(uint32_t bits)
+{
+	bits <<= 16;
+	float f;
+
+	memcpy(&f, &bits, 4);
+	return f;
+}
+
+/* Most of the emulation's time goes here. */
+static const struct e4m3_values {
+	float of[256];
+	e4m3_values() { for (unsigned i = 0; i < 256; i++) of[i] = k_e4m3_to_float((uint8_t)i); }
+} e4m3_value;
+
 static void
 mma(float c[4], const uint32_t a[4], const uint32_t b[2], bool e4m3)
 {
@@ -253,8 +269,8 @@ mma(float c[4], const uint32_t a[4], const uint32_t b[2], bool e4m3)
 				uint32_t av = all[((row % 8) * 4 + s) * 6 + row / 8 + 2 * half], bv = all[(col * 4 + s) * 6 + 4 + half];
 
 				for (int j = 0; j < (e4m3 ? 4 : 2); j++)
-					sum += e4m3 ? k_e4m3_to_float((uint8_t)(av >> 8 * j)) * k_e4m3_to_float((uint8_t)(bv >> 8 * j)) :
-					    k_bf16_to_float((uint16_t)(av >> 16 * j)) * k_bf16_to_float((uint16_t)(bv >> 16 * j));
+					sum += e4m3 ? e4m3_value.of[av >> 8 * j & 0xff] * e4m3_value.of[bv >> 8 * j & 0xff] :
+					    bf16_value(av >> 16 * j & 0xffff) * bf16_value(bv >> 16 * j & 0xffff);
 			}
 		}
 		c[i] += sum;

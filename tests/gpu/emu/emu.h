@@ -9,6 +9,7 @@
  */
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include "cuda_runtime_api.h"
@@ -121,6 +122,15 @@ void cu_mma_bf16(float c[4], const uint32_t a[4], const uint32_t b[2]);
 void cu_mma_e4m3(float c[4], const uint32_t a[4], const uint32_t b[2]);
 float cu_warp_sum(float);
 float cu_warp_max(float);
-static inline uint4 cu_stream16(const void *p) { uint4 v; memcpy(&v, p, sizeof(v)); return v; }
-static inline uint2 cu_stream8(const void *p) { uint2 v; memcpy(&v, p, sizeof(v)); return v; }
+static inline uint4
+cu_stream16(const void *p, bool there)
+{
+	uint4 v = {0, 0, 0, 0};
+
+	if ((uintptr_t)p % 16 != 0)
+		abort(); /* as the card would */
+	if (there)
+		memcpy(&v, p, sizeof(v));
+	return v;
+}
 #endif

@@ -191,8 +191,15 @@ cudaStreamBeginCapture(cudaStream_t s, enum cudaStreamCaptureMode)
 cudaError_t
 cudaStreamEndCapture(cudaStream_t s, cudaGraph_t *g)
 {
+	const char *fault = getenv("OCTET_EMU_FAULT"); /* "capture": it came to nothing */
+
 	*g = s->capture;
 	s->capture = nullptr;
+	if (fault != nullptr && strcmp(fault, "capture") == 0) {
+		delete *g;
+		*g = nullptr;
+		return last_error = cudaErrorUnknown;
+	}
 	return cudaSuccess;
 }
 cudaError_t
@@ -223,7 +230,7 @@ struct emu_lt_layout {
 	uint64_t rows, cols;
 	int64_t ld;
 };
-struct emu_lt_pref { int unused; };
+struct emu_lt_pref { uint32_t aligned; };
 
 cublasStatus_t cublasLtCreate(cublasLtHandle_t *h) { *h = new emu_lt(); return CUBLAS_STATUS_SUCCESS; }
 cublasStatus_t cublasLtDestroy(cublasLtHandle_t h) { delete h; return CUBLAS_STATUS_SUCCESS; }
@@ -266,8 +273,12 @@ cublasStatus_t cublasLtMatrixLayoutDestroy(cublasLtMatrixLayout_t l) { delete l;
 cublasStatus_t cublasLtMatmulPreferenceCreate(cublasLtMatmulPreference_t *p) { *p = new emu_lt_pref(); return CUBLAS_STATUS_SUCCESS; }
 cublasStatus_t cublasLtMatmulPreferenceDestroy(cublasLtMatmulPreference_t p) { delete p; return CUBLAS_STATUS_SUCCESS; }
 cublasStatus_t
-cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t, cublasLtMatmulPreferenceAttributes_t, const void *, size_t)
+cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t p, cublasLtMatmulPreferenceAttributes_t a, const void *v, size_t n)
 {
+	if (n != (a == CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES ? 8u : 4u))
+		return CUBLAS_STATUS_INVALID_VALUE;
+	if (n == 4)
+		memcpy(&p->aligned, v, n);
 	return CUBLAS_STATUS_SUCCESS;
 }
 
@@ -285,7 +296,7 @@ supported(const emu_lt_desc *d, const emu_lt_layout *a, const emu_lt_layout *b, 
 
 cublasStatus_t
 cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDesc_t d, cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b,
-    cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t, cublasLtMatmulPreference_t, int n,
+    cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t, cublasLtMatmulPreference_t pref, int n,
     cublasLtMatmulHeuristicResult_t *out, int *got)
 {
 	*got = 0;
@@ -294,9 +305,24 @@ cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDesc_t d, cublasL
 	if (n > 0) {
 		out[0] = cublasLtMatmulHeuristicResult_t();
 		out[0].algo.data[0] = 7;
+		out[0].algo.data[1] = pref->aligned == 0 ? 256 : pref->aligned; /* what the algorithm relies on */
 		*got = 1;
 	}
+	const char *fault = getenv("OCTET_EMU_FAULT"); /* "choices": there are two algorithms, so octet times them */
+
+	if (n > 1 && fault != nullptr && strcmp(fault, "choices") == 0) {
+		out[1] = out[0];
+		*got = 2;
+	}
 	return CUBLAS_STATUS_SUCCESS;
+}
+
+cublasStatus_t
+cublasLtMatmulAlgoCheck(cublasLtHandle_t, cublasLtMatmulDesc_t d, cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b,
+    cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t, const cublasLtMatmulAlgo_t *algo, cublasLtMatmulHeuristicResult_t *out)
+{
+	*out = cublasLtMatmulHeuristicResult_t();
+	return supported(d, a, b, c) && algo->data[0] == 7 && algo->data[1] != 0 ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_NOT_SUPPORTED;
 }
 
 static float
@@ -343,6 +369,8 @@ cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t d, const void *alpha, cons
 
 	if (!supported(d, a, b, c) || algo->data[0] != 7 || pc != py)
 		return CUBLAS_STATUS_NOT_SUPPORTED;
+	if (((uintptr_t)pa | (uintptr_t)pb | (uintptr_t)py) % algo->data[1] != 0)
+		die("an algorithm of cuBLASLt was given less aligned pointers than it was asked for");
 	emu_enqueue(stream, [=] { matmul(dd, la, lb, lc, pa, pb, static_cast<float *>(py), al, be); });
 	return CUBLAS_STATUS_SUCCESS;
 }
