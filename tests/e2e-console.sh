@@ -181,7 +181,7 @@ ok ":select" shows 'selector, 3 sites: mlp.\*@3$'
 keys : 'theme mono' Enter : 'rate 100' Enter 1
 shows '\[1 Precision\]'
 for name in "y" "n, esc" "space, right" "left" "c"; do pressed question "$name"; done                             # e2e-console-live.sh
-for name in "up, k" "down, j" "page up" "page down" "home, g" "end, G" "esc, enter" "q"; do pressed output "$name"; done # and these
+for name in "up, k" "down, j" "page up" "page down" "home, g" "end, G" "q, esc, enter" "^C"; do pressed output "$name"; done # and these
 pressed all '^Z'
 press all "q, F10" q '^left with 0'
 "$console" --keys | cut -f1,2 | sort -u >"$scratch/keys"
@@ -273,7 +273,7 @@ done
 # ---- it leaves the terminal as it was ----
 keys "clear; stty -a >$scratch/before" Enter
 wait_for 30 test -s "$scratch/before"
-for sig in TERM HUP INT; do
+for sig in TERM HUP INT QUIT; do
 	run "$console --replay $replay --speed 0"
 	shows '\[1 Precision\]'
 	kill -$sig "$(pgrep -f -- "$console --replay $replay" | tail -1)"
@@ -282,6 +282,52 @@ for sig in TERM HUP INT; do
 	wait_for 30 test -s "$scratch/after.$sig"
 	ok "leaves the terminal clean" cmp "$scratch/before" "$scratch/after.$sig"
 done
+# A fault, with what a signal handler may do.
+run "$console --replay $replay --speed 0"
+shows '\[1 Precision\]'
+kill -SEGV "$(pgrep -f -- "$console --replay $replay" | tail -1)"
+if [ -n "${SANITIZE-}" ]; then
+	skip "SIGSEGV" "the sanitizer takes it"
+	keys "stty sane; reset" Enter
+else
+	ok "SIGSEGV" shows '^left with 139'
+	keys "stty -a >$scratch/after.SEGV" Enter
+	wait_for 30 test -s "$scratch/after.SEGV"
+	ok "leaves the terminal clean" cmp "$scratch/before" "$scratch/after.SEGV"
+	is "the cursor, the screen, the mouse too" "$(tm display -p -t t '#{cursor_flag} #{alternate_on} #{mouse_any_flag}')" "1 0 0"
+fi
+# ---- what is pasted is no command ----
+run "$console --replay $replay --speed 0"
+shows '\[1 Precision\]'
+tm set-buffer 'why not:
+quit
+q'
+tm paste-buffer -p -t t
+ok "a paste does nothing" shows 'what is pasted is taken after : only'
+keys :
+tm set-buffer 'view
+traffic'
+tm paste-buffer -p -t t
+ok "but into a line" shows '^:view traffic'
+keys Enter
+shows '\[2 Traffic\]'
+keys q
+shows '^left with 0'
+# ---- stopped behind its back, and continued ----
+if command -v bash >/dev/null; then
+	keys "exec bash --norc" Enter "PS1='shell> '; clear" Enter
+	shows '^shell> *$'
+	run "$console --replay $replay --speed 0"
+	shows '\[1 Precision\]'
+	kill -STOP "$(pgrep -f -- "$console --replay $replay" | tail -1)"
+	wait_for 30 eval 'ps -o stat= -p "$(pgrep -f -- "$console --replay $replay" | tail -1)" | grep -q T'
+	keys fg Enter
+	golden precision-80x24
+	keys q
+	ok "it still has its keys" gone '\[1 Precision\]'
+	keys "exec sh" Enter "PS1='shell> '; clear" Enter
+	shows '^shell> *$'
+fi
 run "$console --replay $replay --speed 0"
 shows '\[1 Precision\]'
 keys C-z

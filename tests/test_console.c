@@ -270,8 +270,10 @@ test_signs(void **state)
 static void
 type(const char *keys)
 {
-	for (; *keys != '\0'; keys++)
+	for (; *keys != '\0'; keys++) {
+		ui.ask.seen = true;
 		ui_key(&ui, *keys);
+	}
 }
 
 static const char *
@@ -331,12 +333,53 @@ test_flip(void **state)
 	ui_free(&ui);
 }
 
+/* Slips: what is pasted, a y that was typed ahead, a picture that stands still, q. */
+static void
+test_slips(void **state)
+{
+	(void)state;
+	make_page();
+	ui_init(&ui);
+	ui.live = true, ui.data.link = LINK_UP;
+	ui_take(&ui, &page);
+	ui_key(&ui, ' '), ui_key(&ui, 'y');
+	assert_int_equal(ui.mode, MODE_ASK);
+	assert_string_equal(sent(), "nothing");
+	type("n");
+	ui_key(&ui, K_PASTE);
+	type("why \n yq");
+	assert_int_equal(ui.mode, MODE_VIEW);
+	ui_key(&ui, K_PASTED);
+	assert_string_equal(sent(), "nothing");
+	type(":");
+	ui_key(&ui, K_PASTE);
+	type("set *=fp8\n");
+	ui_key(&ui, K_PASTED);
+	assert_int_equal(ui.mode, MODE_PROMPT);
+	assert_string_equal(ui.prompt.text, "set *=fp8 ");
+	ui_key(&ui, K_ESC);
+	type("p y");
+	assert_int_equal(ui.mode, MODE_VIEW);
+	assert_string_equal(sent(), "nothing");
+	type("p");
+	ui.pager.running = true;
+	assert_false(ui_key(&ui, 'q') & REACT_QUIT);
+	type("j");
+	assert_false(ui_key(&ui, 'q') & REACT_QUIT);
+	assert_true(ui_key(&ui, 'q') & REACT_QUIT);
+	ui.mode = MODE_PAGER;
+	assert_false(ui_key(&ui, 'q') & REACT_STOP);
+	ui.mode = MODE_PAGER;
+	assert_true(ui_key(&ui, CTRL('c')) & REACT_STOP);
+	ui_free(&ui);
+}
+
 int
 main(void)
 {
 	const struct CMUnitTest tests[] = {cmocka_unit_test(test_selectors), cmocka_unit_test(test_effect), cmocka_unit_test(test_rows),
 	    cmocka_unit_test(test_minutes), cmocka_unit_test(test_hostile), cmocka_unit_test(test_record), cmocka_unit_test(test_words), cmocka_unit_test(test_signs),
-	    cmocka_unit_test(test_flip)};
+	    cmocka_unit_test(test_flip), cmocka_unit_test(test_slips)};
 
 	return cmocka_run_group_tests_name("console", tests, NULL, NULL);
 }

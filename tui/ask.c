@@ -179,6 +179,10 @@ act_yes(struct ui *ui, int arg)
 	struct ask *a = &ui->ask;
 
 	(void)arg;
+	if (!a->seen) {
+		ui_say(ui, true, "y came before the question could be read: read it, then press y");
+		return REACT_DRAW;
+	}
 	if (a->kind == ASK_FLIP && a->effect.n == 0) {
 		ui_say(ui, false, "nothing would change: choose another format with space");
 		return REACT_DRAW;
@@ -231,7 +235,7 @@ act_probation(struct ui *ui, int arg)
 
 const struct key ask_keys[] = {
 	{{'y', 'Y'}, "y", "do it", act_yes, 0},
-	{{'n', K_ESC, 'q'}, "n, esc", "leave all as it is", act_no, 0},
+	{{'n', K_ESC, 'q', CTRL('c')}, "n, esc", "leave all as it is", act_no, 0},
 	{{' ', K_RIGHT, '\t'}, "space, right", "another format", act_format, 1},
 	{{K_LEFT, K_BTAB}, "left", "the format before", act_format, -1},
 	{{'c'}, "c", "have it taken back by itself unless it is kept (K): 30 s, 2 min, 10 min", act_probation, 0},

@@ -72,6 +72,8 @@ ui_may_change(struct ui *ui)
 		ui_say(ui, true, "read only: %s", ui->read_only_why);
 	else if (ui->data.link == LINK_DOWN)
 		ui_say(ui, true, "not connected");
+	else if (ui->paused)
+		ui_say(ui, true, "paused: what you see may be over; p goes on");
 	else
 		return true;
 	return false;
@@ -156,6 +158,18 @@ act_mouse(struct ui *ui, int arg)
 	return REACT_MOUSE | REACT_DRAW;
 }
 
+/* A sweep of an hour is not to end by a slip. */
+static unsigned
+act_quit(struct ui *ui, int arg)
+{
+	(void)arg;
+	if (!ui->pager.running || ui->quit_warned)
+		return REACT_QUIT;
+	ui->quit_warned = true;
+	ui_say(ui, true, "quitting stops what runs: %.100s; q again quits, ! shows it", ui->pager.title);
+	return REACT_DRAW;
+}
+
 static unsigned
 act_react(struct ui *ui, int arg)
 {
@@ -185,7 +199,7 @@ const struct key view_keys[] = {
 	{{CTRL('l')}, "^L", "draw all anew", act_react, REACT_REPAINT},
 	{{CTRL('z')}, "^Z", "suspend; fg comes back", act_react, REACT_SUSPEND},
 	{{'?'}, "?", "this help", act_mode, MODE_HELP},
-	{{'q', K_F0 + 10}, "q, F10", "quit", act_react, REACT_QUIT},
+	{{'q', K_F0 + 10}, "q, F10", "quit; asks for a second q while a command runs", act_quit, 0},
 	{{0}, NULL, NULL, NULL, 0},
 };
 
@@ -208,7 +222,7 @@ const struct key help_keys[] = {
 	{{K_DOWN, 'j'}, "down, j", "line after", act_help_scroll, 1},
 	{{K_PPAGE, CTRL('b')}, "page up", "a page up", act_help_scroll, 2},
 	{{K_NPAGE, CTRL('f'), ' '}, "page down", "a page down", act_help_scroll, 3},
-	{{'q', K_ESC, '?', K_ENTER}, "q, esc, ?", "close", act_mode, MODE_VIEW},
+	{{'q', K_ESC, '?', CTRL('c')}, "q, esc, ?", "close", act_mode, MODE_VIEW},
 	{{0}, NULL, NULL, NULL, 0},
 };
 
@@ -293,6 +307,18 @@ take_pointer(struct ui *ui)
 	return REACT_DRAW;
 }
 
+/* Only a line takes what is pasted, and it is not sent by it: elsewhere every letter is a key. */
+static unsigned
+take_paste(struct ui *ui, int code)
+{
+	ui->pasting = code == K_PASTE || (ui->pasting && code != K_PASTED);
+	if (ui->mode == MODE_PROMPT)
+		return code == K_PASTE || code == K_PASTED ? REACT_NONE : prompt_key(ui, code < ' ' ? ' ' : code);
+	if (code == K_PASTE)
+		ui_say(ui, true, "what is pasted is taken after : only");
+	return REACT_DRAW;
+}
+
 unsigned
 ui_key(struct ui *ui, int code)
 {
@@ -300,6 +326,10 @@ ui_key(struct ui *ui, int code)
 
 	if (code == K_MOUSE)
 		return take_pointer(ui);
+	if (code == K_PASTE || code == K_PASTED || ui->pasting)
+		return take_paste(ui, code);
+	if (ui->mode == MODE_VIEW && code != 'q' && code != K_F0 + 10)
+		ui->quit_warned = false;
 	switch (ui->mode) {
 	case MODE_PROMPT: return prompt_key(ui, code);
 	case MODE_ASK: k = keys_find(ask_keys, code); break;

@@ -472,7 +472,7 @@ act_earlier(struct ui *ui, int direction)
 
 const struct key prompt_keys[] = {
 	{{K_ENTER}, "enter", "do it", act_enter, 0},
-	{{K_ESC}, "esc", "leave it", act_cancel, 0},
+	{{K_ESC, CTRL('c')}, "esc", "leave it", act_cancel, 0},
 	{{'\t'}, "tab", "complete; shows what fits", act_complete, 0},
 	{{K_UP, CTRL('p')}, "up", "the command before", act_earlier, 1},
 	{{K_DOWN, CTRL('n')}, "down", "the command after", act_earlier, -1},

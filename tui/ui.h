@@ -26,7 +26,7 @@
 /* ---- keys ---- */
 
 enum {
-	K_UP = 0x200000, K_DOWN, K_LEFT, K_RIGHT, K_PPAGE, K_NPAGE, K_HOME, K_END, K_BTAB, K_BACKSPACE, K_DELETE, K_MOUSE,
+	K_UP = 0x200000, K_DOWN, K_LEFT, K_RIGHT, K_PPAGE, K_NPAGE, K_HOME, K_END, K_BTAB, K_BACKSPACE, K_DELETE, K_MOUSE, K_PASTE, K_PASTED,
 	K_F0 = 0x200100 /* + number */
 };
 #define K_ESC 27
@@ -105,6 +105,7 @@ enum ask_kind { ASK_NONE, ASK_FLIP, ASK_ROLLBACK };
 
 struct ask {
 	enum ask_kind kind;
+	bool seen;           /* it was on the screen before the key that answers it came */
 	struct sites sites;  /* FLIP: selected */
 	uint8_t format;
 	struct effect effect;
@@ -142,6 +143,8 @@ enum then { THEN_NOTHING, THEN_FLIPPED, THEN_ASK_ROLLBACK, THEN_UNDONE, THEN_HIS
 struct ui {
 	struct data data;
 	bool ascii, batch, paused, mouse, live; /* live: a daemon, no replay */
+	bool pasting;           /* what comes was typed by nobody */
+	bool quit_warned;
 	bool read_only;
 	char read_only_why[96];
 	enum theme theme;
