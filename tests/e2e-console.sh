@@ -65,7 +65,7 @@ press() {
 pressed() { printf '%s\t%s\n' "$1" "$2" >>"$scratch/pressed"; }
 at() { printf '^── %s ─' "$1"; } # the cursor's site
 
-press all "1 to 6, F1 to F6" F2 '\[2 Traffic\]'
+press all "1 to 9, F1 to F9" F2 '\[2 Traffic\]'
 press all "tab" Tab '\[3 Clients\]'
 press all "shift tab" BTab '\[2 Traffic\]'
 press traffic z z '2 s a column'
@@ -97,7 +97,7 @@ ok "a selector" shows 'selector, 4 sites: mlp.down_proj@8-10,79$'
 keys s 'nosuch*' Enter
 ok "a selector that selects nothing" shows 'nosuch\* selects no site'
 keys e g 0
-press precision d d 'KL of each site flipped alone'
+press precision d d 'KL of each site alone in fp8'
 press precision D D 'Formats   ~'
 keys f
 ok "folded again" shows 'equal layers folded'
@@ -106,6 +106,10 @@ press all u u 'a replay changes nothing'
 press all U U 'a replay changes nothing'
 press all K K 'a replay changes nothing'
 press all r r '\[5 History\]'
+keys 4
+press quality enter Enter 'a replay has no daemon'
+keys 5
+shows '\[5 History\]'
 press history "enter, r" Enter 'epoch 8 is active|a replay changes nothing'
 press lists "down, j" j '── Epoch 7 ─'
 press lists "up, k" k '── Epoch 8 ─'
@@ -337,7 +341,7 @@ ok "resumed" shows '\[1 Precision\]'
 keys j
 ok "and takes keys" shows "$(at attention.q_proj@2)"
 keys q
-shows '^shell> *$|^octet' || true
+gone '\[1 Precision\]'
 keys "clear; stty -a >$scratch/after" Enter
 wait_for 30 test -s "$scratch/after"
 ok "the terminal is as before" cmp "$scratch/before" "$scratch/after"

@@ -537,6 +537,15 @@ bad(const char *what, const char *value)
 }
 
 static int
+bad_view(const char *name)
+{
+	char names[200], what[240];
+
+	snprintf(what, sizeof(what), "views are %s; not", ui_view_names(names, sizeof(names)));
+	return bad(what, name);
+}
+
+static int
 take_number(const char *what, const char *text, long min, long max, long *out)
 {
 	char *end;
@@ -578,7 +587,7 @@ take_option(struct console *c, int option)
 	case OPT_BATCH: c->batch = true; break;
 	case OPT_VIEW:
 		c->ui.view = ui_find_view(optarg);
-		return c->ui.view < 0 ? bad("views are precision, traffic, clients, quality, history, log; not", optarg) : -1;
+		return c->ui.view < 0 ? bad_view(optarg) : -1;
 	case OPT_WIDTH: return take_number("--width: 64 to 1000, not", optarg, 64, 1000, &c->width);
 	case OPT_HEIGHT: return take_number("--height: 14 to 1000, not", optarg, 14, 1000, &c->height);
 	case OPT_RECORD: c->record_path = optarg; break;

@@ -105,15 +105,15 @@ act_stop(struct ui *ui, int arg)
 }
 
 const struct key pager_keys[] = {
-	{{K_UP, 'k'}, "up, k", "line before", act_scroll, 0},
-	{{K_DOWN, 'j'}, "down, j", "line after", act_scroll, 1},
-	{{K_PPAGE, CTRL('b')}, "page up", "a page up", act_scroll, 2},
-	{{K_NPAGE, CTRL('f'), ' '}, "page down", "a page down", act_scroll, 3},
-	{{K_HOME, 'g'}, "home, g", "to the beginning", act_scroll, 4},
-	{{K_END, 'G'}, "end, G", "to the end", act_scroll, 5},
-	{{'q', K_ESC, K_ENTER, '!'}, "q, esc, enter", "close; a command that still runs goes on", act_leave, 0},
-	{{CTRL('c')}, "^C", "stop the command", act_stop, 0},
-	{{0}, NULL, NULL, NULL, 0},
+	{{K_UP, 'k'}, "up, k", "line before", act_scroll, 0, NULL},
+	{{K_DOWN, 'j'}, "down, j", "line after", act_scroll, 1, NULL},
+	{{K_PPAGE, CTRL('b')}, "page up", "a page up", act_scroll, 2, NULL},
+	{{K_NPAGE, CTRL('f'), ' '}, "page down", "a page down", act_scroll, 3, "more"},
+	{{K_HOME, 'g'}, "home, g", "to the beginning", act_scroll, 4, NULL},
+	{{K_END, 'G'}, "end, G", "to the end", act_scroll, 5, NULL},
+	{{'q', K_ESC, K_ENTER, '!'}, "q, esc, enter", "close; a command that still runs goes on", act_leave, 0, "close"},
+	{{CTRL('c')}, "^C", "stop the command", act_stop, 0, "stop it"},
+	{{0}, NULL, NULL, NULL, 0, NULL},
 };
 
 /* Tabs are blanks; what "ESC [" begins is left out (a bar's "clear to the end"). */
