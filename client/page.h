@@ -10,7 +10,7 @@
 #include <stdint.h>
 
 #define PAGE_MAGIC 0x4750434fu /* "OCPG" */
-#define PAGE_VERSION 4u
+#define PAGE_VERSION 5u
 #define PAGE_GROUPS 16u
 #define PAGE_LAYERS 256u
 #define PAGE_FORMATS 8u
@@ -25,7 +25,7 @@ struct page_history {
 	uint64_t epoch, step;
 	int64_t time_us;  /* Unix time */
 	uint32_t uid, pid;
-	char program[32], why[64], change[96], result[24];
+	char program[32], why[64], change[240], result[24]; /* what is longer ends with "..." */
 	char policy[64];  /* what the plan was called after it */
 };
 
@@ -84,8 +84,9 @@ struct octet_page {
 	float group_kl[PAGE_GROUPS]; /* of a group flipped in all layers */
 	/* What a decode step at batch 1 gained by it, in us; NAN: not measured. */
 	float saved_us[PAGE_GROUPS][PAGE_LAYERS], group_saved_us[PAGE_GROUPS];
+	float saved_error_us[PAGE_GROUPS][PAGE_LAYERS], group_saved_error_us[PAGE_GROUPS]; /* its standard error */
 	int64_t sweep_us;
-	char sweep_format[12];
+	char sweep_from[12], sweep_format[12]; /* all of the above went from one format to one other */
 	uint64_t epoch, plan_digest, step;
 	uint64_t running_epoch;   /* what the last step ran: behind epoch until there is a step */
 	uint64_t unconfirmed_epoch; /* is taken back in unconfirmed_s; 0: none */

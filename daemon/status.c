@@ -77,6 +77,16 @@ read_bytes(const struct model_shape *m, enum plan_group g, enum plan_format f)
 }
 
 static void
+forget_sweep(struct octet_page *p)
+{
+	for (uint32_t g = 0; g < PAGE_GROUPS; g++) {
+		p->group_kl[g] = -1, p->group_saved_us[g] = p->group_saved_error_us[g] = NAN;
+		for (uint32_t l = 0; l < PAGE_LAYERS; l++)
+			p->kl[g][l] = -1, p->saved_us[g][l] = p->saved_error_us[g][l] = NAN;
+	}
+}
+
+static void
 fill_fixed(struct status *s)
 {
 	const struct octetd *d = s->d;
@@ -107,11 +117,7 @@ fill_fixed(struct status *s)
 	memset(p->wanted, PAGE_NONE, sizeof(p->wanted));
 	memset(p->executed, PAGE_NONE, sizeof(p->executed));
 	memset(p->candidate, PAGE_NONE, sizeof(p->candidate));
-	for (uint32_t g = 0; g < PAGE_GROUPS; g++) {
-		p->group_kl[g] = -1, p->group_saved_us[g] = NAN;
-		for (uint32_t l = 0; l < PAGE_LAYERS; l++)
-			p->kl[g][l] = -1, p->saved_us[g][l] = NAN;
-	}
+	forget_sweep(p);
 }
 
 static void
@@ -247,6 +253,8 @@ fill_history(struct status *s)
 		COPY(h->program, e->r.program);
 		COPY(h->why, e->r.why);
 		COPY(h->change, e->r.change);
+		if (strlen(e->r.change) >= sizeof(h->change))
+			memcpy(h->change + sizeof(h->change) - 4, "...", 4);
 		COPY(h->result, e->r.unjournaled ? "unjournaled" : e->outcome);
 		COPY(h->policy, e->r.policy);
 	}
@@ -269,28 +277,43 @@ unix_us(const char *text)
 	return text != NULL && strptime(text, "%Y-%m-%dT%H:%M:%SZ", &tm) != NULL ? (int64_t)timegm(&tm) * 1000000 : 0;
 }
 
-/* What a sweep flipped alone, a site or a group: "mlp.up_proj@3 bf16->fp8", "mlp.up_proj bf16->fp8". */
+static float
+real_of(const json_t *o, const char *key)
+{
+	const json_t *v = json_object_get(o, key);
+
+	return json_is_number(v) ? (float)json_number_value(v) : NAN;
+}
+
+/* What a sweep flipped alone, a site or a group: "mlp.up_proj@3 bf16->fp8", "mlp.up_proj bf16->fp8". What
+ * others measured of other formats is not put beside it. */
 static void
 fill_site(struct octet_page *p, const json_t *r, int64_t at)
 {
-	const char *change = json_string_value(json_object_get(r, "change")), *to = change != NULL ? strstr(change, "->") : NULL;
-	const json_t *saved = json_object_get(json_object_get(r, "step_us"), "saved");
-	float kl = (float)deep(r, "text", "kl", "mean"), us = json_is_number(saved) ? (float)json_number_value(saved) : NAN;
-	json_int_t sites = json_integer_value(json_object_get(r, "sites"));
+	const char *change = json_string_value(json_object_get(r, "change"));
+	const json_t *step = json_object_get(r, "step_us");
+	float kl = (float)deep(r, "text", "kl", "mean"), us = real_of(step, "saved"), error = real_of(step, "saved_error");
+	char name[32], from[12], to[12];
+	const char *layer;
 
-	for (uint32_t g = 0; to != NULL && g < p->n_groups; g++) {
+	if (change == NULL || strstr(change, ", ") != NULL || sscanf(change, "%31s %11[^-]->%11s", name, from, to) != 3)
+		return;
+	layer = strchr(name, '@');
+	for (uint32_t g = 0; g < p->n_groups; g++) {
 		size_t len = strlen(p->group[g]);
-		uint32_t l;
+		uint32_t l = layer != NULL ? (uint32_t)strtoul(layer + 1, NULL, 10) % PAGE_LAYERS : 0;
 
-		if (strncmp(change, p->group[g], len) != 0 || strchr("@ ", change[len]) == NULL)
+		if (strncmp(name, p->group[g], len) != 0 || (name[len] != '\0' && name[len] != '@'))
 			continue;
-		if (change[len] != '@')
-			p->group_kl[g] = kl, p->group_saved_us[g] = us;
-		l = change[len] == '@' ? (uint32_t)strtoul(change + len + 1, NULL, 10) % PAGE_LAYERS : 0;
-		if (sites == 1)
-			p->kl[g][l] = kl, p->saved_us[g][l] = us;
+		if (strcmp(p->sweep_from, from) != 0 || strcmp(p->sweep_format, to) != 0)
+			forget_sweep(p);
+		if (layer == NULL)
+			p->group_kl[g] = kl, p->group_saved_us[g] = us, p->group_saved_error_us[g] = error;
+		if (json_integer_value(json_object_get(r, "sites")) == 1)
+			p->kl[g][l] = kl, p->saved_us[g][l] = us, p->saved_error_us[g][l] = error;
 		p->sweep_us = at > p->sweep_us ? at : p->sweep_us;
-		COPY(p->sweep_format, to + 2);
+		COPY(p->sweep_from, from);
+		COPY(p->sweep_format, to);
 	}
 }
 

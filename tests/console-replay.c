@@ -102,20 +102,22 @@ static void
 make_sweep(void)
 {
 	for (uint32_t g = 0; g < GROUPS; g++) {
-		p.group_kl[g] = -1, p.group_saved_us[g] = NAN;
+		p.group_kl[g] = -1, p.group_saved_us[g] = p.group_saved_error_us[g] = NAN;
 		for (uint32_t l = 0; l < PAGE_LAYERS; l++) {
 			double depth = (double)l / n_layers, hot = (g == 6 ? 6 : g == HEAD ? 20 : g == KV ? 0.3 : 1) * (l < 2 ? 8 : 1);
 
-			p.kl[g][l] = -1, p.saved_us[g][l] = NAN;
+			p.kl[g][l] = -1, p.saved_us[g][l] = p.saved_error_us[g][l] = NAN;
 			p.absmax[g][l] = exists(g, l) ? (float)(4 + 90 * depth * noise()) : -1;
 			p.zero[g][l] = (float)(0.002 * noise()), p.saturated[g][l] = (float)(0.00001 * noise());
 			if (exists(g, l) && g != KV) {
 				p.kl[g][l] = (float)(0.00002 * hot * (0.5 + noise()) * (1 + depth));
 				p.saved_us[g][l] = (float)((double)p.read_bytes[g][0] / 4e6 * (0.9 + 0.2 * noise()));
+				p.saved_error_us[g][l] = p.saved_us[g][l] * (g == 1 ? 0.7f : 0.1f);
 			}
 		}
 	}
 	p.sweep_us = START_US - 3600000000;
+	snprintf(p.sweep_from, sizeof(p.sweep_from), "bf16");
 	snprintf(p.sweep_format, sizeof(p.sweep_format), "fp8");
 }
 

@@ -146,7 +146,7 @@ ok "what it said" shows 'plans +bf16 +-> +fp8'
 keys Enter
 octetctl sweep --text "$srcdir/models/proof/README.md" >/dev/null
 keys 1 c Space
-ok "the sweep's numbers in the question" shows 'KL .* added up|KL .*sweep of'
+ok "the sweep's numbers in the question" shows 'quality +KL 0\.[0-9]+ more than now, each'
 keys n d
 ok "and in the grid" shows '^ +group '
 keys D e
@@ -165,7 +165,7 @@ before=$(epoch)
 keys y
 ok "a block under load" shows '^> +3 fp8    fp8    fp8    fp8    bf16'
 ok "it was seen as wanted before it was executed" wait_for 30 grep -q '~' "$scratch/stream"
-ok "the journal has it" wait_for 30 history_has 'last | (.change | startswith("attention.q_proj@0-3 bf16->fp8, ")) and .result == "applied" and .program == "octet-console"'
+ok "the journal has it" wait_for 30 history_has 'last | (.change | . == "attention.*@0-3 bf16->fp8") and .result == "applied" and .program == "octet-console"'
 keys u
 ok "undone with one key" shows '^> +3 bf16   bf16   bf16   bf16   bf16'
 is "in two changes" "$(epoch)" $((before + 2))
@@ -177,7 +177,7 @@ octetctl set '*=fp8t' >/dev/null
 shows '^> +3 fp8t   fp8t   fp8t   fp8t   fp8t '
 faster=no
 for try in 1 2 3 4 5; do
-	sleep 1.5 # the rate is one over the last second
+	sleep 3.5 # the rate is one over the last second; so far from the change before, the history tells them apart
 	slow=$(rate)
 	if [ $try = 1 ]; then
 		keys a Space

@@ -38,7 +38,7 @@ make_page(void)
 		for (uint32_t l = 0; l < (g == 2 ? 1 : 8); l++)
 			page.wanted[g][l] = page.executed[g][l] = 0;
 		for (uint32_t l = 0; l < PAGE_LAYERS; l++)
-			page.kl[g][l] = -1, page.saved_us[g][l] = NAN;
+			page.kl[g][l] = -1, page.saved_us[g][l] = page.saved_error_us[g][l] = NAN;
 	}
 }
 
@@ -90,8 +90,9 @@ test_effect(void **state)
 	make_page();
 	page.wanted[0][0] = page.executed[0][0] = 1;
 	page.possible[1] = 1;
-	strcpy(page.sweep_format, "fp8");
-	page.kl[0][1] = 0.5f, page.saved_us[0][1] = 2;
+	strcpy(page.sweep_from, "bf16"), strcpy(page.sweep_format, "fp8");
+	page.kl[0][1] = 0.5f, page.saved_us[0][1] = 2, page.saved_error_us[0][1] = 0.5f;
+	page.kl[0][0] = 0.125f;
 	page.kl[0][2] = 0.25f;
 	assert_int_equal(sites_parse(&page, "attention.*@0-2", &s, &err), 0);
 	effect_measure(&page, &s, 1, &e);
@@ -102,6 +103,12 @@ test_effect(void **state)
 	assert_int_equal(e.n_kl, 2);
 	assert_true(fabs(e.kl - 0.75) < 1e-9);
 	assert_int_equal(e.n_saved, 1);
+	assert_true(fabs(e.saved_error_us - 0.5) < 1e-9);
+	/* Taken back, it gives back. */
+	assert_int_equal(sites_parse(&page, "attention.q_proj@0", &s, &err), 0);
+	effect_measure(&page, &s, 0, &e);
+	assert_int_equal(e.n_kl, 1);
+	assert_true(fabs(e.kl + 0.125) < 1e-9);
 	/* A group as a whole, where the sweep was by group. */
 	page.group_kl[3] = 0.125f;
 	assert_int_equal(sites_parse(&page, "kv_cache", &s, &err), 0);
@@ -110,6 +117,7 @@ test_effect(void **state)
 	assert_true(e.kv_before - e.kv_after == 800);
 	/* Another format than the sweep's. */
 	strcpy(page.sweep_format, "fp8w");
+	assert_int_equal(sites_parse(&page, "kv_cache", &s, &err), 0);
 	effect_measure(&page, &s, 1, &e);
 	assert_int_equal(e.n_kl, 0);
 }
@@ -152,8 +160,13 @@ test_minutes(void **state)
 	}
 	assert_true(fabs(data_mean(&d, SERIES_OUTPUT, 1000, 1015) - 100) < 1e-6);
 	assert_true(isnan(data_mean(&d, SERIES_OUTPUT, 0, 1000)));
-	data_effect(&d, 1015 * 1000000L, 0, SERIES_OUTPUT, &before, &after);
+	data_effect(&d, 0, 1015 * 1000000L, 0, SERIES_OUTPUT, &before, &after);
 	assert_true(fabs(before - 100) < 1e-6 && fabs(after - 150) < 1e-6);
+	/* Another change just before: what was then is not what this one changed. */
+	data_effect(&d, 1014 * 1000000L, 1020 * 1000000L, 1022 * 1000000L, SERIES_OUTPUT, &before, &after);
+	assert_true(fabs(before - 150) < 1e-6 && isnan(after));
+	data_effect(&d, 1019 * 1000000L, 1020 * 1000000L, 0, SERIES_OUTPUT, &before, &after);
+	assert_true(isnan(before));
 	data_columns(&d, SERIES_OUTPUT, 10, v, 4);
 	assert_true(isnan(v[0]) && fabs(v[1] - 100) < 1e-3 && fabs(v[3] - 150) < 1e-3);
 	/* A daemon that started anew, whose clock went back. */
@@ -270,8 +283,10 @@ test_signs(void **state)
 static void
 type(const char *keys)
 {
-	for (; *keys != '\0'; keys++)
+	for (; *keys != '\0'; keys++) {
+		ui.ask.seen = true;
 		ui_key(&ui, *keys);
+	}
 }
 
 static const char *
@@ -331,12 +346,53 @@ test_flip(void **state)
 	ui_free(&ui);
 }
 
+/* Slips: what is pasted, a y that was typed ahead, a picture that stands still, q. */
+static void
+test_slips(void **state)
+{
+	(void)state;
+	make_page();
+	ui_init(&ui);
+	ui.live = true, ui.data.link = LINK_UP;
+	ui_take(&ui, &page);
+	ui_key(&ui, ' '), ui_key(&ui, 'y');
+	assert_int_equal(ui.mode, MODE_ASK);
+	assert_string_equal(sent(), "nothing");
+	type("n");
+	ui_key(&ui, K_PASTE);
+	type("why \n yq");
+	assert_int_equal(ui.mode, MODE_VIEW);
+	ui_key(&ui, K_PASTED);
+	assert_string_equal(sent(), "nothing");
+	type(":");
+	ui_key(&ui, K_PASTE);
+	type("set *=fp8\n");
+	ui_key(&ui, K_PASTED);
+	assert_int_equal(ui.mode, MODE_PROMPT);
+	assert_string_equal(ui.prompt.text, "set *=fp8 ");
+	ui_key(&ui, K_ESC);
+	type("p y");
+	assert_int_equal(ui.mode, MODE_VIEW);
+	assert_string_equal(sent(), "nothing");
+	type("p");
+	ui.pager.running = true;
+	assert_false(ui_key(&ui, 'q') & REACT_QUIT);
+	type("j");
+	assert_false(ui_key(&ui, 'q') & REACT_QUIT);
+	assert_true(ui_key(&ui, 'q') & REACT_QUIT);
+	ui.mode = MODE_PAGER;
+	assert_false(ui_key(&ui, 'q') & REACT_STOP);
+	ui.mode = MODE_PAGER;
+	assert_true(ui_key(&ui, CTRL('c')) & REACT_STOP);
+	ui_free(&ui);
+}
+
 int
 main(void)
 {
 	const struct CMUnitTest tests[] = {cmocka_unit_test(test_selectors), cmocka_unit_test(test_effect), cmocka_unit_test(test_rows),
 	    cmocka_unit_test(test_minutes), cmocka_unit_test(test_hostile), cmocka_unit_test(test_record), cmocka_unit_test(test_words), cmocka_unit_test(test_signs),
-	    cmocka_unit_test(test_flip)};
+	    cmocka_unit_test(test_flip), cmocka_unit_test(test_slips)};
 
 	return cmocka_run_group_tests_name("console", tests, NULL, NULL);
 }

@@ -74,8 +74,8 @@ test_page(void **state)
 {
 	(void)state;
 	assert_int_equal(PAGE_MAGIC, 0x4750434f);
-	assert_int_equal(PAGE_VERSION, 4);
-	SIZE(page_history, 312);
+	assert_int_equal(PAGE_VERSION, 5);
+	SIZE(page_history, 456);
 	SIZE(page_client, 72);
 	SIZE(page_eval, 280);
 	SIZE(page_side, 56);
@@ -93,21 +93,21 @@ test_page(void **state)
 	AT(octet_page, absmax, 14096);
 	AT(octet_page, kl, 63248);
 	AT(octet_page, saved_us, 79696);
-	AT(octet_page, sweep_us, 96144);
-	AT(octet_page, epoch, 96168);
-	AT(octet_page, flipping, 96220);
-	AT(octet_page, policy, 96224);
-	AT(octet_page, ttft_ms_p50, 96440);
-	AT(octet_page, shadow, 96592);
-	AT(octet_page, rollout, 96640);
-	AT(octet_page, side, 96744);
-	AT(octet_page, surge_policy, 96904);
-	AT(octet_page, history, 97016);
-	AT(octet_page, client, 107000);
-	AT(octet_page, eval, 111608);
-	AT(octet_page, n_log, 116088);
-	AT(octet_page, log, 116096);
-	SIZE(octet_page, 131456);
+	AT(octet_page, sweep_us, 112592);
+	AT(octet_page, epoch, 112624);
+	AT(octet_page, flipping, 112676);
+	AT(octet_page, policy, 112680);
+	AT(octet_page, ttft_ms_p50, 112896);
+	AT(octet_page, shadow, 113048);
+	AT(octet_page, rollout, 113096);
+	AT(octet_page, side, 113200);
+	AT(octet_page, surge_policy, 113360);
+	AT(octet_page, history, 113472);
+	AT(octet_page, client, 128064);
+	AT(octet_page, eval, 132672);
+	AT(octet_page, n_log, 137152);
+	AT(octet_page, log, 137160);
+	SIZE(octet_page, 152520);
 }
 
 /* What apps are compiled against. */

@@ -179,6 +179,10 @@ act_yes(struct ui *ui, int arg)
 	struct ask *a = &ui->ask;
 
 	(void)arg;
+	if (!a->seen) {
+		ui_say(ui, true, "y came before the question could be read: read it, then press y");
+		return REACT_DRAW;
+	}
 	if (a->kind == ASK_FLIP && a->effect.n == 0) {
 		ui_say(ui, false, "nothing would change: choose another format with space");
 		return REACT_DRAW;
@@ -230,12 +234,12 @@ act_probation(struct ui *ui, int arg)
 }
 
 const struct key ask_keys[] = {
-	{{'y', 'Y'}, "y", "do it", act_yes, 0},
-	{{'n', K_ESC, 'q'}, "n, esc", "leave all as it is", act_no, 0},
-	{{' ', K_RIGHT, '\t'}, "space, right", "another format", act_format, 1},
-	{{K_LEFT, K_BTAB}, "left", "the format before", act_format, -1},
-	{{'c'}, "c", "have it taken back by itself unless it is kept (K): 30 s, 2 min, 10 min", act_probation, 0},
-	{{0}, NULL, NULL, NULL, 0},
+	{{'y', 'Y'}, "y", "do it", act_yes, 0, "do it"},
+	{{'n', K_ESC, 'q', CTRL('c')}, "n, esc", "leave all as it is", act_no, 0, "leave it"},
+	{{' ', K_RIGHT, '\t'}, "space, right", "another format", act_format, 1, "other format"},
+	{{K_LEFT, K_BTAB}, "left", "the format before", act_format, -1, NULL},
+	{{'c'}, "c", "have it taken back by itself unless it is kept (K): 30 s, 2 min, 10 min", act_probation, 0, "taken back unless kept"},
+	{{0}, NULL, NULL, NULL, 0, NULL},
 };
 
 /* ---- replies ---- */
@@ -345,6 +349,24 @@ draw_what(const struct ui *ui, const struct pane *p, int y)
 	return y;
 }
 
+/* What a sweep measured, and whether that is more than its error; else what the bytes allow. */
+static void
+text_speed(const struct octet_page *page, const struct effect *e, char *line, size_t len)
+{
+	char a[NUMBER_TEXT], b[NUMBER_TEXT], now[NUMBER_TEXT];
+
+	if (e->n_saved > 0)
+		snprintf(line, len, "a decode step at batch 1 %s by %s +- %s (sweep, %u of %u sites); p50 now %s",
+		    fabs(e->saved_us) < 2 * e->saved_error_us ? "hardly differs:" : e->saved_us >= 0 ? "shorter" : "longer",
+		    text_us(fabs(e->saved_us), a), text_us(e->saved_error_us, b), e->n_saved, e->n,
+		    text_ms(page->step_ms_p50 > 0 ? page->step_ms_p50 : -1, now));
+	else if (e->read_after > 0 && e->read_before != e->read_after)
+		snprintf(line, len, "%s %.2f times at batch 1, by the bytes; not measured%s", e->read_after < e->read_before ? "up to" : "down to",
+		    e->read_before / e->read_after, page->sweep_us != 0 ? " by the last sweep" : ": no sweep yet");
+	else
+		snprintf(line, len, "not measured");
+}
+
 static int
 draw_cost(const struct ui *ui, const struct pane *p, int y)
 {
@@ -360,19 +382,12 @@ draw_cost(const struct ui *ui, const struct pane *p, int y)
 		put(p, y++, 9, STYLE_TEXT, "%s of KV a position, now %s (%+.1f %%)", text_bytes(e->kv_after, a), text_bytes(e->kv_before, b),
 		    percent(e->kv_before, e->kv_after));
 	put(p, y, 0, STYLE_DIM, "speed");
-	if (e->n_saved > 0)
-		snprintf(line, sizeof(line), "a decode step %s us %s (sweep, %u of %u sites; p50 now %.2f ms)",
-		    text_number(fabs(e->saved_us), a), e->saved_us >= 0 ? "shorter" : "longer", e->n_saved, e->n, page->step_ms_p50);
-	else if (e->read_after > 0 && e->read_before != e->read_after)
-		snprintf(line, sizeof(line), "%s %.2f times at batch 1, by the bytes; not measured%s", e->read_after < e->read_before ? "up to" : "down to",
-		    e->read_before / e->read_after, page->sweep_us != 0 ? " by the last sweep" : ": no sweep yet");
-	else
-		snprintf(line, sizeof(line), "not measured");
+	text_speed(page, e, line, sizeof(line));
 	y = put_words(p, y, 9, STYLE_TEXT, line);
 	put(p, y, 0, STYLE_DIM, "quality");
 	if (e->n_kl > 0)
-		snprintf(line, sizeof(line), "KL %s added up, each alone (sweep of %s, %u of %u sites)", text_number(e->kl, a),
-		    text_date(page->sweep_us, when), e->n_kl, e->n);
+		snprintf(line, sizeof(line), "KL %s %s than now, each site's alone added up (sweep of %s, %u of %u sites)",
+		    text_kl(fabs(e->kl), a), e->kl >= 0 ? "more" : "less", text_date(page->sweep_us, when), e->n_kl, e->n);
 	else
 		snprintf(line, sizeof(line), "KL not known: no sweep measured these sites in %s", format_name(page, ui->ask.format));
 	return put_words(p, y, 9, STYLE_TEXT, line);

@@ -350,6 +350,29 @@ text_time(int64_t us, char buf[NUMBER_TEXT])
 	return buf;
 }
 
+/* As octetctl writes it: "0.0042", two digits that count. */
+const char *
+text_kl(double v, char buf[NUMBER_TEXT])
+{
+	int digits = v != 0 ? 1 - (int)floor(log10(fabs(v))) : 0;
+
+	if (!isfinite(v))
+		snprintf(buf, NUMBER_TEXT, "-");
+	else
+		snprintf(buf, NUMBER_TEXT, "%.*f", digits < 0 ? 0 : digits > 8 ? 8 : digits, v);
+	return buf;
+}
+
+const char *
+text_us(double v, char buf[NUMBER_TEXT])
+{
+	if (fabs(v) >= 999.5)
+		snprintf(buf, NUMBER_TEXT, "%.*f ms", fabs(v) < 99950 ? 1 : 0, v / 1000);
+	else
+		snprintf(buf, NUMBER_TEXT, "%.*f us", fabs(v) < 9.95 ? 1 : 0, v);
+	return buf;
+}
+
 const char *
 text_ms(double v, char buf[NUMBER_TEXT])
 {

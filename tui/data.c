@@ -49,13 +49,14 @@ fix_sites(struct octet_page *p)
 {
 	for (uint32_t g = 0; g < PAGE_GROUPS; g++) {
 		fix_float(&p->group_kl[g], -1);
-		fix_float(&p->group_saved_us[g], NAN);
+		fix_float(&p->group_saved_us[g], NAN), fix_float(&p->group_saved_error_us[g], NAN);
 		for (uint32_t f = 0; f < PAGE_FORMATS; f++)
 			if (p->read_bytes[g][f] > (uint64_t)1 << 50)
 				p->read_bytes[g][f] = 0;
 		for (uint32_t l = 0; l < PAGE_LAYERS; l++) {
 			fix_float(&p->absmax[g][l], -1), fix_float(&p->zero[g][l], 0), fix_float(&p->saturated[g][l], 0);
 			fix_float(&p->kl[g][l], -1), fix_float(&p->saved_us[g][l], NAN);
+			fix_float(&p->saved_error_us[g][l], NAN);
 			if (p->wanted[g][l] >= p->n_formats)
 				p->wanted[g][l] = p->executed[g][l] = p->candidate[g][l] = PAGE_NONE;
 			if (p->wanted[g][l] != PAGE_NONE && p->executed[g][l] >= p->n_formats)
@@ -194,13 +195,13 @@ data_columns(const struct data *d, enum series s, int64_t seconds, float *out, i
 	}
 }
 
-/* The rate is one over the last second: the two around the change belong to neither side. */
+/* The rate is one over the last second: the two around a change belong to neither side. */
 void
-data_effect(const struct data *d, int64_t time_us, int64_t next_us, enum series s, double *before, double *after)
+data_effect(const struct data *d, int64_t before_us, int64_t time_us, int64_t next_us, enum series s, double *before, double *after)
 {
-	int64_t at = time_us / 1000000, end = next_us > 0 ? next_us / 1000000 : INT64_MAX;
+	int64_t at = time_us / 1000000, end = next_us > 0 ? next_us / 1000000 : INT64_MAX, from = before_us / 1000000 + 2;
 
-	*before = data_mean(d, s, at - EFFECT_S, at);
+	*before = data_mean(d, s, from > at - EFFECT_S ? from : at - EFFECT_S, at);
 	*after = data_mean(d, s, at + 2, at + 2 + EFFECT_S < end ? at + 2 + EFFECT_S : end);
 }
 

@@ -54,6 +54,6 @@ void data_columns(const struct data *, enum series, int64_t seconds, float *out,
 int64_t data_column_end(const struct data *, int64_t seconds); /* the second after the last column */
 /* The mean of [from, to) in seconds, NAN if unknown. */
 double data_mean(const struct data *, enum series, int64_t from, int64_t to);
-/* What a series was before the i-th change of the history and from it to the next, NAN if not seen. */
-void data_effect(const struct data *, int64_t time_us, int64_t next_us, enum series, double *before, double *after);
+/* What a series was from the change before (0: none) to this one, and from it to the next (0: none); NAN if not seen. */
+void data_effect(const struct data *, int64_t before_us, int64_t time_us, int64_t next_us, enum series, double *before, double *after);
 #endif

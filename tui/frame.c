@@ -12,7 +12,8 @@
 
 /* ---- head ---- */
 
-static void
+/* The column they begin at. */
+static int
 draw_badges(const struct ui *ui, const struct pane *p)
 {
 	const struct octet_page *d = &ui->data.page;
@@ -37,6 +38,7 @@ draw_badges(const struct ui *ui, const struct pane *p)
 		x -= (int)strlen(badge[i].word) + 3;
 		put(p, 0, x, badge[i].style, " [%s]", badge[i].word);
 	}
+	return x;
 }
 
 static void
@@ -44,14 +46,19 @@ draw_head(const struct ui *ui, const struct pane *p)
 {
 	const struct octet_page *d = &ui->data.page;
 	int64_t up = d->updated_us > d->started_us ? (d->updated_us - d->started_us) / 1000000 : 0;
-	char a[NUMBER_TEXT];
-	int x;
+	char a[NUMBER_TEXT], kind[48], age[NUMBER_TEXT];
+	int x, end = draw_badges(ui, p);
+	struct pane left = pane_part(p, 0, 0, 1, end);
 
-	x = put(p, 0, 0, STYLE_TITLE, "octet %s", d->octet_version);
-	x = put(p, 0, x, STYLE_TEXT, "  %.*s  %s/%s", p->width > 100 ? 60 : 20, d->model, d->backend, d->cpu_level);
-	if (x < p->width - 30)
-		put(p, 0, x, STYLE_DIM, "  up %" PRId64 ":%02d:%02d", up / 3600, (int)(up / 60 % 60), (int)(up % 60));
-	draw_badges(ui, p);
+	/* Whole words, as many as the badges leave room for. */
+	snprintf(kind, sizeof(kind), "  %s/%s", d->backend, d->cpu_level);
+	snprintf(age, sizeof(age), "  up %" PRId64 ":%02d:%02d", up / 3600, (int)(up / 60 % 60), (int)(up % 60));
+	x = put(&left, 0, 0, STYLE_TITLE, "octet %s", d->octet_version);
+	x = put(&left, 0, x, STYLE_TEXT, "  %.*s", p->width > 100 ? 60 : 20, d->model);
+	if (x + (int)strlen(kind) <= end)
+		x = put(&left, 0, x, STYLE_TEXT, "%s", kind);
+	if (x + (int)strlen(age) <= end)
+		put(&left, 0, x, STYLE_DIM, "%s", age);
 	x = put(p, 1, 0, STYLE_TEXT, "policy ");
 	x = put(p, 1, x, STYLE_TITLE, "%.*s", p->width > 100 ? 63 : 20, d->policy);
 	x = put(p, 1, x, STYLE_TEXT, "  epoch ");
@@ -62,6 +69,24 @@ draw_head(const struct ui *ui, const struct pane *p)
 	x = put(p, 1, x, d->queued > 0 ? STYLE_WARN : STYLE_TEXT, " wait %u", d->queued);
 	if (x + 10 <= p->width)
 		put(p, 1, x, STYLE_TEXT, "  KV %.0f %%", d->kv_pages > 0 ? 100.0 * d->kv_pages_used / d->kv_pages : 0);
+}
+
+/* What runs beside the active plan, whichever view is shown. */
+static void
+draw_trials(const struct octet_page *d, const struct pane *p, int from)
+{
+	char text[100] = "";
+	bool wide = p->width > 104, surge = strcmp(d->surge_state, "on") == 0;
+
+	if (*d->rollout != '\0')
+		snprintf(text, sizeof(text), wide ? "rollout of %.30s, %g %%%s" : "%.0srollout %g %%%s", d->rollout, d->rollout_percent,
+		    surge && wide ? ", surge" : "");
+	else if (surge)
+		snprintf(text, sizeof(text), "surge");
+	if (from + 1 + (int)strlen(text) >= p->width)
+		text[strcspn(text, " ")] = '\0';
+	if (from + 1 + (int)strlen(text) < p->width)
+		put(p, 2, p->width - 1 - (int)strlen(text), surge ? STYLE_WARN : STYLE_TAB, "%s", text);
 }
 
 /* The one that is shown stands in brackets: it reads without colour. */
@@ -77,14 +102,9 @@ draw_tabs(const struct ui *ui, const struct pane *p)
 		x = put(p, 2, x, on ? STYLE_TAB_ON : STYLE_TAB, on ? "[%d %s]" : " %d %s ", i + 1, views[i]->title);
 		hit(p, 2, from, x - from, HIT_TAB, (uint32_t)i, 0);
 	}
-	for (; x < p->width; x++)
-		put(p, 2, x, STYLE_TAB, " ");
-	if (*ui->data.page.rollout != '\0' && p->width > 104) {
-		char text[100];
-
-		snprintf(text, sizeof(text), "rollout of %.30s, %g %%", ui->data.page.rollout, ui->data.page.rollout_percent);
-		put(p, 2, p->width - 1 - (int)strlen(text), STYLE_TAB, "%s", text);
-	}
+	for (int rest = x; rest < p->width; rest++)
+		put(p, 2, rest, STYLE_TAB, " ");
+	draw_trials(&ui->data.page, p, x);
 }
 
 /* ---- the last two lines ---- */
@@ -108,31 +128,40 @@ draw_message(const struct ui *ui, const struct pane *p, int y)
 		put(p, y, 0, STYLE_DIM, "%s", ui->data.link_why);
 }
 
+/* Those with a word, and a whole one only; "+word" only where there is room for all. */
+static int
+draw_key_words(const struct ui *ui, const struct pane *p, int y, int x, const struct key *k)
+{
+	for (; k != NULL && k->name != NULL; k++) {
+		const char *word = k->word;
+		int n = (int)strcspn(k->name, ",");
+
+		if (word == NULL || (*word == '+' && p->width < 110) ||
+		    (ui->mode == MODE_VIEW && k->code[0] != 0 && ui_find_key(ui, k->code[0]) != k))
+			continue;
+		word += *word == '+';
+		if (x + n + 1 + (int)strlen(word) > p->width)
+			continue;
+		x = put(p, y, x, STYLE_KEY, "%.*s", n, k->name);
+		x = put(p, y, x, STYLE_DIM, " %s  ", word);
+	}
+	return x;
+}
+
 static void
 draw_keys(const struct ui *ui, const struct pane *p, int y)
 {
-	static const struct {
-		int code;
-		const char *word;
-		bool wide; /* only where there is room */
-	} shown[] = {
-		{' ', "flip", false}, {'d', "show", false}, {'s', "select", true}, {'f', "fold", true}, {'z', "zoom", false},
-		{'o', "sort", false}, {'w', "warnings", false}, {K_ENTER, "return", false}, {'u', "undo", false}, {'r', "roll back", false},
-		{':', "command", false}, {'/', "search", false}, {'t', "theme", true}, {'p', "pause", true}, {'?', "help", false},
-		{'q', "quit", false},
-	};
-	const struct key *was = NULL;
 	int x = 0;
 
-	for (size_t i = 0; i < sizeof(shown) / sizeof(*shown); i++) {
-		const struct key *k = ui_find_key(ui, shown[i].code);
-
-		if (k == NULL || k == was || (shown[i].wide && p->width < 110) ||
-		    (shown[i].code == K_ENTER && ui_view(ui)->count == NULL))
-			continue;
-		was = shown[i].code == K_ENTER ? k : was;
-		x = put(p, y, x, STYLE_KEY, "%.*s", (int)strcspn(k->name, ","), k->name);
-		x = put(p, y, x, STYLE_DIM, " %s  ", shown[i].word);
+	switch (ui->mode) {
+	case MODE_VIEW:
+		x = draw_key_words(ui, p, y, x, ui_view(ui)->keys);
+		draw_key_words(ui, p, y, x, view_keys);
+		break;
+	case MODE_ASK: draw_key_words(ui, p, y, x, ask_keys); break;
+	case MODE_PAGER: draw_key_words(ui, p, y, x, pager_keys); break;
+	case MODE_HELP: draw_key_words(ui, p, y, x, help_keys); break;
+	case MODE_PROMPT: break;
 	}
 }
 
@@ -210,18 +239,19 @@ ui_draw(struct ui *ui, struct canvas *c)
 		ui_view(ui)->draw(ui, &body);
 	if (ui->mode == MODE_HELP)
 		draw_help(ui, &body);
-	else if (ui->mode == MODE_ASK)
+	else if (ui->mode == MODE_ASK) {
+		/* Over the head where it needs that much. */
+		body = pane_part(&p, 0, 0, p.height - FOOT, p.width);
 		ask_draw(ui, &body);
-	else if (ui->mode == MODE_PAGER)
+	} else if (ui->mode == MODE_PAGER)
 		pager_draw(ui, &body);
 	if (ui->batch)
 		return;
 	draw_message(ui, &p, p.height - 2);
-	if (ui->mode == MODE_PROMPT) {
-		body = pane_part(&p, p.height - 2, 0, 1, p.width);
-		if (*ui->prompt.hint != '\0')
-			pane_clear(&body);
+	body = pane_part(&p, HEAD, 0, p.height - HEAD - 1, p.width);
+	prompt_draw_hint(ui, &body);
+	if (ui->mode == MODE_PROMPT)
 		prompt_draw(ui, &p, p.height - 1);
-	} else
+	else
 		draw_keys(ui, &p, p.height - 1);
 }

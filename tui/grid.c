@@ -14,12 +14,12 @@ static const struct {
 	bool logarithmic;
 } shows[N_SHOWS] = {
 	[SHOWS_FORMAT] = {"Formats", false},
-	[SHOWS_KL] = {"KL of each site flipped alone", true},
-	[SHOWS_TIME] = {"Time a decode step saves, us", false},
+	[SHOWS_KL] = {"KL of each site alone", true},
+	[SHOWS_TIME] = {"us a decode step is shorter", false},
 	[SHOWS_BYTES] = {"Bytes a token reads", false},
 	[SHOWS_ABSMAX] = {"Largest input", false},
-	[SHOWS_ZERO] = {"Inputs that FP8 makes 0, %", true},
-	[SHOWS_SATURATED] = {"Inputs at FP8's largest, %", true},
+	[SHOWS_ZERO] = {"Inputs that are 0 in FP8, %", true},
+	[SHOWS_SATURATED] = {"Inputs at the largest FP8 number, %", true},
 };
 
 /* ---- what is selected ---- */
@@ -184,8 +184,26 @@ draw_format(struct ui *ui, const struct pane *p, int y, int x, uint32_t g, uint3
 	}
 }
 
+/* What is within twice its error says so, and glows not. */
 static void
-draw_value(const struct pane *p, int y, int x, double v, const struct look *k)
+draw_time(const struct pane *p, int y, int x, double v, double error, const struct look *k)
+{
+	bool sure = !(fabs(v) < 2 * error);
+	int level = sure ? heat_level(&k->range, v) : 0;
+	char buf[NUMBER_TEXT];
+
+	if (fabs(v) < 9.95)
+		snprintf(buf, sizeof(buf), "%.1f", v);
+	else if (fabs(v) < 9999.5)
+		snprintf(buf, sizeof(buf), "%.0f", v);
+	else
+		text_number(v, buf);
+	put_heat(p, y, x, level);
+	put(p, y, x + 1, !sure ? STYLE_DIM : v < 0 ? STYLE_BAD : STYLE_HEAT0 + (unsigned)level, "%s%s", buf, sure ? "" : "?");
+}
+
+static void
+draw_value(const struct pane *p, int y, int x, double v, double error, const struct look *k)
 {
 	char buf[NUMBER_TEXT];
 
@@ -193,19 +211,28 @@ draw_value(const struct pane *p, int y, int x, double v, const struct look *k)
 		put(p, y, x + 1, STYLE_DIM, "-");
 		return;
 	}
+	if (k->what == SHOWS_TIME) {
+		draw_time(p, y, x, v, error, k);
+		return;
+	}
 	put_heat(p, y, x, heat_level(&k->range, v));
 	put(p, y, x + 1, STYLE_HEAT0 + (unsigned)heat_level(&k->range, v), "%s", text_number(v, buf));
 }
 
-/* Of folded layers, the largest. */
+/* Of folded layers, the largest; and the error of that. */
 static double
-row_value(const struct octet_page *page, const struct look *k, uint32_t g, uint32_t row)
+row_value(const struct octet_page *page, const struct look *k, uint32_t g, uint32_t row, double *error)
 {
 	uint32_t from = group_is_one(page, g) ? 0 : k->rows.from[row], to = group_is_one(page, g) ? 0 : k->rows.to[row];
 	double most = value_of(page, k->what, g, from);
 
-	for (uint32_t l = from + 1; l <= to; l++)
-		most = fmax(most, value_of(page, k->what, g, l));
+	*error = (double)page->saved_error_us[g][from];
+	for (uint32_t l = from + 1; l <= to; l++) {
+		double v = value_of(page, k->what, g, l);
+
+		if (v > most || isnan(most))
+			most = v, *error = (double)page->saved_error_us[g][l];
+	}
 	return most;
 }
 
@@ -221,8 +248,11 @@ draw_site(struct ui *ui, const struct pane *p, int y, uint32_t g, uint32_t row, 
 		return;
 	if (k->what == SHOWS_FORMAT)
 		draw_format(ui, p, y, x, g, l, k);
-	else
-		draw_value(p, y, x, row_value(page, k, g, row), k);
+	else {
+		double error, v = row_value(page, k, g, row, &error);
+
+		draw_value(p, y, x, v, error, k);
+	}
 	for (uint32_t i = l; i <= (group_is_one(page, g) ? 0 : k->rows.to[row]); i++)
 		selected = selected || k->selected.at[g][i];
 	cursor = g == ui->grid.group && (group_is_one(page, g) || rows_find(&k->rows, ui->grid.layer) == row);
@@ -259,7 +289,7 @@ draw_whole(const struct octet_page *page, const struct pane *p, int y, const str
 
 		if (k->what == SHOWS_KL && v < 0)
 			v = NAN;
-		draw_value(p, y, LAYER_W + (int)g * k->cell_w, v, k);
+		draw_value(p, y, LAYER_W + (int)g * k->cell_w, v, (double)page->group_saved_error_us[g], k);
 	}
 }
 
@@ -286,10 +316,10 @@ draw_title(struct ui *ui, const struct pane *p, const struct look *k)
 	char title[160], when[NUMBER_TEXT];
 
 	if ((k->what == SHOWS_KL || k->what == SHOWS_TIME) && page->sweep_us == 0)
-		snprintf(title, sizeof(title), "%s: no sweep yet (octetctl sweep --by site)", shows[k->what].title);
+		snprintf(title, sizeof(title), "%s: no sweep yet (:sweep --by site --text FILE)", shows[k->what].title);
 	else if (k->what == SHOWS_KL || k->what == SHOWS_TIME)
-		snprintf(title, sizeof(title), "%s (%s, sweep of %s)", shows[k->what].title, page->sweep_format,
-		    text_date(page->sweep_us, when));
+		snprintf(title, sizeof(title), "%s in %s, sweep of %s   %s", shows[k->what].title, page->sweep_format,
+		    text_date(page->sweep_us, when) + 5, k->what == SHOWS_KL ? "m 1e-3  u 1e-6" : "? within its error");
 	else if (k->what == SHOWS_FORMAT)
 		snprintf(title, sizeof(title), "Formats%s   ~ on its way   ! runs as   > candidate", ui->grid.folded ? ", equal layers folded" : "");
 	else
@@ -303,7 +333,8 @@ has_whole(const struct octet_page *page, enum shows what)
 	bool any = false;
 
 	for (uint32_t g = 0; g < page->n_groups; g++)
-		any = any || (what == SHOWS_KL && page->group_kl[g] >= 0) || (what == SHOWS_TIME && isfinite(page->group_saved_us[g]));
+		any = any || (!group_is_one(page, g) && ((what == SHOWS_KL && page->group_kl[g] >= 0) ||
+		    (what == SHOWS_TIME && isfinite(page->group_saved_us[g]))));
 	return any;
 }
 

@@ -42,6 +42,17 @@ ui_find_view(const char *name)
 	return -1;
 }
 
+const char *
+ui_view_names(char *buf, size_t len)
+{
+	size_t n = 0;
+
+	*buf = '\0';
+	for (int i = 0; views[i] != NULL && n < len; i++)
+		n += (size_t)snprintf(buf + n, len - n, "%s%s", i > 0 ? " " : "", views[i]->name);
+	return buf;
+}
+
 unsigned
 ui_open_view(struct ui *ui, int view)
 {
@@ -72,6 +83,8 @@ ui_may_change(struct ui *ui)
 		ui_say(ui, true, "read only: %s", ui->read_only_why);
 	else if (ui->data.link == LINK_DOWN)
 		ui_say(ui, true, "not connected");
+	else if (ui->paused)
+		ui_say(ui, true, "paused: what you see may be over; p goes on");
 	else
 		return true;
 	return false;
@@ -156,6 +169,18 @@ act_mouse(struct ui *ui, int arg)
 	return REACT_MOUSE | REACT_DRAW;
 }
 
+/* A sweep of an hour is not to end by a slip. */
+static unsigned
+act_quit(struct ui *ui, int arg)
+{
+	(void)arg;
+	if (!ui->pager.running || ui->quit_warned)
+		return REACT_QUIT;
+	ui->quit_warned = true;
+	ui_say(ui, true, "quitting stops what runs: %.100s; q again quits, ! shows it", ui->pager.title);
+	return REACT_DRAW;
+}
+
 static unsigned
 act_react(struct ui *ui, int arg)
 {
@@ -164,29 +189,29 @@ act_react(struct ui *ui, int arg)
 }
 
 const struct key view_keys[] = {
-	{{0}, "1 to 6, F1 to F6", "the views by number", NULL, 0},
-	{{'\t'}, "tab", "next view", act_next_view, 1},
-	{{K_BTAB}, "shift tab", "view before", act_next_view, -1},
-	{{'u'}, "u", "undo: at once what was changed here last, else after a question", act_undo, 0},
-	{{'U'}, "U", "do again what u undid", act_redo, 0},
-	{{'r'}, "r", "roll back: choose an epoch in History", act_rollback, 0},
-	{{'K'}, "K", "keep a change that waits for its confirmation", act_keep, 0},
-	{{':'}, ":", "a command: every verb of octetctl, and view, select, theme, rate, quit", act_prompt, ':'},
-	{{'!'}, "!", "what the last command said, or says", act_output, 0},
-	{{'/'}, "/", "search", act_prompt, '/'},
-	{{'n'}, "n", "search on", act_search_next, 1},
-	{{'N'}, "N", "search backwards", act_search_next, -1},
-	{{'p'}, "p", "pause: the screen stands still, to read and to copy", act_pause, 0},
-	{{'>'}, ">", "of a replay, the next snapshot", act_step, 0},
-	{{'+', '='}, "+", "refresh more often", act_rate, -1},
-	{{'-'}, "-", "refresh less often", act_rate, 1},
-	{{'t'}, "t", "next theme: auto, dark, light, 16, mono", act_theme, 1},
-	{{'M'}, "M", "mouse on or off: off, the terminal's own selection copies", act_mouse, 0},
-	{{CTRL('l')}, "^L", "draw all anew", act_react, REACT_REPAINT},
-	{{CTRL('z')}, "^Z", "suspend; fg comes back", act_react, REACT_SUSPEND},
-	{{'?'}, "?", "this help", act_mode, MODE_HELP},
-	{{'q', K_F0 + 10}, "q, F10", "quit", act_react, REACT_QUIT},
-	{{0}, NULL, NULL, NULL, 0},
+	{{0}, "1 to 9, F1 to F9", "the views by number", NULL, 0, NULL},
+	{{'\t'}, "tab", "next view", act_next_view, 1, NULL},
+	{{K_BTAB}, "shift tab", "view before", act_next_view, -1, NULL},
+	{{'u'}, "u", "undo: at once what was changed here last, else after a question", act_undo, 0, "undo"},
+	{{'U'}, "U", "do again what u undid", act_redo, 0, NULL},
+	{{'r'}, "r", "roll back: choose an epoch in History", act_rollback, 0, "roll back"},
+	{{'K'}, "K", "keep a change that waits for its confirmation", act_keep, 0, NULL},
+	{{':'}, ":", "a command: every verb of octetctl, and view, select, theme, rate, quit", act_prompt, ':', "command"},
+	{{'!'}, "!", "what the last command said, or says", act_output, 0, NULL},
+	{{'/'}, "/", "search", act_prompt, '/', "search"},
+	{{'n'}, "n", "search on", act_search_next, 1, NULL},
+	{{'N'}, "N", "search backwards", act_search_next, -1, NULL},
+	{{'p'}, "p", "pause: the screen stands still, to read and to copy", act_pause, 0, "+pause"},
+	{{'>'}, ">", "of a replay, the next snapshot", act_step, 0, NULL},
+	{{'+', '='}, "+", "refresh more often", act_rate, -1, NULL},
+	{{'-'}, "-", "refresh less often", act_rate, 1, NULL},
+	{{'t'}, "t", "next theme: auto, dark, light, 16, mono", act_theme, 1, "+theme"},
+	{{'M'}, "M", "mouse on or off: off, the terminal's own selection copies", act_mouse, 0, NULL},
+	{{CTRL('l')}, "^L", "draw all anew", act_react, REACT_REPAINT, NULL},
+	{{CTRL('z')}, "^Z", "suspend; fg comes back", act_react, REACT_SUSPEND, NULL},
+	{{'?'}, "?", "this help", act_mode, MODE_HELP, "help"},
+	{{'q', K_F0 + 10}, "q, F10", "quit; asks for a second q while a command runs", act_quit, 0, "quit"},
+	{{0}, NULL, NULL, NULL, 0, NULL},
 };
 
 /* ---- help ---- */
@@ -204,12 +229,12 @@ act_help_scroll(struct ui *ui, int arg)
 }
 
 const struct key help_keys[] = {
-	{{K_UP, 'k'}, "up, k", "line before", act_help_scroll, 0},
-	{{K_DOWN, 'j'}, "down, j", "line after", act_help_scroll, 1},
-	{{K_PPAGE, CTRL('b')}, "page up", "a page up", act_help_scroll, 2},
-	{{K_NPAGE, CTRL('f'), ' '}, "page down", "a page down", act_help_scroll, 3},
-	{{'q', K_ESC, '?', K_ENTER}, "q, esc, ?", "close", act_mode, MODE_VIEW},
-	{{0}, NULL, NULL, NULL, 0},
+	{{K_UP, 'k'}, "up, k", "line before", act_help_scroll, 0, NULL},
+	{{K_DOWN, 'j'}, "down, j", "line after", act_help_scroll, 1, NULL},
+	{{K_PPAGE, CTRL('b')}, "page up", "a page up", act_help_scroll, 2, NULL},
+	{{K_NPAGE, CTRL('f'), ' '}, "page down", "a page down", act_help_scroll, 3, "more"},
+	{{'q', K_ESC, '?', CTRL('c')}, "q, esc, ?", "close", act_mode, MODE_VIEW, "close"},
+	{{0}, NULL, NULL, NULL, 0, NULL},
 };
 
 static const struct table {
@@ -293,6 +318,18 @@ take_pointer(struct ui *ui)
 	return REACT_DRAW;
 }
 
+/* Only a line takes what is pasted, and it is not sent by it: elsewhere every letter is a key. */
+static unsigned
+take_paste(struct ui *ui, int code)
+{
+	ui->pasting = code == K_PASTE || (ui->pasting && code != K_PASTED);
+	if (ui->mode == MODE_PROMPT)
+		return code == K_PASTE || code == K_PASTED ? REACT_NONE : prompt_key(ui, code < ' ' ? ' ' : code);
+	if (code == K_PASTE)
+		ui_say(ui, true, "what is pasted is taken after : only");
+	return REACT_DRAW;
+}
+
 unsigned
 ui_key(struct ui *ui, int code)
 {
@@ -300,6 +337,10 @@ ui_key(struct ui *ui, int code)
 
 	if (code == K_MOUSE)
 		return take_pointer(ui);
+	if (code == K_PASTE || code == K_PASTED || ui->pasting)
+		return take_paste(ui, code);
+	if (ui->mode == MODE_VIEW && code != 'q' && code != K_F0 + 10)
+		ui->quit_warned = false;
 	switch (ui->mode) {
 	case MODE_PROMPT: return prompt_key(ui, code);
 	case MODE_ASK: k = keys_find(ask_keys, code); break;

@@ -109,11 +109,11 @@ act_move(struct ui *ui, int arg)
 }
 
 const struct key list_keys[] = {
-	{{K_UP, 'k'}, "up, k", "line before", act_move, MOVE_UP},
-	{{K_DOWN, 'j'}, "down, j", "line after", act_move, MOVE_DOWN},
-	{{K_PPAGE, CTRL('b')}, "page up", "a page up", act_move, MOVE_PAGE_UP},
-	{{K_NPAGE, CTRL('f')}, "page down", "a page down", act_move, MOVE_PAGE_DOWN},
-	{{K_HOME, 'g'}, "home, g", "first line", act_move, MOVE_FIRST},
-	{{K_END, 'G'}, "end, G", "last line", act_move, MOVE_LAST},
-	{{0}, NULL, NULL, NULL, 0},
+	{{K_UP, 'k'}, "up, k", "line before", act_move, MOVE_UP, NULL},
+	{{K_DOWN, 'j'}, "down, j", "line after", act_move, MOVE_DOWN, NULL},
+	{{K_PPAGE, CTRL('b')}, "page up", "a page up", act_move, MOVE_PAGE_UP, NULL},
+	{{K_NPAGE, CTRL('f')}, "page down", "a page down", act_move, MOVE_PAGE_DOWN, NULL},
+	{{K_HOME, 'g'}, "home, g", "first line", act_move, MOVE_FIRST, NULL},
+	{{K_END, 'G'}, "end, G", "last line", act_move, MOVE_LAST, NULL},
+	{{0}, NULL, NULL, NULL, 0, NULL},
 };

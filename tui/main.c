@@ -38,7 +38,7 @@ struct console {
 	long count, width, height;
 };
 
-static volatile sig_atomic_t stop_signal, suspend_signal;
+static volatile sig_atomic_t stop_signal, suspend_signal, resume_signal;
 
 static void
 on_stop(int sig)
@@ -50,6 +50,12 @@ static void
 on_suspend(int sig)
 {
 	suspend_signal = sig;
+}
+
+static void
+on_resume(int sig)
+{
+	resume_signal = sig;
 }
 
 static int
@@ -315,7 +321,7 @@ wait_for_something(struct console *c, int64_t next_ms, struct pollfd p[3])
 	p[1] = (struct pollfd){.fd = call_fd(), .events = POLLIN};
 	p[2] = (struct pollfd){.fd = job_fd(), .events = POLLIN};
 	sigemptyset(&open);
-	if (stop_signal == 0 && suspend_signal == 0 && ppoll(p, 3, &ts, &open) < 0)
+	if (stop_signal == 0 && suspend_signal == 0 && resume_signal == 0 && ppoll(p, 3, &ts, &open) < 0)
 		p[0].revents = p[1].revents = p[2].revents = 0;
 	/* The terminal went, and no SIGHUP said so. */
 	if (p[0].revents & (POLLHUP | POLLERR | POLLNVAL))
@@ -323,9 +329,28 @@ wait_for_something(struct console *c, int64_t next_ms, struct pollfd p[3])
 }
 
 static void
+take_signals(struct console *c)
+{
+	if (resume_signal != 0) {
+		resume_signal = 0;
+		screen_resume();
+		carry_out(c, REACT_DRAW);
+	}
+	if (suspend_signal != 0) {
+		suspend_signal = 0;
+		carry_out(c, REACT_SUSPEND);
+	}
+	/* ^C leaves a question, a line, a command first; where there is none, the console. */
+	if (stop_signal == SIGINT && c->ui.mode != MODE_VIEW) {
+		stop_signal = 0;
+		carry_out(c, ui_key(&c->ui, CTRL('c')));
+	}
+}
+
+static void
 loop(struct console *c)
 {
-	int64_t next_ms = now_ms();
+	int64_t next_ms = now_ms(), key_ms = next_ms;
 	int shown_s = -1;
 
 	while (!c->quit && stop_signal == 0) {
@@ -341,32 +366,38 @@ loop(struct console *c)
 			next_ms = now_ms() + c->ui.refresh_ms;
 		}
 		carry_out(c, r);
+		c->ui.ask.seen = c->ui.mode == MODE_ASK;
 		wait_for_something(c, next_ms, p);
+		/* Its end may get lost: keys must not stay dead. */
+		if (p[0].revents != 0)
+			key_ms = now_ms();
+		else if (now_ms() - key_ms > 2000)
+			c->ui.pasting = false;
 		r = p[1].revents != 0 ? take_call(c) : REACT_NONE;
 		if (p[2].revents != 0)
 			r |= take_job(c);
 		carry_out(c, r);
 		/* A resize interrupts the wait and is a key of curses. */
 		carry_out(c, take_keys(c));
-		if (suspend_signal != 0) {
-			suspend_signal = 0;
-			carry_out(c, REACT_SUSPEND);
-		}
+		take_signals(c);
 	}
 }
 
 static void
 catch_signals(void)
 {
-	struct sigaction sa = {.sa_handler = on_stop}, suspend = {.sa_handler = on_suspend};
-	sigset_t stop;
+	static const int stops[] = {SIGINT, SIGTERM, SIGHUP, SIGQUIT};
+	struct sigaction sa = {.sa_handler = on_stop}, suspend = {.sa_handler = on_suspend}, resume = {.sa_handler = on_resume};
+	sigset_t blocked;
 
-	sigemptyset(&stop);
-	sigaddset(&stop, SIGINT), sigaddset(&stop, SIGTERM), sigaddset(&stop, SIGHUP), sigaddset(&stop, SIGTSTP);
-	sigprocmask(SIG_BLOCK, &stop, NULL);
-	sigaction(SIGINT, &sa, NULL);
-	sigaction(SIGTERM, &sa, NULL);
-	sigaction(SIGHUP, &sa, NULL);
+	sigemptyset(&blocked);
+	for (size_t i = 0; i < sizeof(stops) / sizeof(*stops); i++) {
+		sigaddset(&blocked, stops[i]);
+		sigaction(stops[i], &sa, NULL);
+	}
+	sigaddset(&blocked, SIGTSTP), sigaddset(&blocked, SIGCONT);
+	sigprocmask(SIG_BLOCK, &blocked, NULL);
+	sigaction(SIGCONT, &resume, NULL);
 	sigaction(SIGTSTP, &suspend, NULL); /* before curses, whose handler would do in a signal what the loop does */
 	signal(SIGPIPE, SIG_IGN);
 }
@@ -506,6 +537,15 @@ bad(const char *what, const char *value)
 }
 
 static int
+bad_view(const char *name)
+{
+	char names[200], what[240];
+
+	snprintf(what, sizeof(what), "views are %s; not", ui_view_names(names, sizeof(names)));
+	return bad(what, name);
+}
+
+static int
 take_number(const char *what, const char *text, long min, long max, long *out)
 {
 	char *end;
@@ -547,9 +587,9 @@ take_option(struct console *c, int option)
 	case OPT_BATCH: c->batch = true; break;
 	case OPT_VIEW:
 		c->ui.view = ui_find_view(optarg);
-		return c->ui.view < 0 ? bad("views are precision, traffic, clients, quality, history, log; not", optarg) : -1;
-	case OPT_WIDTH: return take_number("--width: 20 to 1000, not", optarg, 20, 1000, &c->width);
-	case OPT_HEIGHT: return take_number("--height: 5 to 1000, not", optarg, 5, 1000, &c->height);
+		return c->ui.view < 0 ? bad_view(optarg) : -1;
+	case OPT_WIDTH: return take_number("--width: 64 to 1000, not", optarg, 64, 1000, &c->width);
+	case OPT_HEIGHT: return take_number("--height: 14 to 1000, not", optarg, 14, 1000, &c->height);
 	case OPT_RECORD: c->record_path = optarg; break;
 	case OPT_REPLAY: c->replay_path = optarg; break;
 	case OPT_SPEED:

@@ -93,29 +93,27 @@ act_output(struct ui *ui, int arg)
 }
 
 static unsigned
-act_close(struct ui *ui, int arg)
+act_stop(struct ui *ui, int arg)
 {
-	bool running = ui->pager.running;
-
 	(void)arg;
-	if (running) {
-		ui_say(ui, true, "stopped: %.200s", ui->pager.title);
-		ui->pager.running = false;
-	}
 	ui->mode = MODE_VIEW;
-	return running ? REACT_STOP | REACT_DRAW : REACT_DRAW;
+	if (!ui->pager.running)
+		return REACT_DRAW;
+	ui_say(ui, true, "stopped: %.200s", ui->pager.title);
+	ui->pager.running = false;
+	return REACT_STOP | REACT_DRAW;
 }
 
 const struct key pager_keys[] = {
-	{{K_UP, 'k'}, "up, k", "line before", act_scroll, 0},
-	{{K_DOWN, 'j'}, "down, j", "line after", act_scroll, 1},
-	{{K_PPAGE, CTRL('b')}, "page up", "a page up", act_scroll, 2},
-	{{K_NPAGE, CTRL('f'), ' '}, "page down", "a page down", act_scroll, 3},
-	{{K_HOME, 'g'}, "home, g", "to the beginning", act_scroll, 4},
-	{{K_END, 'G'}, "end, G", "to the end", act_scroll, 5},
-	{{K_ESC, K_ENTER, '!'}, "esc, enter", "close; a command that still runs goes on", act_leave, 0},
-	{{'q'}, "q", "close; stops a command that still runs", act_close, 0},
-	{{0}, NULL, NULL, NULL, 0},
+	{{K_UP, 'k'}, "up, k", "line before", act_scroll, 0, NULL},
+	{{K_DOWN, 'j'}, "down, j", "line after", act_scroll, 1, NULL},
+	{{K_PPAGE, CTRL('b')}, "page up", "a page up", act_scroll, 2, NULL},
+	{{K_NPAGE, CTRL('f'), ' '}, "page down", "a page down", act_scroll, 3, "more"},
+	{{K_HOME, 'g'}, "home, g", "to the beginning", act_scroll, 4, NULL},
+	{{K_END, 'G'}, "end, G", "to the end", act_scroll, 5, NULL},
+	{{'q', K_ESC, K_ENTER, '!'}, "q, esc, enter", "close; a command that still runs goes on", act_leave, 0, "close"},
+	{{CTRL('c')}, "^C", "stop the command", act_stop, 0, "stop it"},
+	{{0}, NULL, NULL, NULL, 0, NULL},
 };
 
 /* Tabs are blanks; what "ESC [" begins is left out (a bar's "clear to the end"). */
@@ -160,7 +158,7 @@ pager_draw(struct ui *ui, const struct pane *p)
 	char title[sizeof(g->title) + 64];
 	struct pane in, none;
 
-	snprintf(title, sizeof(title), "%s%s", g->running ? "q stops it, esc lets it go on: " : g->status != 0 ? "Failed: " : "", g->title);
+	snprintf(title, sizeof(title), "%s%s", g->running ? "runs; ^C stops it, q lets it go on: " : g->status != 0 ? "Failed: " : "", g->title);
 	in = pane_box(p, p->height, p->width, title);
 	none = in, none.height = 0;
 	g->height = in.height, g->lines = draw_lines(g, &none, 0);

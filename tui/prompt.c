@@ -111,7 +111,7 @@ static const struct own {
 	const char *name, *args;
 	unsigned (*act)(struct ui *, const char *arg);
 } own[] = {
-	{"quit", "", own_quit}, {"q", "", own_quit}, {"view", "precision traffic clients quality history log", own_view},
+	{"quit", "", own_quit}, {"q", "", own_quit}, {"view", "", own_view},
 	{"theme", "auto dark light 16 mono", own_theme}, {"rate", "", own_rate}, {"select", "SELECTOR", own_select},
 };
 #define N_OWN (sizeof(own) / sizeof(*own))
@@ -238,10 +238,13 @@ static void
 offer_argument(const struct ui *ui, struct choices *c, const char *verb, const char *before)
 {
 	struct verb_words w;
+	char names[200];
 
 	for (size_t i = 0; i < N_OWN; i++)
 		if (strcmp(verb, own[i].name) == 0 && strcmp(verb, "select") != 0)
 			offer_usage(c, own[i].args);
+	if (strcmp(verb, "view") == 0)
+		offer_usage(c, ui_view_names(names, sizeof(names)));
 	if (strcmp(verb, "select") == 0)
 		offer_rules(&ui->data.page, c, false);
 	if (is_one_of(before, "--text --task --svg --dump-logits")) {
@@ -326,20 +329,31 @@ act_complete(struct ui *ui, int arg)
 
 /* ---- running it ---- */
 
+/* Some verbs look or change by their second word; the daemon has the last say in any case. */
 static bool
-may_run(struct ui *ui, const char *verb)
+only_looks(const struct verb_words *w, const char *second)
+{
+	if (strcmp(w->name, "evals") == 0)
+		return strcmp(second, "delete") != 0;
+	if (strcmp(w->name, "rollout") == 0)
+		return *second == '\0' || strcmp(second, "status") == 0;
+	return w->looks;
+}
+
+static bool
+may_run(struct ui *ui, const char *verb, const char *second)
 {
 	struct verb_words w;
 
 	for (size_t i = 0; octetctl_verb(i, &w); i++)
 		if (strcmp(w.name, verb) == 0)
-			return w.looks || ui_may_change(ui);
+			return only_looks(&w, second) || ui_may_change(ui);
 	ui_say(ui, true, "there is no command '%.60s': tab shows them", verb);
 	return false;
 }
 
-static unsigned
-run_command(struct ui *ui, const char *text)
+unsigned
+command_run(struct ui *ui, const char *text)
 {
 	char copy[PROMPT_TEXT], *word[MAX_WORDS], title[PROMPT_TEXT + 2];
 	unsigned reaction = REACT_DRAW;
@@ -349,7 +363,7 @@ run_command(struct ui *ui, const char *text)
 	n = command_words(copy, word);
 	if (n < 0)
 		ui_say(ui, true, "a quote is not closed, or there are too many words");
-	if (n <= 0 || command_own(ui, word, n, &reaction) || !may_run(ui, word[0]))
+	if (n <= 0 || command_own(ui, word, n, &reaction) || !may_run(ui, word[0], n > 1 ? word[1] : ""))
 		return reaction;
 	if (!ui->live) {
 		ui_say(ui, true, "a replay has no daemon");
@@ -384,7 +398,7 @@ act_enter(struct ui *ui, int arg)
 		return REACT_DRAW;
 	}
 	snprintf(p->kept[p->n_kept++ % PROMPT_KEPT], PROMPT_TEXT, "%s", p->text);
-	return run_command(ui, p->text);
+	return command_run(ui, p->text);
 }
 
 /* ---- keys ---- */
@@ -471,20 +485,20 @@ act_earlier(struct ui *ui, int direction)
 }
 
 const struct key prompt_keys[] = {
-	{{K_ENTER}, "enter", "do it", act_enter, 0},
-	{{K_ESC}, "esc", "leave it", act_cancel, 0},
-	{{'\t'}, "tab", "complete; shows what fits", act_complete, 0},
-	{{K_UP, CTRL('p')}, "up", "the command before", act_earlier, 1},
-	{{K_DOWN, CTRL('n')}, "down", "the command after", act_earlier, -1},
-	{{K_LEFT, CTRL('b')}, "left", "a character back", act_edit, EDIT_LEFT},
-	{{K_RIGHT, CTRL('f')}, "right", "a character on", act_edit, EDIT_RIGHT},
-	{{K_HOME, CTRL('a')}, "home, ^A", "to the beginning", act_edit, EDIT_HOME},
-	{{K_END, CTRL('e')}, "end, ^E", "to the end", act_edit, EDIT_END},
-	{{K_BACKSPACE, 127, CTRL('h')}, "backspace", "delete the character before", act_edit, EDIT_BACKSPACE},
-	{{K_DELETE, CTRL('d')}, "delete, ^D", "delete the character here", act_edit, EDIT_DELETE},
-	{{CTRL('w')}, "^W", "delete the word before", act_edit, EDIT_WORD},
-	{{CTRL('u')}, "^U", "delete all before", act_edit, EDIT_ALL},
-	{{0}, NULL, NULL, NULL, 0},
+	{{K_ENTER}, "enter", "do it", act_enter, 0, NULL},
+	{{K_ESC, CTRL('c')}, "esc", "leave it", act_cancel, 0, NULL},
+	{{'\t'}, "tab", "complete; shows what fits", act_complete, 0, NULL},
+	{{K_UP, CTRL('p')}, "up", "the command before", act_earlier, 1, NULL},
+	{{K_DOWN, CTRL('n')}, "down", "the command after", act_earlier, -1, NULL},
+	{{K_LEFT, CTRL('b')}, "left", "a character back", act_edit, EDIT_LEFT, NULL},
+	{{K_RIGHT, CTRL('f')}, "right", "a character on", act_edit, EDIT_RIGHT, NULL},
+	{{K_HOME, CTRL('a')}, "home, ^A", "to the beginning", act_edit, EDIT_HOME, NULL},
+	{{K_END, CTRL('e')}, "end, ^E", "to the end", act_edit, EDIT_END, NULL},
+	{{K_BACKSPACE, 127, CTRL('h')}, "backspace", "delete the character before", act_edit, EDIT_BACKSPACE, NULL},
+	{{K_DELETE, CTRL('d')}, "delete, ^D", "delete the character here", act_edit, EDIT_DELETE, NULL},
+	{{CTRL('w')}, "^W", "delete the word before", act_edit, EDIT_WORD, NULL},
+	{{CTRL('u')}, "^U", "delete all before", act_edit, EDIT_ALL, NULL},
+	{{0}, NULL, NULL, NULL, 0, NULL},
 };
 
 unsigned
@@ -525,6 +539,19 @@ prompt_draw(const struct ui *ui, const struct pane *p, int y)
 		from = char_after(in, from);
 	put(p, y, x, STYLE_TEXT, "%s", in->text + from);
 	mark(p, y, x + at, 1, MARK_CURSOR);
-	if (*in->hint != '\0')
-		put(p, y - 1, 0, STYLE_DIM, "%s", in->hint);
+}
+
+/* What fits the word stands above the line, in as many rows as it takes. */
+void
+prompt_draw_hint(const struct ui *ui, const struct pane *p)
+{
+	struct pane none = pane_part(p, 0, 0, 0, p->width), rows;
+	int n;
+
+	if (ui->mode != MODE_PROMPT || *ui->prompt.hint == '\0')
+		return;
+	n = put_words(&none, 0, 0, STYLE_DIM, ui->prompt.hint);
+	rows = pane_part(p, p->height - n, 0, n, p->width);
+	pane_clear(&rows);
+	put_words(&rows, 0, 0, STYLE_DIM, ui->prompt.hint);
 }

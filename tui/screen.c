@@ -7,11 +7,21 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <term.h>
+#include <termios.h>
 #include <unistd.h>
 
 static SCREEN *screen;
 static struct canvas shown; /* what curses was told last */
 static bool colours;
+
+/* A paste comes between two keys of its own, where the terminal can say so. */
+#define PASTE_ON "\033[?2004h"
+#define PASTE_OFF "\033[?2004l"
+enum { KEY_PASTE = KEY_MAX + 1, KEY_PASTED };
+
+static struct termios before; /* what the terminal was, */
+static char leave[256];       /* and what brings its screen back, for on_fault() */
 
 /* ---- themes ---- */
 
@@ -102,6 +112,37 @@ look_of(const struct cell *c, attr_t *attr, short *pair)
 
 /* ---- life ---- */
 
+static void
+say(const char *sequence)
+{
+	putp(sequence);
+	fflush(stdout);
+}
+
+/* Only what a signal handler may do. */
+static void
+on_fault(int sig)
+{
+	if (write(STDOUT_FILENO, leave, strlen(leave)) >= 0)
+		tcsetattr(STDIN_FILENO, TCSANOW, &before);
+	raise(sig); /* its default now, once this returns */
+}
+
+static void
+catch_faults(void)
+{
+	static const int fault[] = {SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGABRT};
+	const char *end = tigetstr("rmcup"), *cursor = tigetstr("cnorm"), *plain = tigetstr("sgr0");
+	struct sigaction sa = {.sa_handler = on_fault, .sa_flags = (int)SA_RESETHAND}, old;
+
+	snprintf(leave, sizeof(leave), "%s\033[?1000l\033[?1002l\033[?1006l%s%s%s", PASTE_OFF, plain != NULL ? plain : "",
+	    cursor != NULL ? cursor : "", end != NULL ? end : "");
+	/* A sanitizer's stay. */
+	for (size_t i = 0; i < sizeof(fault) / sizeof(*fault); i++)
+		if (sigaction(fault[i], NULL, &old) == 0 && old.sa_handler == SIG_DFL)
+			sigaction(fault[i], &sa, NULL);
+}
+
 int
 screen_open(struct err *err)
 {
@@ -109,6 +150,7 @@ screen_open(struct err *err)
 
 	if (!isatty(STDIN_FILENO) || !isatty(STDOUT_FILENO))
 		return err_set(err, -ENOTTY, "no terminal; use --batch");
+	tcgetattr(STDIN_FILENO, &before);
 	screen = newterm(NULL, stdout, stdin);
 	/* One that cannot move its cursor shows no grid. */
 	if (screen == NULL || tigetstr("cup") == NULL) {
@@ -118,6 +160,7 @@ screen_open(struct err *err)
 	colours = has_colors() && start_color() == OK;
 	if (colours)
 		use_default_colors();
+	typeahead(-1); /* a frame goes out in one piece */
 	cbreak();
 	noecho();
 	nonl();
@@ -125,7 +168,11 @@ screen_open(struct err *err)
 	nodelay(stdscr, TRUE);
 	set_escdelay(40);
 	mouseinterval(0);
+	define_key("\033[200~", KEY_PASTE);
+	define_key("\033[201~", KEY_PASTED);
 	curs_set(0);
+	say(PASTE_ON);
+	catch_faults();
 	return 0;
 }
 
@@ -135,6 +182,7 @@ screen_close(void)
 	if (screen == NULL)
 		return;
 	mousemask(0, NULL);
+	say(PASTE_OFF);
 	endwin();
 	delscreen(screen);
 	screen = NULL;
@@ -160,13 +208,28 @@ screen_repaint(void)
 	clearok(curscr, TRUE);
 }
 
+/* Whoever stopped us has had the terminal meanwhile, and may have left it otherwise. */
+void
+screen_resume(void)
+{
+	reset_prog_mode();
+	if (isendwin())
+		refresh();
+	else {
+		say(enter_ca_mode != NULL ? enter_ca_mode : "");
+		curs_set(1), curs_set(0);
+	}
+	say(PASTE_ON);
+	screen_repaint();
+}
+
 void
 screen_suspend(void)
 {
 	struct sigaction stop = {.sa_handler = SIG_DFL}, own;
 	sigset_t open, was;
 
-	def_prog_mode();
+	say(PASTE_OFF);
 	endwin();
 	sigaction(SIGTSTP, &stop, &own);
 	sigemptyset(&open);
@@ -176,9 +239,7 @@ screen_suspend(void)
 	/* Here the shell continues us. */
 	sigprocmask(SIG_SETMASK, &was, NULL);
 	sigaction(SIGTSTP, &own, NULL);
-	reset_prog_mode();
-	screen_repaint();
-	refresh();
+	screen_resume();
 }
 
 /* ---- showing ---- */
@@ -247,7 +308,7 @@ screen_key(struct ui *ui)
 	} map[] = {
 		{KEY_UP, K_UP}, {KEY_DOWN, K_DOWN}, {KEY_LEFT, K_LEFT}, {KEY_RIGHT, K_RIGHT}, {KEY_PPAGE, K_PPAGE}, {KEY_NPAGE, K_NPAGE},
 		{KEY_HOME, K_HOME}, {KEY_END, K_END}, {KEY_BTAB, K_BTAB}, {KEY_BACKSPACE, K_BACKSPACE}, {KEY_DC, K_DELETE},
-		{KEY_ENTER, K_ENTER},
+		{KEY_ENTER, K_ENTER}, {KEY_PASTE, K_PASTE}, {KEY_PASTED, K_PASTED},
 	};
 	wint_t c;
 	int rc = get_wch(&c);

@@ -19,4 +19,5 @@ void screen_theme(enum theme);
 void screen_mouse(bool);
 void screen_repaint(void);
 void screen_suspend(void); /* until the shell continues us */
+void screen_resume(void);  /* we were stopped and continued without it */
 #endif

@@ -245,56 +245,72 @@ page_read_bytes(const struct octet_page *p, bool kv, const struct sites *changed
 	return sum;
 }
 
-static void
-add_sweep(const struct octet_page *p, uint32_t g, uint32_t l, struct effect *e)
+/* 1: what the sweep did, -1: taken back, 0: something else. */
+static int
+sweep_sign(const struct octet_page *p, uint8_t from, uint8_t to)
 {
-	if (p->kl[g][l] >= 0)
-		e->kl += (double)p->kl[g][l], e->n_kl++;
-	if (isfinite(p->saved_us[g][l]))
-		e->saved_us += (double)p->saved_us[g][l], e->n_saved++;
+	const char *a = format_name(p, from), *b = format_name(p, to);
+
+	if (strcmp(a, p->sweep_from) == 0 && strcmp(b, p->sweep_format) == 0)
+		return 1;
+	return strcmp(b, p->sweep_from) == 0 && strcmp(a, p->sweep_format) == 0 ? -1 : 0;
+}
+
+static void
+add_measured(struct effect *e, int sign, uint32_t n, float kl, float saved_us, float error_us)
+{
+	if (kl >= 0)
+		e->kl += sign * (double)kl, e->n_kl += n;
+	if (!isfinite(saved_us))
+		return;
+	e->saved_us += sign * (double)saved_us, e->n_saved += n;
+	if (isfinite(error_us))
+		e->saved_error_us = hypot(e->saved_error_us, (double)error_us);
 }
 
 /* A group that changes as a whole, and was swept as a whole. */
 static void
-add_group_sweep(const struct octet_page *p, uint32_t g, struct effect *e)
+add_group_sweep(const struct octet_page *p, uint32_t g, uint8_t format, struct effect *e)
 {
-	uint32_t n = 0, measured = 0;
+	uint32_t n = 0;
+	int sign = 0;
 
 	for (uint32_t l = 0; l < p->n_layers; l++) {
-		if (site_is(p, g, l) && !e->sites.at[g][l])
+		if (!site_is(p, g, l))
+			continue;
+		if (!e->sites.at[g][l] || p->kl[g][l] >= 0 || (n++ > 0 && sign != sweep_sign(p, p->wanted[g][l], format)))
 			return;
-		n += site_is(p, g, l), measured += p->kl[g][l] >= 0;
+		sign = sweep_sign(p, p->wanted[g][l], format);
 	}
-	if (measured > 0 || p->group_kl[g] < 0)
-		return;
-	e->kl += (double)p->group_kl[g], e->n_kl += n;
-	if (isfinite(p->group_saved_us[g]))
-		e->saved_us += (double)p->group_saved_us[g], e->n_saved += n;
+	if (sign != 0)
+		add_measured(e, sign, n, p->group_kl[g], p->group_saved_us[g], p->group_saved_error_us[g]);
 }
 
 void
 effect_measure(const struct octet_page *p, const struct sites *s, uint8_t format, struct effect *e)
 {
-	bool swept = strcmp(p->sweep_format, format_name(p, format)) == 0;
-
 	memset(e, 0, sizeof(*e));
 	for (uint32_t g = 0; g < p->n_groups; g++) {
 		for (uint32_t l = 0; l < p->n_layers; l++) {
+			int sign;
+
 			if (!s->at[g][l] || !site_is(p, g, l))
 				continue;
-			if (p->wanted[g][l] == format)
+			if (p->wanted[g][l] == format) {
 				e->same++;
-			else if (!(p->possible[g] >> format & 1))
-				e->cannot++;
-			else {
-				e->sites.at[g][l] = true;
-				e->n++;
-				if (swept)
-					add_sweep(p, g, l, e);
+				continue;
 			}
+			if (!(p->possible[g] >> format & 1)) {
+				e->cannot++;
+				continue;
+			}
+			e->sites.at[g][l] = true;
+			e->n++;
+			sign = sweep_sign(p, p->wanted[g][l], format);
+			if (sign != 0)
+				add_measured(e, sign, 1, p->kl[g][l], p->saved_us[g][l], p->saved_error_us[g][l]);
 		}
-		if (swept && e->n > 0)
-			add_group_sweep(p, g, e);
+		add_group_sweep(p, g, format, e);
 	}
 	e->read_before = page_read_bytes(p, false, NULL, 0), e->read_after = page_read_bytes(p, false, &e->sites, format);
 	e->kv_before = page_read_bytes(p, true, NULL, 0), e->kv_after = page_read_bytes(p, true, &e->sites, format);

@@ -26,7 +26,7 @@
 /* ---- keys ---- */
 
 enum {
-	K_UP = 0x200000, K_DOWN, K_LEFT, K_RIGHT, K_PPAGE, K_NPAGE, K_HOME, K_END, K_BTAB, K_BACKSPACE, K_DELETE, K_MOUSE,
+	K_UP = 0x200000, K_DOWN, K_LEFT, K_RIGHT, K_PPAGE, K_NPAGE, K_HOME, K_END, K_BTAB, K_BACKSPACE, K_DELETE, K_MOUSE, K_PASTE, K_PASTED,
 	K_F0 = 0x200100 /* + number */
 };
 #define K_ESC 27
@@ -55,6 +55,7 @@ struct key {
 	const char *name, *help; /* as ? and the manual page say it */
 	unsigned (*act)(struct ui *, int arg);
 	int arg;
+	const char *word;        /* in the foot; "+word": of a wide screen; NULL: not there */
 };
 
 /* ---- views ---- */
@@ -105,6 +106,7 @@ enum ask_kind { ASK_NONE, ASK_FLIP, ASK_ROLLBACK };
 
 struct ask {
 	enum ask_kind kind;
+	bool seen;           /* it was on the screen before the key that answers it came */
 	struct sites sites;  /* FLIP: selected */
 	uint8_t format;
 	struct effect effect;
@@ -124,7 +126,7 @@ struct prompt {
 	size_t len, at;
 	char kept[PROMPT_KEPT][PROMPT_TEXT]; /* earlier commands, the i-th at i % PROMPT_KEPT */
 	uint32_t n_kept, back;
-	char hint[512];
+	char hint[1024];
 };
 
 struct pager {
@@ -142,6 +144,8 @@ enum then { THEN_NOTHING, THEN_FLIPPED, THEN_ASK_ROLLBACK, THEN_UNDONE, THEN_HIS
 struct ui {
 	struct data data;
 	bool ascii, batch, paused, mouse, live; /* live: a daemon, no replay */
+	bool pasting;           /* what comes was typed by nobody */
+	bool quit_warned;
 	bool read_only;
 	char read_only_why[96];
 	enum theme theme;
@@ -198,6 +202,7 @@ unsigned ui_reply(struct ui *, enum then, int rc, const char *why, const json_t 
 unsigned ui_output(struct ui *, const char *text, size_t len, int status);
 void ui_say(struct ui *, bool bad, const char *fmt, ...) __attribute__((format(printf, 3, 4)));
 int ui_find_view(const char *name); /* -1: there is none */
+const char *ui_view_names(char *buf, size_t len); /* with blanks between */
 unsigned ui_open_view(struct ui *, int view);
 int ui_batch_height(const struct ui *, int width);
 /* All keys, a line each: "TABLE\tKEY\thelp"; NULL after the last. */
@@ -232,9 +237,12 @@ void ask_draw(struct ui *, const struct pane *);
 unsigned act_prompt(struct ui *, int kind);
 unsigned prompt_key(struct ui *, int code);
 void prompt_draw(const struct ui *, const struct pane *, int y);
+void prompt_draw_hint(const struct ui *, const struct pane *); /* at its bottom */
 /* The words of a command line; cuts text up. -1: a quote is open, or too many. */
 #define MAX_WORDS 64
 int command_words(char *text, char *word[MAX_WORDS]);
+/* As if it was typed after ":". */
+unsigned command_run(struct ui *, const char *text);
 /* Commands of the console itself. false: it is one of octetctl. */
 bool command_own(struct ui *, char **word, int n, unsigned *reaction);
 

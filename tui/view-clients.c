@@ -101,8 +101,8 @@ act_order(struct ui *ui, int arg)
 }
 
 static const struct key keys[] = {
-	{{'o'}, "o", "sort by tokens/s, tokens, requests, id in turn", act_order, 1},
-	{{0}, NULL, NULL, NULL, 0},
+	{{'o'}, "o", "sort by tokens/s, tokens, requests, id in turn", act_order, 1, "sort"},
+	{{0}, NULL, NULL, NULL, 0, NULL},
 };
 
 const struct view view_clients = {

@@ -9,7 +9,7 @@
 #include "tui/ui.h"
 
 #define KEPT 1000u
-#define FOOT 6
+#define FOOT 7
 
 /* ---- what is kept ---- */
 
@@ -127,16 +127,26 @@ row_text(const struct ui *ui, int row, char *buf, size_t len)
 	snprintf(buf, len, "%" PRIu64 " %s %u %s %s %s %s", h->epoch, h->program, h->uid, h->why, h->result, h->change, h->policy);
 }
 
-static void
-effect_of(const struct ui *ui, int row, enum series s, double *before, double *after)
-{
-	data_effect(&ui->data, ui->history[row].time_us, row > 0 ? ui->history[row - 1].time_us : 0, s, before, after);
-}
-
 static bool
 is_good(const struct page_history *h)
 {
 	return strcmp(h->result, "applied") == 0;
+}
+
+/* When the next one that changed something was, going by step; 0: there is none. */
+static int64_t
+neighbour_us(const struct ui *ui, int row, int step)
+{
+	for (row += step; row >= 0 && row < (int)ui->n_history; row += step)
+		if (is_good(&ui->history[row]))
+			return ui->history[row].time_us;
+	return 0;
+}
+
+static void
+effect_of(const struct ui *ui, int row, enum series s, double *before, double *after)
+{
+	data_effect(&ui->data, neighbour_us(ui, row, 1), ui->history[row].time_us, neighbour_us(ui, row, -1), s, before, after);
 }
 
 /* "rollback: what the operator said": the verb in its column, the words at the end. */
@@ -155,7 +165,7 @@ draw_row(struct ui *ui, const struct pane *p, int y, int row)
 	effect_of(ui, row, SERIES_OUTPUT, &before, &after);
 	if (before > 0 && isfinite(after))
 		put(p, y, x, after < before * 0.95 ? STYLE_BAD : after > before * 1.05 ? STYLE_GOOD : STYLE_DIM, "%+5.0f %%",
-		    fmin(100 * (after - before) / before, 9999));
+		    round(fmin(100 * (after - before) / before, 9999)) + 0.0); /* no "-0" */
 	if (is_good(h))
 		x = put(p, y, x + 8, STYLE_TEXT, "%s", *h->change != '\0' ? h->change : h->policy);
 	else
@@ -190,7 +200,7 @@ draw_measured(struct ui *ui, const struct pane *p, int y, const struct page_hist
 		if (strcmp(e->candidate, h->policy) != 0)
 			continue;
 		put(p, y, 1, STYLE_TEXT, "eval %" PRIu64 " of %s against %s: KL %s, top-1 %.2f %%", e->id, e->candidate, e->baseline,
-		    text_number(e->kl_mean, kl), 100 * e->top1);
+		    text_kl(e->kl_mean, kl), 100 * e->top1);
 		return;
 	}
 	put(p, y, 1, STYLE_DIM, "no eval of policy '%s'", h->policy);
@@ -200,17 +210,18 @@ static void
 draw_foot(struct ui *ui, const struct pane *p, int row)
 {
 	const struct page_history *h = &ui->history[row];
+	struct pane change = pane_part(p, 2, 0, 2, p->width);
 	char title[80], when[NUMBER_TEXT];
 
 	snprintf(title, sizeof(title), "Epoch %" PRIu64, h->epoch);
 	put_line(p, 0, title);
 	put(p, 1, 1, STYLE_TEXT, "%s UTC: %s; %s, from step %" PRIu64, text_date(h->time_us, when), h->why, h->result, h->step);
-	put(p, 2, 1, STYLE_TITLE, "%s", *h->change != '\0' ? h->change : "no change of formats");
-	draw_effect(ui, p, 3, 1, row, SERIES_OUTPUT, "tokens/s", "");
-	draw_effect(ui, p, 3, p->width / 3, row, SERIES_STEP_P50, "step p50", " ms");
-	draw_effect(ui, p, 3, 2 * p->width / 3, row, SERIES_TTFT_P50, "first token", " ms");
-	put(p, 4, 1, STYLE_TEXT, "by %s, uid %u, pid %u; the policy then: %s", h->program, h->uid, h->pid, h->policy);
-	draw_measured(ui, p, 5, h);
+	put_words(&change, 0, 1, STYLE_TITLE, *h->change != '\0' ? h->change : "no change of formats");
+	draw_effect(ui, p, 4, 1, row, SERIES_OUTPUT, "tokens/s", "");
+	draw_effect(ui, p, 4, p->width / 3, row, SERIES_STEP_P50, "step p50", " ms");
+	draw_effect(ui, p, 4, 2 * p->width / 3, row, SERIES_TTFT_P50, "first token", " ms");
+	put(p, 5, 1, STYLE_TEXT, "by %s, uid %u, pid %u; the policy then: %s", h->program, h->uid, h->pid, h->policy);
+	draw_measured(ui, p, 6, h);
 }
 
 static void
@@ -247,8 +258,8 @@ act_return(struct ui *ui, int arg)
 }
 
 static const struct key keys[] = {
-	{{K_ENTER, 'r'}, "enter, r", "return to this epoch: shows the difference to now, and asks", act_return, 0},
-	{{0}, NULL, NULL, NULL, 0},
+	{{K_ENTER, 'r'}, "enter, r", "return to this epoch: shows the difference to now, and asks", act_return, 0, "return"},
+	{{0}, NULL, NULL, NULL, 0, NULL},
 };
 
 const struct view view_history = {

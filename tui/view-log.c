@@ -4,6 +4,8 @@
 
 #include "tui/ui.h"
 
+#define LINE_H 5 /* of the line under the cursor, in full */
+
 static bool
 is_bad(const char *line)
 {
@@ -65,12 +67,13 @@ static void
 draw(struct ui *ui, const struct pane *p)
 {
 	struct list *l = ui_list(ui);
-	int n = count(ui);
+	int n = count(ui), foot = ui->batch ? 0 : LINE_H;
+	struct pane whole = pane_part(p, p->height - foot, 0, foot, p->width);
 
 	/* Who stands on the last line follows. */
 	if (l->at >= l->count - 1 || ui->batch)
 		l->at = n - 1;
-	list_fit(l, n, p->height);
+	list_fit(l, n, p->height - foot);
 	if (n == 0)
 		put(p, 0, 1, STYLE_DIM, ui->log_level == 0 ? "nothing was logged yet" : "no warning, no error; w shows all");
 	for (int i = 0; i < l->height && l->top + i < n; i++) {
@@ -80,6 +83,10 @@ draw(struct ui *ui, const struct pane *p)
 		hit(p, i, 0, p->width, HIT_ROW, (uint32_t)(l->top + i), 0);
 	}
 	list_scrollbar(p, 0, p->width - 1, l->height, l->top, n);
+	if (n == 0 || foot == 0)
+		return;
+	put_line(&whole, 0, "The whole line");
+	put_words(&whole, 1, 1, STYLE_TEXT, line_at(ui, l->at));
 }
 
 static unsigned
@@ -92,8 +99,8 @@ act_level(struct ui *ui, int arg)
 }
 
 static const struct key keys[] = {
-	{{'w'}, "w", "warnings and errors only, or all", act_level, 0},
-	{{0}, NULL, NULL, NULL, 0},
+	{{'w'}, "w", "warnings and errors only, or all", act_level, 0, "warnings"},
+	{{0}, NULL, NULL, NULL, 0, NULL},
 };
 
 const struct view view_log = {

@@ -10,7 +10,7 @@
 #define SIDE_W 42
 #define SIDE_FROM 112 /* columns from which the side is shown, */
 #define TWO_FROM 180  /* and a second grid */
-#define FOOT 5
+#define FOOT 6
 #define BATCH_ROWS 32 /* more layers are folded in --batch */
 
 /* ---- words about it ---- */
@@ -74,13 +74,15 @@ text_formats(const struct octet_page *p, uint32_t g, uint32_t l, char *buf, size
 static void
 text_sweep(const struct octet_page *p, uint32_t g, uint32_t l, char *buf, size_t len)
 {
-	char kl[NUMBER_TEXT], us[NUMBER_TEXT];
+	char kl[NUMBER_TEXT], us[NUMBER_TEXT], error[NUMBER_TEXT];
+	double saved = (double)p->saved_us[g][l];
 
 	if (p->kl[g][l] < 0)
 		snprintf(buf, len, "%s", p->sweep_us != 0 ? "the last sweep did not flip it alone" : "no sweep yet");
 	else
-		snprintf(buf, len, "KL %s, saves %s us in %s", text_number((double)p->kl[g][l], kl),
-		    text_number((double)p->saved_us[g][l], us), p->sweep_format);
+		snprintf(buf, len, isnan(saved) ? "alone in %s: KL %s" : "alone in %s: KL %s; a decode step %s +- %s %s", p->sweep_format,
+		    text_kl((double)p->kl[g][l], kl), text_us(fabs(saved), us), text_us((double)p->saved_error_us[g][l], error),
+		    saved < 0 ? "longer" : "shorter");
 }
 
 static void
@@ -91,7 +93,7 @@ text_inputs(const struct octet_page *p, uint32_t g, uint32_t l, char *buf, size_
 	if (p->absmax[g][l] < 0)
 		snprintf(buf, len, "inputs not measured");
 	else
-		snprintf(buf, len, "largest input %s; FP8 makes %.2g %% 0, %.2g %% its largest", text_number((double)p->absmax[g][l], max),
+		snprintf(buf, len, "inputs up to %s; in FP8 %.2g %% are 0, %.2g %% its largest number", text_number((double)p->absmax[g][l], max),
 		    100 * (double)p->zero[g][l], 100 * (double)p->saturated[g][l]);
 }
 
@@ -100,7 +102,7 @@ draw_foot(struct ui *ui, const struct pane *p)
 {
 	const struct octet_page *page = &ui->data.page;
 	uint32_t g = ui->grid.group, l = group_is_one(page, g) ? 0 : ui->grid.layer;
-	char name[64], a[SELECTOR_TEXT], b[160], bytes[NUMBER_TEXT];
+	char name[64], a[SELECTOR_TEXT], bytes[NUMBER_TEXT];
 
 	site_name(page, g, l, name, sizeof(name));
 	put_line(p, 0, ui->batch ? "Plan" : name);
@@ -109,16 +111,18 @@ draw_foot(struct ui *ui, const struct pane *p)
 		put(p, 1, 1, STYLE_TEXT, "%s", a);
 		return;
 	}
-	put(p, 4, 1, STYLE_TEXT, "%s", a);
-	if (site_is(page, g, l)) {
-		text_formats(page, g, l, a, sizeof(a));
-		text_sweep(page, g, l, b, sizeof(b));
-		put(p, 1, 1, STYLE_TEXT, "%s; reads %s; %s", a, text_bytes((double)page->read_bytes[g][page->wanted[g][l]], bytes), b);
-		text_inputs(page, g, l, a, sizeof(a));
-		put(p, 2, 1, STYLE_TEXT, "%s", a);
-	}
+	put(p, 5, 1, STYLE_DIM, "%s", a);
+	/* What will be flipped comes first: a low terminal has no room for all. */
 	text_selected(ui, a, sizeof(a));
-	put(p, 3, 1, STYLE_KEY, "%s", a);
+	put(p, 1, 1, STYLE_KEY, "%s", a);
+	if (!site_is(page, g, l))
+		return;
+	text_formats(page, g, l, a, sizeof(a));
+	put(p, 2, 1, STYLE_TEXT, "%s; a token reads %s", a, text_bytes((double)page->read_bytes[g][page->wanted[g][l]], bytes));
+	text_sweep(page, g, l, a, sizeof(a));
+	put(p, 3, 1, STYLE_TEXT, "%s", a);
+	text_inputs(page, g, l, a, sizeof(a));
+	put(p, 4, 1, STYLE_TEXT, "%s", a);
 }
 
 /* ---- the side of a wide screen ---- */
@@ -233,7 +237,7 @@ static void
 draw(struct ui *ui, const struct pane *p)
 {
 	bool side = p->width >= SIDE_FROM, two = p->width >= TWO_FROM;
-	int foot = side ? 0 : ui->batch ? 2 : FOOT, width = side ? p->width - SIDE_W - 2 : p->width;
+	int foot = side ? 0 : ui->batch ? 2 : p->height < 16 ? 3 : FOOT, width = side ? p->width - SIDE_W - 2 : p->width;
 	struct pane grid = pane_part(p, 0, 0, p->height - foot, two ? width / 2 - 1 : width), more;
 	int y;
 
@@ -319,19 +323,26 @@ find(struct ui *ui, const char *text, int direction)
 {
 	const struct octet_page *p = &ui->data.page;
 	uint32_t n = p->n_layers * p->n_groups, from = ui->grid.layer * p->n_groups + ui->grid.group;
+	struct rows r;
 	bool digits = *text != '\0' && text[strspn(text, "0123456789")] == '\0';
 	char name[64], line[128];
 
+	rows_make(p, ui->grid.folded, &r);
 	for (uint32_t i = 1; i <= n; i++) {
 		uint32_t at = direction > 0 ? (from + i) % n : (from + n - i) % n, l = at / p->n_groups, g = at % p->n_groups;
 
 		if (digits ? l != strtoul(text, NULL, 10) || g != ui->grid.group : !site_is(p, g, l))
+			continue;
+		if (!digits && strchr(text, '@') == NULL && r.from[rows_find(&r, l)] != l)
 			continue;
 		site_name(p, g, l, name, sizeof(name));
 		snprintf(line, sizeof(line), "%s %s", name, format_name(p, p->wanted[g][l]));
 		if (!digits && !text_has(line, text))
 			continue;
 		ui->grid.layer = l, ui->grid.group = g;
+		/* A layer was named: not all that is folded with it. */
+		if (digits || strchr(text, '@') != NULL)
+			ui->grid.fold = 0;
 		return true;
 	}
 	return false;
@@ -372,28 +383,28 @@ batch_height(const struct ui *ui, int width)
 }
 
 static const struct key keys[] = {
-	{{' ', K_ENTER}, "space, enter", "flip the selection: shows what changes, and asks", act_flip, 0},
-	{{K_UP, 'k'}, "up, k", "layer before", act_go, GO_UP},
-	{{K_DOWN, 'j'}, "down, j", "layer after", act_go, GO_DOWN},
-	{{K_LEFT, 'h'}, "left, h", "group before", act_go, GO_LEFT},
-	{{K_RIGHT, 'l'}, "right, l", "group after", act_go, GO_RIGHT},
-	{{K_PPAGE, CTRL('b')}, "page up", "a page up", act_go, GO_PAGE_UP},
-	{{K_NPAGE, CTRL('f')}, "page down", "a page down", act_go, GO_PAGE_DOWN},
-	{{K_HOME, 'g'}, "home, g", "first layer", act_go, GO_FIRST},
-	{{K_END, 'G'}, "end, G", "last layer", act_go, GO_LAST},
-	{{'0', '^'}, "0, ^", "first group", act_go, GO_FIRST_GROUP},
-	{{'$'}, "$", "last group", act_go, GO_LAST_GROUP},
-	{{'e', K_ESC}, "e, esc", "select the cell", act_select, SELECT_CELL},
-	{{'x'}, "x", "select the layer: its linear groups", act_select, SELECT_LAYER},
-	{{'c'}, "c", "select the column: the group in all layers", act_select, SELECT_GROUP},
-	{{'m'}, "m", "select the module: attention.* or mlp.*", act_select, SELECT_MODULE},
-	{{'v'}, "v", "select a block from here to where you move", act_select, SELECT_BLOCK},
-	{{'a'}, "a", "select all linear groups and lm_head", act_select, SELECT_ALL},
-	{{'s'}, "s", "select by a selector: mlp.*@0-3,-1", act_prompt, 's'},
-	{{'d'}, "d", "show formats, KL, time, bytes, inputs in turn", act_shows, 1},
-	{{'D'}, "D", "the same backwards", act_shows, -1},
-	{{'f'}, "f", "fold layers that are alike, or unfold them", act_fold, 0},
-	{{0}, NULL, NULL, NULL, 0},
+	{{' ', K_ENTER}, "space, enter", "flip the selection: shows what changes, and asks", act_flip, 0, "flip"},
+	{{K_UP, 'k'}, "up, k", "layer before", act_go, GO_UP, NULL},
+	{{K_DOWN, 'j'}, "down, j", "layer after", act_go, GO_DOWN, NULL},
+	{{K_LEFT, 'h'}, "left, h", "group before", act_go, GO_LEFT, NULL},
+	{{K_RIGHT, 'l'}, "right, l", "group after", act_go, GO_RIGHT, NULL},
+	{{K_PPAGE, CTRL('b')}, "page up", "a page up", act_go, GO_PAGE_UP, NULL},
+	{{K_NPAGE, CTRL('f')}, "page down", "a page down", act_go, GO_PAGE_DOWN, NULL},
+	{{K_HOME, 'g'}, "home, g", "first layer", act_go, GO_FIRST, NULL},
+	{{K_END, 'G'}, "end, G", "last layer", act_go, GO_LAST, NULL},
+	{{'0', '^'}, "0, ^", "first group", act_go, GO_FIRST_GROUP, NULL},
+	{{'$'}, "$", "last group", act_go, GO_LAST_GROUP, NULL},
+	{{'e', K_ESC}, "e, esc", "select the cell", act_select, SELECT_CELL, NULL},
+	{{'x'}, "x", "select the layer: its linear groups", act_select, SELECT_LAYER, NULL},
+	{{'c'}, "c", "select the column: the group in all layers", act_select, SELECT_GROUP, NULL},
+	{{'m'}, "m", "select the module: attention.* or mlp.*", act_select, SELECT_MODULE, NULL},
+	{{'v'}, "v", "select a block from here to where you move", act_select, SELECT_BLOCK, NULL},
+	{{'a'}, "a", "select all linear groups and lm_head", act_select, SELECT_ALL, NULL},
+	{{'s'}, "s", "select by a selector: mlp.*@0-3,-1", act_prompt, 's', "+select"},
+	{{'d'}, "d", "show formats, KL, time, bytes, inputs in turn", act_shows, 1, "show"},
+	{{'D'}, "D", "the same backwards", act_shows, -1, NULL},
+	{{'f'}, "f", "fold layers that are alike, or unfold them", act_fold, 0, "+fold"},
+	{{0}, NULL, NULL, NULL, 0, NULL},
 };
 
 const struct view view_precision = {

@@ -47,7 +47,7 @@ draw_measured(const struct pane *p, int y, const struct page_shadow *s)
 		put(p, y, 1, STYLE_DIM, "not measured yet");
 		return y + 1;
 	}
-	snprintf(text, sizeof(text), "%s of %s", text_number(s->kl, kl), s->max_kl > 0 ? text_number(s->max_kl, bound) : "any");
+	snprintf(text, sizeof(text), "%s of %s", text_kl(s->kl, kl), s->max_kl > 0 ? text_kl(s->max_kl, bound) : "any");
 	draw_gauge(p, y++, "KL", s->kl, s->max_kl, text);
 	if (s->min_agree > 0)
 		snprintf(text, sizeof(text), "%.2f %%, least %.2f %%", 100 * s->agree, 100 * s->min_agree);
@@ -146,6 +146,13 @@ draw_surge(struct ui *ui, const struct pane *p, int y)
 
 /* ---- evals ---- */
 
+/* Of "baseline -> candidate". */
+static int
+pair_width(const struct pane *p)
+{
+	return p->width <= 100 ? 23 : p->width < 140 ? 30 : 44;
+}
+
 static void
 draw_eval(const struct pane *p, int y, const struct page_eval *e)
 {
@@ -153,12 +160,14 @@ draw_eval(const struct pane *p, int y, const struct page_eval *e)
 	double speed = e->tokens_per_s_base > 0 ? 100 * (e->tokens_per_s - e->tokens_per_s_base) / e->tokens_per_s_base : 0;
 	char when[NUMBER_TEXT], kl[NUMBER_TEXT], p99[NUMBER_TEXT], tokens[NUMBER_TEXT], pair[140];
 	bool wide = p->width > 100;
+	int pair_w = pair_width(p);
+	const char *slash = strrchr(e->corpus, '/');
 
 	snprintf(pair, sizeof(pair), "%s -> %s", e->baseline, e->candidate);
-	put(p, y, 0, STYLE_TEXT, "%5" PRIu64 " %s %-*.*s", e->id, text_date(e->time_us, when) + (wide ? 0 : 5), wide ? 36 : 23, wide ? 36 : 23, pair);
-	put(p, y, wide ? 60 : 42, STYLE_TEXT, "%7s %+7.2f %%  %6.2f %% %+6.1f %%", text_number(e->kl_mean, kl), ppl, 100 * e->top1, speed);
+	put(p, y, 0, STYLE_TEXT, "%5" PRIu64 " %s %-*.*s", e->id, text_date(e->time_us, when) + (wide ? 0 : 5), pair_w, pair_w, pair);
+	put(p, y, pair_w + (wide ? 24 : 19), STYLE_TEXT, "%7s %+7.2f %%  %6.2f %% %+6.1f %%", text_kl(e->kl_mean, kl), ppl, 100 * e->top1, speed);
 	if (wide)
-		put(p, y, 98, STYLE_DIM, "%8s %7s  %s", text_number(e->kl_p99, p99), text_number((double)e->tokens, tokens), e->corpus);
+		put(p, y, pair_w + 62, STYLE_DIM, "%8s %7s  %s", text_kl(e->kl_p99, p99), text_number((double)e->tokens, tokens), slash != NULL ? slash + 1 : e->corpus);
 }
 
 static void
@@ -167,12 +176,13 @@ draw_evals(struct ui *ui, const struct pane *p)
 	const struct octet_page *d = &ui->data.page;
 	struct list *l = ui_list(ui);
 	bool wide = p->width > 100;
+	int pair_w = pair_width(p);
 
 	put_line(p, 0, "Evals");
 	put(p, 1, 0, STYLE_DIM, "%5s %-*s %s", "id", wide ? 16 : 11, "time UTC", "baseline -> candidate");
-	put(p, 1, wide ? 60 : 42, STYLE_DIM, "%7s %9s  %8s %8s", "KL", "ppl", "top-1", "speed");
+	put(p, 1, pair_w + (wide ? 24 : 19), STYLE_DIM, "%7s %9s  %8s %8s", "KL", "ppl", "top-1", "speed");
 	if (wide)
-		put(p, 1, 98, STYLE_DIM, "%8s %7s  %s", "KL p99", "tokens", "text");
+		put(p, 1, pair_w + 62, STYLE_DIM, "%8s %7s  %s", "KL p99", "tokens", "text");
 	list_fit(l, (int)d->n_evals, p->height - 2);
 	if (d->n_evals == 0)
 		put(p, 2, 1, STYLE_DIM, "none; :eval --candidate POLICY --text FILE, :sweep --by site --text FILE");
@@ -199,7 +209,7 @@ draw(struct ui *ui, const struct pane *p)
 		y = draw_rollout(ui, &left, 0);
 		y = y < 7 ? 7 : y;
 	} else
-		y = draw_surge(ui, p, draw_rollout(ui, p, draw_shadow(ui, p, 0)));
+		y = draw_rollout(ui, p, draw_surge(ui, p, draw_shadow(ui, p, 0)));
 	rest = pane_part(p, y < p->height - 4 ? y : p->height - 4, 0, p->height, p->width);
 	pane_clear(&rest);
 	draw_evals(ui, &rest);
@@ -212,7 +222,24 @@ batch_height(const struct ui *ui, int width)
 	return 18 + (int)ui->data.page.n_evals;
 }
 
+static unsigned
+act_show(struct ui *ui, int arg)
+{
+	char command[64];
+
+	(void)arg;
+	if (ui->data.page.n_evals == 0)
+		return REACT_NONE;
+	snprintf(command, sizeof(command), "evals show %" PRIu64, ui->data.page.eval[ui_list(ui)->at].id);
+	return command_run(ui, command);
+}
+
+static const struct key keys[] = {
+	{{K_ENTER}, "enter", "all that the eval measured: octetctl evals show", act_show, 0, "show"},
+	{{0}, NULL, NULL, NULL, 0, NULL},
+};
+
 const struct view view_quality = {
-	.name = "quality", .title = "Quality", .about = "the guardrail's gauge, rollout, evals", .draw = draw, .keys = NULL, .count = count,
+	.name = "quality", .title = "Quality", .about = "the guardrail's gauge, rollout, evals", .draw = draw, .keys = keys, .count = count,
 	.row_text = row_text, .batch_height = batch_height,
 };

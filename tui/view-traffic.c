@@ -49,11 +49,10 @@ draw_curve(struct ui *ui, const struct pane *p, const struct curve *c, int64_t s
 		top = (double)v[i] > top ? (double)v[i] : top;
 	put(p, 0, 0, STYLE_TEXT, "%-14.14s", c->title);
 	put(p, 0, 15, STYLE_TITLE, "%6s", text_number(now_of(&ui->data, c->series), a));
+	put(p, 0, 22, STYLE_DIM, "%s", c->unit);
 	if (p->height > 1) {
 		if (c->second < N_SERIES)
-			put(p, 1, 1, STYLE_DIM, "%s %s %s", c->second_word, text_number(now_of(&ui->data, c->second), a), c->unit);
-		else
-			put(p, 1, 1, STYLE_DIM, "%s", c->unit);
+			put(p, 1, 1, STYLE_DIM, "%s %s", c->second_word, text_number(now_of(&ui->data, c->second), a));
 		put(p, p->height > 2 ? p->height - 1 : 1, p->height > 2 ? 1 : 15, STYLE_DIM, "top %s", text_number(top, b));
 	}
 	put_graph(p, 0, LABEL_W, p->height, v, n, top);
@@ -143,9 +142,9 @@ act_zoom(struct ui *ui, int arg)
 }
 
 static const struct key keys[] = {
-	{{'z'}, "z", "more time in the curves", act_zoom, 1},
-	{{'Z'}, "Z", "less time in the curves", act_zoom, -1},
-	{{0}, NULL, NULL, NULL, 0},
+	{{'z'}, "z", "more time in the curves", act_zoom, 1, "zoom"},
+	{{'Z'}, "Z", "less time in the curves", act_zoom, -1, NULL},
+	{{0}, NULL, NULL, NULL, 0, NULL},
 };
 
 const struct view view_traffic = {

@@ -502,18 +502,39 @@ put_moved(FILE *f, const struct plan *from, const struct plan *to, enum plan_gro
 	return moved;
 }
 
-/* The widest family from group g on whose every site went from one format to one other; its index, or -1. */
-static int
-moved_family(const struct plan *from, const struct plan *to, enum plan_group g)
+/* Does this group change in the layers where group g goes from a to b, likewise, and nowhere else? */
+static bool
+moves_alike(const struct plan *from, const struct plan *to, enum plan_group g, enum plan_group other, int a, int b)
 {
-	int a = plan_at(from, g, 0), b = plan_at(to, g, 0);
+	uint32_t n = group_layers(from, other);
 
-	for (size_t i = 0; a != b && i < sizeof(families) / sizeof(families[0]); i++) {
+	/* lm_head is of no layer: only all of the others is alike. */
+	if (n != group_layers(from, g))
+		return put_moved(NULL, from, to, g, a, b) == group_layers(from, g) && put_moved(NULL, from, to, other, a, b) == n;
+	for (uint32_t l = 0; l < n; l++) {
+		bool here = moves(from, to, g, l, a, b);
+
+		if (moves(from, to, other, l, a, b) != here || (!here && plan_at(from, other, l) != plan_at(to, other, l)))
+			return false;
+	}
+	return true;
+}
+
+/* The widest family from group g on that changes alike, from format a to b; its index, or -1. */
+static int
+moved_family(const struct plan *from, const struct plan *to, enum plan_group g, int *a, int *b)
+{
+	uint32_t l = 0, n = group_layers(from, g);
+
+	while (l < n && plan_at(from, g, l) == plan_at(to, g, l))
+		l++;
+	if (l == n)
+		return -1;
+	*a = plan_at(from, g, l), *b = plan_at(to, g, l);
+	for (size_t i = 0; i < sizeof(families) / sizeof(families[0]); i++) {
 		enum plan_group at = families[i].first;
 
-		if (at != g)
-			continue;
-		while (at <= families[i].last && put_moved(NULL, from, to, at, a, b) == group_layers(from, at))
+		while (families[i].first == g && at <= families[i].last && moves_alike(from, to, g, at, *a, *b))
 			at++;
 		if (at > families[i].last)
 			return (int)i;
@@ -533,11 +554,12 @@ put_diff(FILE *f, const struct plan *from, const struct plan *to)
 	const char *comma = "";
 
 	for (int g = 0; g < N_GROUPS; g++) {
-		int family = moved_family(from, to, g);
+		int was, is, family = moved_family(from, to, g, &was, &is);
 
 		if (family >= 0) {
 			fprintf(f, "%s%s", comma, families[family].name);
-			put_transition(f, plan_at(from, g, 0), plan_at(to, g, 0));
+			put_moved(f, from, to, g, was, is);
+			put_transition(f, was, is);
 			comma = ", ";
 			g = families[family].last;
 			continue;

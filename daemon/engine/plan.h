@@ -56,7 +56,7 @@ plan_at(const struct plan *p, enum plan_group g, uint32_t layer)
 /* Canonical text: one "group@layers = format" line per run of equal sites,
  * groups in enum order. malloc'd, NULL without memory. */
 char *plan_text(const struct plan *);
-/* "attention.q_proj@0-3 bf16->fp8, ..." malloc'd; "" if equal. */
+/* "attention.q_proj@0-3 bf16->fp8, mlp.*@2 fp8->bf16, ..." malloc'd; "" if equal. */
 char *plan_diff(const struct plan *from, const struct plan *to);
 /* Number of sites that differ. */
 uint32_t plan_distance(const struct plan *, const struct plan *);
