@@ -11,6 +11,7 @@
 #define LOGITS_BYTES (64u << 20) /* of the side that is kept */
 #define TURN 128u                /* what costs more than its share runs in one step of so many, as long as a live one */
 #define FIRST_ROWS 1.5           /* a probe that never ran beside live rows: two dear passes and it waits for its turn */
+#define BUSY_ROUNDS 96u          /* of timing, where live requests run: each takes two turns */
 #define PLAIN_TURN 16u           /* one step of so many runs without a probe, to know what it costs */
 
 int
@@ -417,8 +418,10 @@ after_score(struct engine *e, struct probe *p, const float *logits, uint32_t n_l
 
 	if (c.n > 0)
 		team_run(e->team, side == SIDE_BASELINE ? keep_part : compare_part, &c);
+	ms += engine_now_ms() - start - (n_live > 0 ? e->live_ms : 0);
+	p->cost_us += fmax(0, ms) * 1e3;
 	if (n_live > 0) /* the dearer side counts */
-		p->beside_ms = fmax(p->beside_ms, ms + engine_now_ms() - start - e->live_ms);
+		p->beside_ms = fmax(p->beside_ms, ms);
 	if (side == SIDE_BASELINE) {
 		p->side = SIDE_CANDIDATE;
 		return;
@@ -457,7 +460,8 @@ after_time(struct engine *e, struct probe *p, bool timing, double ms)
 	p->seconds -= ms / 1e3;
 	if (p->half)
 		return;
-	if (++p->rounds_run == p->rounds || p->seconds <= 0)
+	if (++p->rounds_run == p->rounds || p->seconds <= 0 ||
+	    (e->n_running > 0 && !p->exclusive && p->rounds_run >= BUSY_ROUNDS))
 		finish(e, &e->probes, 0);
 }
 

@@ -50,6 +50,7 @@ struct probe {
 	uint32_t rounds_run;
 	double side_us[N_SIDES];    /* SCORE: of the forward passes that ran nothing else, and their rows */
 	uint64_t side_rows[N_SIDES];
+	double cost_us;             /* SCORE: of its steps; beside live rows what they took more */
 	int error;                  /* 0, -ECANCELED, -ENOSPC, -EDOM with where */
 	int bad_side;               /* EDOM: first non-finite value */
 	enum plan_group bad_group;
