@@ -250,7 +250,7 @@ print_text(const json_t *t)
 	             *w;
 	size_t i;
 
-	printf("text        %lld tokens\n", (long long)num(t, "tokens"));
+	printf("scored      %lld tokens\n", (long long)num(t, "tokens"));
 	printf("perplexity  %.4f +- %.4f  ->  %.4f +- %.4f   change %+.3f %% (95 %%: %+.3f to %+.3f)\n", real(p, "baseline"),
 	    real(p, "baseline_se"), real(p, "candidate"), real(p, "candidate_se"), real(p, "change_percent"),
 	    real(p, "change_low"), real(p, "change_high"));
@@ -520,8 +520,8 @@ list_trials(struct sweep *s, struct err *err)
 	return s->n > 0 ? 0 : err_set(err, -EINVAL, "sweep: --by is group, layer or site, not '%s'", by);
 }
 
-static void
-read_trial(struct trial *t, const json_t *r)
+static int
+read_trial(struct trial *t, const json_t *r, struct err *err)
 {
 	t->kl = deep(r, "text", "kl", "mean");
 	t->ppl = deep(r, "text", "perplexity", "change_percent");
@@ -529,6 +529,7 @@ read_trial(struct trial *t, const json_t *r)
 	t->saved = deep(r, "step_us", "saved", NULL);
 	t->error = deep(r, "step_us", "saved_error", NULL);
 	t->id = num(r, "id");
+	return !isnan(t->kl) && !isnan(t->saved) ? 0 : err_set(err, -EINVAL, "the files have nothing to score");
 }
 
 /* Less than half a microsecond, or two standard errors, cannot be told from nothing. */
@@ -604,7 +605,8 @@ choose(struct sweep *s, struct err *err)
 		free(rules);
 		if (rc != 0)
 			break;
-		read_trial(&whole, s->whole);
+		if ((rc = read_trial(&whole, s->whole, err)) != 0)
+			break;
 		if (cost(s, &whole) <= budget(s))
 			break;
 		json_decref(s->whole);
@@ -645,7 +647,7 @@ print_policy(const struct sweep *s)
 		printf("\nnothing fits the budget: stay with the baseline\n");
 		return;
 	}
-	read_trial(&whole, s->whole);
+	read_trial(&whole, s->whole, &(struct err){""});
 	printf("\n; %s %g; measured as a whole (eval %lld): KL %.8f, perplexity %+.3f %%, top-1 %.2f %%,\n; a decode step %.1f -> %.1f us\n",
 	    s->o->budget_kl >= 0 ? "KL budget" : "perplexity budget in per cent", budget(s), (long long)whole.id, whole.kl, whole.ppl,
 	    100 * whole.top1, deep(s->whole, "step_us", "baseline", NULL), deep(s->whole, "step_us", "candidate", NULL));
@@ -782,7 +784,7 @@ cmd_sweep(const struct options *o, char **args, int n)
 		snprintf(what, sizeof(what), "%zu/%zu %s", i + 1, s.n, s.t[i].selector);
 		rc = measure(o, s.ctl, s.t[i].rule, what, true, &r, &err);
 		if (rc == 0)
-			read_trial(&s.t[i], r);
+			rc = read_trial(&s.t[i], r, &err);
 		json_decref(r);
 	}
 	if (rc == 0) {

@@ -134,7 +134,7 @@ show_status(const json_t *r, const struct options *o)
 		printf("rollout   %s for %g %% of the requests; see octetctl rollout\n", str(json_object_get(r, "rollout"), "policy"),
 		    real(json_object_get(r, "rollout"), "percent"));
 	if (num(json_object_get(r, "shadow"), "scored") > 0)
-		printf("shadow    %" JSON_INTEGER_FORMAT " requests scored against %s in %.1f s of idle time\n",
+		printf("shadow    %" JSON_INTEGER_FORMAT " requests scored against %s, %.1f s of the engine's time\n",
 		    num(json_object_get(r, "shadow"), "scored"), str(json_object_get(r, "shadow"), "baseline"),
 		    real(json_object_get(r, "shadow"), "seconds"));
 	if (json_is_object(json_object_get(json_object_get(r, "shadow"), "active"))) {

@@ -37,9 +37,9 @@ struct corpus {
 	size_t len, cap;
 };
 
-/* ids [from, to) in one context; those from `scored` on count. */
+/* ids [from, to) in one context, after the first token of the model if `bos`; those from `scored` on count. */
 struct chunk {
-	uint32_t from, to, scored;
+	uint32_t from, to, scored, bos;
 	size_t at; /* in score */
 };
 
@@ -61,6 +61,10 @@ struct eval {
 	struct probe_owner owner; /* first */
 	struct octetd *d;
 	bool started, dropped, over;
+	uv_work_t work;
+	struct err tokenise_error;
+	int tokenise_rc;
+	bool tokenising;        /* on the thread pool */
 	struct err error;
 	int rc;
 
@@ -92,6 +96,7 @@ struct eval {
 	struct answer answer[ALONE];
 	uint32_t next_answer, done_answers, running;
 
+	bool wants_dump;
 	int dump_fd;
 	char *dump;
 	size_t dump_bytes, dump_head;
@@ -143,7 +148,7 @@ free_eval(struct eval *e)
 static bool
 in_flight(const struct eval *e)
 {
-	bool any = e->timing != NULL || e->running > 0;
+	bool any = e->tokenising || e->timing != NULL || e->running > 0;
 
 	for (uint32_t i = 0; i < PROBES; i++)
 		any |= e->probe[i] != NULL;
@@ -266,6 +271,16 @@ eval_add_task(struct eval *e, const char *file, const json_t *items, struct err 
 	return rc;
 }
 
+static void
+fail(struct eval *e, int rc, const struct err *err)
+{
+	if (e->rc != 0)
+		return;
+	e->rc = rc;
+	e->error = *err;
+	e->over = true;
+}
+
 /* ---- start ---- */
 
 /* The name of a policy or of a format, or SELECTOR=FORMAT,... on top of a plan. */
@@ -333,6 +348,22 @@ make_key(const struct eval *e)
 	    OCTET_VERSION, "cpu_level", e->d->ops->name, "threads", (int)team_size(e->d->team));
 }
 
+static uint32_t *prompt_of(const struct eval *, const struct item *, int64_t *n);
+
+static int
+add_chunk(struct eval *e, struct chunk c)
+{
+	struct chunk *all = realloc(e->chunk, (e->n_chunks + 1) * sizeof(*all));
+
+	if (all == NULL)
+		return -ENOMEM;
+	c.at = e->n_scores;
+	e->n_scores += c.to - c.scored;
+	e->chunk = all;
+	all[e->n_chunks++] = c;
+	return 0;
+}
+
 static int
 add_chunks(struct eval *e, uint32_t from, uint32_t to)
 {
@@ -340,16 +371,45 @@ add_chunks(struct eval *e, uint32_t from, uint32_t to)
 
 	for (uint32_t at = from; at < to; at += room) {
 		uint32_t end = at + room < to ? at + room : to;
-		struct chunk *all;
 
 		if (end - at + e->has_bos < 2)
 			break;
-		all = realloc(e->chunk, (e->n_chunks + 1) * sizeof(*all));
-		if (all == NULL)
+		if (add_chunk(e, (struct chunk){.from = at, .to = end, .scored = at + !e->has_bos, .bos = e->has_bos}) != 0)
 			return -ENOMEM;
-		e->chunk = all;
-		all[e->n_chunks] = (struct chunk){at, end, at + !e->has_bos, e->n_scores};
-		e->n_scores += end - all[e->n_chunks++].scored;
+	}
+	return 0;
+}
+
+/* Where there is no text, the answers that are expected, each after its prompt. */
+static int
+add_items(struct eval *e)
+{
+	uint32_t context = e->d->model->shape.max_context;
+
+	for (uint32_t i = 0; i < e->n_items; i++) {
+		const struct item *it = &e->item[i];
+		int64_t n = 0, m = tok_encode(e->tok, it->expected, strlen(it->expected), 0, NULL, 0);
+		uint32_t *prompt = prompt_of(e, it, &n), *all;
+
+		/* What is wrong with a prompt is said when it is answered. */
+		if (prompt == NULL || n <= 0 || n >= context || m <= 0) {
+			free(prompt);
+			continue;
+		}
+		all = realloc(e->ids, (e->n_ids + (size_t)(n + m)) * sizeof(*all));
+		if (all == NULL) {
+			free(prompt);
+			return -ENOMEM;
+		}
+		e->ids = all;
+		memcpy(all + e->n_ids, prompt, (size_t)n * sizeof(*all));
+		free(prompt);
+		tok_encode(e->tok, it->expected, strlen(it->expected), 0, all + e->n_ids + n, (size_t)m);
+		m = m < context - n ? m : context - n;
+		if (add_chunk(e, (struct chunk){.from = e->n_ids, .to = e->n_ids + (uint32_t)(n + m),
+		    .scored = e->n_ids + (uint32_t)n}) != 0)
+			return -ENOMEM;
+		e->n_ids += (uint32_t)(n + m);
 	}
 	return 0;
 }
@@ -380,6 +440,8 @@ tokenise(struct eval *e, struct err *err)
 			return err_set(err, -ENOMEM, "out of memory");
 		e->n_ids += (uint32_t)n;
 	}
+	if (e->n_ids == 0 && add_items(e) != 0)
+		return err_set(err, -ENOMEM, "out of memory");
 	e->score = malloc((e->n_scores + 1) * sizeof(*e->score));
 	return e->score != NULL ? 0 : err_set(err, -ENOMEM, "out of memory");
 }
@@ -424,6 +486,31 @@ get_string(const json_t *request, const char *key, const char *fallback)
 	return s != NULL ? s : fallback;
 }
 
+/* Megabytes take seconds, and the loop has clients. */
+static void
+work_tokenise(uv_work_t *w)
+{
+	struct eval *e = w->data;
+
+	e->tokenise_rc = tokenise(e, &e->tokenise_error);
+}
+
+static void
+after_tokenise(uv_work_t *w, int status)
+{
+	struct eval *e = w->data;
+	int rc = e->tokenise_rc;
+
+	(void)status;
+	e->tokenising = false;
+	e->d->measuring--;
+	if (rc == 0 && e->wants_dump)
+		rc = make_dump(e, &e->tokenise_error);
+	if (rc != 0)
+		fail(e, rc, &e->tokenise_error);
+	go_on(e);
+}
+
 int
 eval_start(struct eval *e, const json_t *request, struct err *err)
 {
@@ -458,40 +545,32 @@ eval_start(struct eval *e, const json_t *request, struct err *err)
 	}
 	if (rc == 0)
 		rc = tok_open(&e->tok, e->d->tok_blob, e->d->tok_len, err);
-	if (rc == 0)
-		rc = tokenise(e, err);
-	if (rc == 0 && json_is_true(json_object_get(request, "dump_logits")))
-		rc = make_dump(e, err);
 	if (rc != 0)
 		return rc;
+	e->wants_dump = json_is_true(json_object_get(request, "dump_logits"));
 	e->started = true;
 	e->started_us = octetd_now_us();
-	go_on(e);
+	e->work.data = e;
+	rc = uv_queue_work(&e->d->loop, &e->work, work_tokenise, after_tokenise);
+	if (rc != 0)
+		return err_set(err, rc, "eval: %s", uv_strerror(rc));
+	e->tokenising = true;
+	e->d->measuring++;
 	return 0;
 }
 
 /* ---- text ---- */
 
-static void
-fail(struct eval *e, int rc, const struct err *err)
-{
-	if (e->rc != 0)
-		return;
-	e->rc = rc;
-	e->error = *err;
-	e->over = true;
-}
-
 static struct probe *
 make_probe(struct eval *e, enum probe_kind kind, const struct chunk *c, struct err *err)
 {
-	uint32_t n = c->to - c->from + e->has_bos, *token = malloc((n + 1) * sizeof(*token));
+	uint32_t n = c->to - c->from + c->bos, *token = malloc((n + 1) * sizeof(*token));
 	struct probe *p = NULL;
 
 	if (token != NULL) {
 		token[0] = e->bos;
-		memcpy(token + e->has_bos, e->ids + c->from, (c->to - c->from) * sizeof(*token));
-		probe_new(&p, kind, token, n, 1, e->plan[0], e->plan[1]);
+		memcpy(token + c->bos, e->ids + c->from, (c->to - c->from) * sizeof(*token));
+		probe_new(&p, kind, token, n, c->scored - c->from + c->bos, e->plan[0], e->plan[1]);
 	}
 	if (p == NULL) {
 		fail(e, err_set(err, -ENOMEM, "out of memory"), err);
@@ -529,7 +608,7 @@ start_timing(struct eval *e)
 	struct probe *p;
 
 	e->timed = true;
-	if (c->to - c->from + e->has_bos < 2 || (p = make_probe(e, PROBE_TIME, c, &err)) == NULL)
+	if (c->to - c->from + c->bos < 2 || (p = make_probe(e, PROBE_TIME, c, &err)) == NULL)
 		return;
 	p->rows = 1, p->rounds = TIME_ROUNDS, p->seconds = TIME_SECONDS;
 	post(e, &e->timing, p, &err);
@@ -937,7 +1016,7 @@ eval_poll(struct eval *e, json_t **reply, struct err *err)
 		*err = e->error;
 		return e->rc;
 	}
-	if (!e->over && e->done_chunks == e->n_chunks && e->running == 0)
+	if (!e->over && !in_flight(e) && e->done_chunks == e->n_chunks)
 		go_on(e); /* the queue may have been full */
 	*reply = json_pack("{s:s,s:I,s:I,s:f}", "state", e->over ? "done" : "running", "done", (json_int_t)done, "total",
 	    (json_int_t)total, "seconds_left", done > 0 ? spent / (double)done * (double)(total - done) : -1.0);

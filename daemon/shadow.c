@@ -30,7 +30,7 @@ struct shadow {
 	struct octetd *d;
 	struct watched plan[PLANS];
 	uint64_t uses, seen, scored, dropped, waiting;
-	double us;                /* of passes that ran nothing else */
+	double us;                /* that it cost the engine */
 	int64_t quiet_until_us;   /* cool-down */
 };
 
@@ -175,7 +175,7 @@ on_probe(struct probe_owner *o, struct probe *p)
 
 	s->d->measuring--;
 	s->waiting--;
-	s->us += p->side_us[0] + p->side_us[1];
+	s->us += p->cost_us;
 	if (p->error == 0) {
 		w = find_or_make(s, p->plan[SIDE_CANDIDATE]->digest);
 		for (uint32_t i = 0; i < n; i++) {

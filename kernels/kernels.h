@@ -160,6 +160,9 @@ struct k_ops {
 	 * on registers and returns the operations. */
 	void (*probe_read)(const void *, size_t bytes);
 	double (*probe_fma)(uint32_t rounds);
+	/* Of two rows of logits [n] with x = a - max_a <= 0 and y = b - max_b <= 0, in FP64: the sums of exp(x), of exp(y)
+	 * and of exp(x) * (x - y). One that is not finite makes a sum that is not. */
+	void (*divergence)(const float *a, const float *b, uint32_t n, float max_a, float max_b, double out[3]);
 };
 
 /* The best level of this machine, or the named one ("ref", "avx2", "avx512", "amx").

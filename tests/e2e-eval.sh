@@ -38,7 +38,7 @@ id=$(octetctl evals list --json | jq '[.[] | select(.name == "first")][0].id')
 has "the list" "$(octetctl evals)" '^id +time'
 is "one of them whole" "$(octetctl evals show "$id" --json | jq -r .name)" first
 has "two of the same text compare" "$(octetctl evals compare "$id" $((id + 1)))" 'KL mean'
-octetctl eval --candidate fp8 --task "$scratch/pairs" >/dev/null
+is "a task alone: its expected answers are scored" "$(octetctl eval --candidate fp8 --task "$scratch/pairs" --json | jq '.text.tokens > 100 and .text.kl.mean > 0.0001 and .text.perplexity.baseline < 3 and .step_us.rounds > 1 and .task.pairs == 20')" true
 other=$(octetctl evals list --json | jq '.[-1].id')
 has "two of different texts do not" "$(octetctl evals compare "$id" "$other" 2>&1)" 'different texts'
 ok "delete" octetctl evals delete "$other"
@@ -69,7 +69,9 @@ wait $client
 had=$(octetctl evals list --all --json | jq length)
 s=$(octetctl sweep --text "$scratch/text" --budget-kl 0.003 --save lean --svg "$scratch/sweep.svg")
 is "it measures what was left, no more" "$(octetctl evals list --all --json | jq "[.[] | select(.sites > 0)] | group_by([.candidate, .corpora]) | map(length) | max <= 2")" true
-has "the policy is an INI section" "$s" '^\[policy lean\]'
+# On a busy machine no time saved may stand out from its error.
+has "the policy is an INI section" "$s" '^\[policy lean\]|^nothing fits the budget'
+is "what is chosen saves time, and the whole keeps the budget" "$(octetctl sweep --text "$scratch/text" --budget-kl 0.003 --json | jq 'all(.trials[]; (.chosen | not) or .saved_us >= 2 * .saved_error_us) and (.policy.eval == null or .policy.eval.text.kl.mean <= 0.003) and (.trials | length) == 9')" true
 has "the picture is there" "$(head -1 "$scratch/sweep.svg")" '<svg'
 printf '%s\n' "$s" | sed -n '/^\[policy/,$p' >"$scratch/section"
 stop

@@ -4,7 +4,7 @@
 . "${srcdir:-.}/tests/lib.sh"
 command -v jq >/dev/null || { skip "rollout" "no jq"; finish; exit 0; }
 load() { octet bench --clients "${2:-4}" --requests "$1" --prompt-tokens 12 --output-tokens 8 >"$scratch/bench" 2>&1; }
-side() { octetctl rollout --json | jq -r "$1"; }
+side() { octetctl rollout --json | jq -r "$@"; }
 
 shadow_options='sample = 100%
 max_kl = 0.05
@@ -25,10 +25,16 @@ ok "the share is what was asked ($n of 800)" test "$n" -ge 46 -a "$n" -le 114
 quiet() { [ "$(octetctl status --json | jq .shadow.waiting)" -eq 0 ]; }
 wait_for 60 quiet
 is "shadow measured the candidate" "$(side '.shadow.requests > 0 and .shadow.kl > 0 and .shadow.kl < 0.05')" true
+before=$(side -c '[.policy, .percent, .by, .guard, .epoch]')
+running() { [ "$(octetctl status --json | jq .requests.running)" -gt 0 ]; }
+octet bench --clients 4 --requests 10000 --prompt-tokens 12 --output-tokens 60 >/dev/null 2>&1 &
+client=$!
+ok "it is busy" wait_for 10 running
 kill -9 "$daemon"
-wait "$daemon" 2>/dev/null
+wait "$daemon" $client 2>/dev/null
 start || exit 1
-is "kill -9: it goes on" "$(side '[.policy, .percent, .by, .guard.kl] | @csv')" '"fast",10,"request",0.05'
+is "kill -9 under load: the same state again" "$(side -c '[.policy, .percent, .by, .guard, .epoch]')" "$before"
+is "which is what was asked" "$(side '[.policy, .percent, .by, .guard.kl] | @csv')" '"fast",10,"request",0.05'
 ok "percent" octetctl rollout percent 0
 load 40
 is "none at 0 %" "$(side .candidate.requests)" 0
@@ -40,16 +46,21 @@ is "rollback undoes the promotion" "$(octetctl rollback >/dev/null; octetctl --j
 
 # By client: one stays on its side.
 octetctl rollout start fast --percent 50 --by client >/dev/null
-load 12 1
-n=$(side .candidate.requests)
-ok "a client stays on its side ($n of 12)" test "$n" -eq 0 -o "$n" -eq 12
+sides=
+for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16; do
+	was=$(side .candidate.requests)
+	load 6 1
+	sides="$sides $(($(side .candidate.requests) - was))"
+done
+is "each of 16 clients stays on its side ($sides)" "$(printf '%s' "$sides" | tr ' ' '\n' | grep -cxE '0|6')" 16
+# All on one side: 1 in 32,768.
+has "and both sides have some" "$(printf '%s' "$sides" | tr ' ' '\n' | sort -u | xargs)" '^0 6$'
 
 # Abort: running requests go on under the active plan.
 octetctl rollout abort >/dev/null
 octetctl rollout start fast --percent 100 --by request >/dev/null
 octet complete --max-tokens 400 --ignore-eos --json "The rain" >"$scratch/long" 2>/dev/null &
 client=$!
-running() { [ "$(octetctl status --json | jq .requests.running)" -gt 0 ]; }
 wait_for 10 running
 octetctl rollout abort >/dev/null
 wait $client

@@ -708,6 +708,67 @@ test_pin(void **state)
 	free(s);
 }
 
+struct aborting {
+	struct sunk s; /* first */
+	struct fixture *f;
+	struct flip *abort;
+	uint32_t tokens, at;
+};
+
+/* The end of the rollout comes in the middle of a step. */
+static void
+put_and_abort(void *arg, const struct wire_event *ev)
+{
+	struct aborting *a = arg;
+
+	sunk_put(&a->s, ev);
+	if (ev->kind != WIRE_EV_TOKEN || ++a->tokens != 5)
+		return;
+	a->at = ev->position;
+	engine_flip(a->f->e, a->abort);
+}
+
+/* A request of a rollout follows the active plan from the next step on; one that chose its policy keeps it. */
+static void
+test_rollout_abort(void **state)
+{
+	struct fixture f;
+	struct engine_config cfg = config(&f);
+	struct aborting *a = calloc(2, sizeof(*a));
+	uint32_t ids[128], n = prompt(1, ids), segments[2] = {0};
+	struct err err;
+
+	(void)state;
+	start(&f, NULL, 2, &cfg, bf16);
+	for (uint32_t i = 0; i < 2; i++) {
+		struct request *r = make_request(&a[i].s, ids, n, 24, i);
+
+		a[i].f = &f;
+		r->plan = plan_ref(fp8);
+		r->rollout = i == 0;
+		if (i == 0) {
+			a->abort = calloc(1, sizeof(*a->abort));
+			*a->abort = (struct flip){.plan = plan_ref(bf16), .epoch = 1, .retire_rollout = true};
+			r->sink.put = put_and_abort;
+		}
+		assert_int_equal(engine_submit(f.e, r, &err), 0);
+	}
+	reap_all(&f, 2);
+	for (uint32_t i = 0; i < 2; i++)
+		for (uint32_t j = 0; j < a[i].s.n; j++) {
+			const struct wire_event *ev = &a[i].s.ev[j];
+
+			if (ev->kind != WIRE_EV_SEGMENT)
+				continue;
+			assert_true(ev->a == (segments[i] == 0 ? fp8 : bf16)->digest);
+			assert_int_equal(ev->position, segments[i]++ == 0 ? 0 : a->at);
+		}
+	assert_int_equal(segments[0], 2);
+	assert_int_equal(segments[1], 1);
+	stop(&f);
+	free(a);
+}
+
 static void
 test_park_and_cancel(void **state)
 {
@@ -1112,6 +1173,7 @@ main(void)
 		cmocka_unit_test(test_park_and_cancel),
 		cmocka_unit_test(test_evidence),
 		cmocka_unit_test(test_refusals),
+		cmocka_unit_test(test_rollout_abort),
 		cmocka_unit_test(test_probe),
 		cmocka_unit_test(test_probe_company),
 		cmocka_unit_test(test_probe_time_and_cancel),

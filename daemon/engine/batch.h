@@ -82,7 +82,7 @@ struct engine {
 	uint64_t preemptions;
 	double ms_per_row;
 	struct probe *probes;       /* by ->next; the first runs */
-	double live_ms, probe_row_ms; /* a step without a probe; what a row of one adds */
+	double live_ms; /* a step without a probe */
 
 	struct evidence *evidence;
 

@@ -9,7 +9,9 @@
 #include "daemon/engine/batch.h"
 
 #define LOGITS_BYTES (64u << 20) /* of the side that is kept */
-#define TURN 128u                /* what costs more than its share runs in one step of so many */
+#define TURN 128u                /* what costs more than its share runs in one step of so many, as long as a live one */
+#define FIRST_ROWS 1.5           /* a probe that never ran beside live rows: two dear passes and it waits for its turn */
+#define BUSY_ROUNDS 96u          /* of timing, where live requests run: each takes two turns */
 #define PLAIN_TURN 16u           /* one step of so many runs without a probe, to know what it costs */
 
 int
@@ -23,7 +25,7 @@ probe_new(struct probe **out, enum probe_kind kind, uint32_t *token, uint32_t n,
 		free(token);
 		return -ENOMEM;
 	}
-	p->kind = kind, p->token = token, p->n = n, p->from = from < 1 ? 1 : from, p->share = 0.2;
+	p->kind = kind, p->token = token, p->n = n, p->from = from < 1 ? 1 : from, p->share = 0.2, p->rows_beside = FIRST_ROWS;
 	p->plan[SIDE_BASELINE] = plan_ref(baseline), p->plan[SIDE_CANDIDATE] = plan_ref(candidate);
 	if (kind == PROBE_SCORE && n > p->from && (p->score = calloc(n - p->from, sizeof(*p->score))) == NULL) {
 		probe_free(&p);
@@ -61,51 +63,52 @@ static void
 find_top5(const float *v, uint32_t n, uint32_t id[TOP])
 {
 	uint32_t k = 0;
+	float least = 0;
 
 	for (uint32_t i = 0; i < n; i++) {
 		uint32_t at;
 
-		if (k == TOP && !(v[i] > v[id[TOP - 1]]))
+		if (k == TOP && !(v[i] > least))
 			continue;
 		at = k < TOP ? k++ : TOP - 1;
 		for (; at > 0 && v[i] > v[id[at - 1]]; at--)
 			id[at] = id[at - 1];
 		id[at] = i;
+		least = v[id[k - 1]];
 	}
 	while (k < TOP)
 		id[k++] = UINT32_MAX;
 }
 
-void
-probe_compare(const float *a, const float *b, uint32_t vocab, uint32_t token, struct probe_score *out)
+bool
+probe_compare(const struct k_ops *ops, const float *a, const float *b, uint32_t vocab, uint32_t token, struct probe_score *out)
 {
 	uint32_t top[N_SIDES][TOP];
-	double max[N_SIDES], sum[N_SIDES] = {0}, cross = 0, lse[N_SIDES];
+	float max[N_SIDES];
+	double sum[3], lse[N_SIDES];
 
 	find_top5(a, vocab, top[0]);
 	find_top5(b, vocab, top[1]);
 	max[0] = a[top[0][0]], max[1] = b[top[1][0]];
-	for (uint32_t i = 0; i < vocab; i++) {
-		double x = a[i] - max[0], y = b[i] - max[1], p = exp(x);
-
-		sum[0] += p;
-		sum[1] += exp(y);
-		cross += p * (x - y);
-	}
+	ops->divergence(a, b, vocab, max[0], max[1], sum);
+	if (!isfinite(sum[0] + sum[1] + sum[2]))
+		return false;
 	lse[0] = log(sum[0]), lse[1] = log(sum[1]);
 	out->nll[0] = lse[0] + max[0] - a[token];
 	out->nll[1] = lse[1] + max[1] - b[token];
 	/* What is left of rounding below zero is no divergence. */
-	out->kl = fmax(0, cross / sum[0] + lse[1] - lse[0]);
+	out->kl = fmax(0, sum[2] / sum[0] + lse[1] - lse[0]);
 	out->common5 = 0;
 	for (uint32_t i = 0; i < TOP; i++)
 		for (uint32_t j = 0; j < TOP; j++)
 			out->common5 += top[0][i] == top[1][j] && top[0][i] != UINT32_MAX;
 	out->first[0] = top[0][0], out->first[1] = top[1][0];
+	return true;
 }
 
 struct compare {
 	struct probe *p;
+	const struct k_ops *ops;
 	const float *logits; /* of the side that ran */
 	uint32_t first, n, vocab; /* positions [first, first + n) have logits */
 	uint32_t bad[2];     /* lowest row that is not finite, per side; atomic */
@@ -142,12 +145,8 @@ compare_part(void *arg, uint32_t part, uint32_t parts)
 		const float *a = p->logits + (size_t)i * c->vocab, *b = c->logits + (size_t)i * c->vocab;
 		uint32_t token = c->first + i + 1, at = token - p->from;
 
-		if (!is_finite(a, c->vocab)) {
-			note_bad(&c->bad[0], i);
-		} else if (!is_finite(b, c->vocab)) {
-			note_bad(&c->bad[1], i);
-		} else
-			probe_compare(a, b, c->vocab, p->token[token], &p->score[at]);
+		if (!probe_compare(c->ops, a, b, c->vocab, p->token[token], &p->score[at]))
+			note_bad(&c->bad[is_finite(a, c->vocab)], i);
 		if (p->dump[0] != NULL) {
 			memcpy(p->dump[0] + (size_t)at * c->vocab, a, c->vocab * sizeof(*a));
 			memcpy(p->dump[1] + (size_t)at * c->vocab, b, c->vocab * sizeof(*b));
@@ -286,19 +285,46 @@ probe_alone(const struct engine *e)
 	return p != NULL && (p->exclusive || (p->kind == PROBE_TIME && e->step % TURN == 0));
 }
 
-/* Rows that cost no more than the share of a step. */
+/* Without live rows in the step; where some wait for it, no more than they take. */
 static uint32_t
-rows_beside(const struct engine *e, const struct probe *p, uint32_t n_live)
+rows_alone(const struct engine *e, const struct probe *p)
 {
-	uint32_t room = e->cfg.max_batch_tokens - n_live;
-	double rows;
+	double rows = e->cfg.max_batch_tokens;
 
-	if (p->kind == PROBE_TIME || e->step % PLAIN_TURN == 0 || e->live_ms == 0)
+	if (e->n_running > 0 && !p->exclusive && e->ms_per_row > 0)
+		rows = fmin(rows, e->live_ms / e->ms_per_row);
+	return rows < 1 ? 1 : (uint32_t)rows;
+}
+
+/* What a pass beside live rows may cost. */
+static double
+limit_ms(const struct engine *e, const struct probe *p)
+{
+	return (p->in_turns ? 1 : p->share) * e->live_ms;
+}
+
+static uint32_t
+rows_beside(const struct engine *e, const struct probe *p)
+{
+	if (p->kind == PROBE_TIME || e->live_ms == 0 || (p->in_turns ? e->step % TURN != 1 : e->step % PLAIN_TURN == 0))
 		return 0;
-	rows = e->probe_row_ms > 0 ? p->share * e->live_ms / e->probe_row_ms : 1;
-	if (rows < 1)
-		return e->step % TURN == 1;
-	return rows < room ? (uint32_t)rows : room;
+	return p->rows_beside < 1 ? 1 : p->rows_beside < e->cfg.max_batch_tokens ? (uint32_t)p->rows_beside : e->cfg.max_batch_tokens;
+}
+
+/* A pass of the candidate beside live rows ended: how many rows may both sides have next? */
+static void
+learn_rows(const struct engine *e, struct probe *p)
+{
+	double fit = limit_ms(e, p) / fmax(p->beside_ms, 1e-6);
+
+	p->beside_ms = 0;
+	if (fit > 1 && p->chunk < (uint32_t)p->rows_beside)
+		return; /* the text's end */
+	p->rows_beside *= (1 + fmin(2, fmax(0.5, fit))) / 2;
+	if (p->rows_beside >= 1)
+		return;
+	p->rows_beside = p->in_turns || e->ms_per_row == 0 ? 1 : fmax(1, e->live_ms / e->ms_per_row / 2);
+	p->in_turns = true;
 }
 
 /* Opens pages up to a position; false: there are none now. */
@@ -330,7 +356,8 @@ probe_choose(struct engine *e, uint32_t n_live)
 	if (timing)
 		n = n_live == 0 ? p->rows : 0;
 	else {
-		n = n_live == 0 ? e->cfg.max_batch_tokens : rows_beside(e, p, n_live);
+		n = n_live == 0 ? rows_alone(e, p) : rows_beside(e, p);
+		n = n < e->cfg.max_batch_tokens - n_live ? n : e->cfg.max_batch_tokens - n_live;
 		/* The last token is known: nobody asks what follows it. */
 		if (n > p->n - (p->kind == PROBE_TIME ? p->rows : 1) - p->n_run)
 			n = p->n - (p->kind == PROBE_TIME ? p->rows : 1) - p->n_run;
@@ -339,7 +366,7 @@ probe_choose(struct engine *e, uint32_t n_live)
 		if (p->max_rows != 0 && n > p->max_rows)
 			n = p->max_rows;
 		if (p->chunk > 0) /* the other side of what the baseline ran */
-			n = n == 0 ? 0 : p->chunk <= e->cfg.max_batch_tokens - n_live ? p->chunk : 0;
+			n = n < p->chunk ? n : p->chunk;
 	}
 	if (n == 0)
 		return 0;
@@ -382,21 +409,27 @@ first_wanted(const struct probe *p)
 }
 
 static void
-after_score(struct engine *e, struct probe *p, const float *logits)
+after_score(struct engine *e, struct probe *p, const float *logits, uint32_t n_live, double ms)
 {
 	uint32_t end = p->n_run + p->chunk, first = first_wanted(p), vocab = e->m->shape.vocab;
-	struct compare c = {p, logits, first, end - first, vocab, {UINT32_MAX, UINT32_MAX}};
+	struct compare c = {p, e->ops, logits, first, end - first, vocab, {UINT32_MAX, UINT32_MAX}};
+	double start = engine_now_ms();
+	int side = p->side;
 
-	if (p->side == SIDE_BASELINE) {
-		team_run(e->team, keep_part, &c);
+	if (c.n > 0)
+		team_run(e->team, side == SIDE_BASELINE ? keep_part : compare_part, &c);
+	ms += engine_now_ms() - start - (n_live > 0 ? e->live_ms : 0);
+	p->cost_us += fmax(0, ms) * 1e3;
+	if (n_live > 0) /* the dearer side counts */
+		p->beside_ms = fmax(p->beside_ms, ms);
+	if (side == SIDE_BASELINE) {
 		p->side = SIDE_CANDIDATE;
 		return;
 	}
-	if (c.n > 0)
-		team_run(e->team, compare_part, &c);
+	if (n_live > 0)
+		learn_rows(e, p);
 	if (c.bad[0] != UINT32_MAX || c.bad[1] != UINT32_MAX) {
-		int side = c.bad[0] <= c.bad[1] ? 0 : 1;
-
+		side = c.bad[0] <= c.bad[1] ? SIDE_BASELINE : SIDE_CANDIDATE;
 		find_bad(e, p, side, first + c.bad[side]);
 		finish(e, &e->probes, -EDOM);
 		return;
@@ -427,7 +460,8 @@ after_time(struct engine *e, struct probe *p, bool timing, double ms)
 	p->seconds -= ms / 1e3;
 	if (p->half)
 		return;
-	if (++p->rounds_run == p->rounds || p->seconds <= 0)
+	if (++p->rounds_run == p->rounds || p->seconds <= 0 ||
+	    (e->n_running > 0 && !p->exclusive && p->rounds_run >= BUSY_ROUNDS))
 		finish(e, &e->probes, 0);
 }
 
@@ -435,21 +469,14 @@ void
 probe_after(struct engine *e, uint32_t n, uint32_t n_live, const float *logits, double ms)
 {
 	struct probe *p = e->probes;
-	double start = engine_now_ms(), row_ms;
-
 	if (n_live == 0) {
 		p->side_us[p->side] += ms * 1e3;
 		p->side_rows[p->side] += n;
 	}
 	if (p->kind == PROBE_SCORE)
-		after_score(e, p, logits);
+		after_score(e, p, logits, n_live, ms);
 	else
 		after_time(e, p, is_timing(p), ms);
-	if (n_live == 0)
-		return;
-	row_ms = (ms + engine_now_ms() - start - e->live_ms) / n;
-	row_ms = row_ms > 0 ? row_ms : 0;
-	e->probe_row_ms = e->probe_row_ms == 0 ? row_ms : 0.9 * e->probe_row_ms + 0.1 * row_ms;
 }
 
 void

@@ -6,7 +6,8 @@
  * the lowest priority. A step runs rows of one side: first the baseline's, whose
  * logits are kept, then the candidate's for the same positions, and then the two
  * are compared. Beside live rows a probe gets as many rows as cost `share` of a
- * step without it; alone, as many as fit. Live requests take its pages when they
+ * step without it, or, where one row costs more, one step of 128 that takes twice
+ * as long; alone, as many as fit. Live requests take its pages when they
  * need them: it is then computed again, to the same numbers.
  *
  * The front makes probes, posts them with engine_probe() and gets each back once
@@ -49,6 +50,7 @@ struct probe {
 	uint32_t rounds_run;
 	double side_us[N_SIDES];    /* SCORE: of the forward passes that ran nothing else, and their rows */
 	uint64_t side_rows[N_SIDES];
+	double cost_us;             /* SCORE: of its steps; beside live rows what they took more */
 	int error;                  /* 0, -ECANCELED, -ENOSPC, -EDOM with where */
 	int bad_side;               /* EDOM: first non-finite value */
 	enum plan_group bad_group;
@@ -61,6 +63,8 @@ struct probe {
 	bool half;                  /* PROBE_TIME: the round has one side yet to run */
 	uint32_t chunk_max, chunk;  /* rows of the pass that is under way, 0: none */
 	uint32_t n_run, n_scored;   /* positions; n_scored survives preemption */
+	double rows_beside, beside_ms; /* rows of a pass beside live ones; what the dearer side of the last cost more */
+	bool in_turns;              /* one row costs more than the share: one step of many, then */
 	int side;
 };
 
@@ -68,8 +72,9 @@ struct probe {
 int probe_new(struct probe **, enum probe_kind, uint32_t *token, uint32_t n, uint32_t from, struct plan *baseline,
     struct plan *candidate);
 void probe_free(struct probe **);
-/* KL and the rest of one position, of finite logits [vocab]. */
-void probe_compare(const float *baseline, const float *candidate, uint32_t vocab, uint32_t token, struct probe_score *);
+/* KL and the rest of one position, of logits [vocab]; false if one is not finite. */
+bool probe_compare(const struct k_ops *, const float *baseline, const float *candidate, uint32_t vocab, uint32_t token,
+    struct probe_score *);
 
 /* ---- the front's side, loop thread ---- */
 

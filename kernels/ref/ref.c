@@ -195,6 +195,46 @@ silu_mul_ref(const float *gate, const float *up, uint32_t n, float *y)
 		y[i] = gate[i] / (1.0f + exp_ref(-gate[i])) * up[i];
 }
 
+static double
+exp64_ref(double x)
+{
+	static const double c[] = EXP64_C;
+	double t, n, r, p = c[0];
+	uint64_t bits, shift;
+
+	x = x < EXP64_MIN ? EXP64_MIN : x;
+	t = x * EXP64_LOG2E + EXP64_ROUND;
+	n = t - EXP64_ROUND;
+	r = x - n * EXP64_LN2_HI - n * EXP64_LN2_LO;
+	for (int i = 1; i < EXP64_N; i++)
+		p = p * r + c[i];
+	memcpy(&bits, &p, sizeof(bits));
+	memcpy(&shift, &t, sizeof(shift));
+	bits += shift << 52;
+	memcpy(&p, &bits, sizeof(p));
+	return p;
+}
+
+/* Element i goes to lane i % 8; lanes fold in pairs. */
+static void
+divergence_ref(const float *a, const float *b, uint32_t n, float max_a, float max_b, double out[3])
+{
+	double lane[3][8] = {{0}};
+
+	for (uint32_t i = 0; i < n; i++) {
+		double x = (double)a[i] - max_a, y = (double)b[i] - max_b, p = exp64_ref(x);
+
+		lane[0][i % 8] += p;
+		lane[1][i % 8] += exp64_ref(y);
+		lane[2][i % 8] += p * (x - y);
+	}
+	for (int s = 0; s < 3; s++) {
+		const double *l = lane[s];
+
+		out[s] = ((l[0] + l[1]) + (l[2] + l[3])) + ((l[4] + l[5]) + (l[6] + l[7]));
+	}
+}
+
 /* Where element d of a position lies in a head's K, in its V. */
 static size_t
 k_at(uint32_t d, uint32_t slot)
@@ -389,5 +429,5 @@ void
 kernels_fill_ref(struct k_ops *ops)
 {
 	*ops = (struct k_ops){"ref", linear_ref, act_bf16_ref, act_fp8_ref, rmsnorm_ref, rope_ref, silu_mul_ref,
-	    kv_write_ref, attention_ref, probe_read_ref, probe_fma_ref};
+	    kv_write_ref, attention_ref, probe_read_ref, probe_fma_ref, divergence_ref};
 }

@@ -946,4 +946,5 @@ kernels_fill_avx2(struct k_ops *ops)
 	ops->attention = attention_avx2;
 	ops->probe_read = probe_read_avx2;
 	ops->probe_fma = probe_fma_avx2;
+	ops->divergence = divergence_avx2;
 }

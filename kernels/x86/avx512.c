@@ -1132,4 +1132,5 @@ kernels_fill_avx512(struct k_ops *ops)
 	ops->attention = attention_avx512;
 	ops->probe_read = probe_read_avx512;
 	ops->probe_fma = probe_fma_avx512;
+	ops->divergence = divergence_avx512;
 }

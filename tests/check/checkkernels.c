@@ -258,6 +258,18 @@ run_silu(const struct k_ops *o, const float *x, const float *w, uint32_t n, void
 	o->silu_mul(x, w, n, out);
 }
 
+static void
+run_divergence(const struct k_ops *o, const float *x, const float *w, uint32_t n, void *out)
+{
+	float max_x = x[0], max_w = w[0];
+	double sum[3];
+
+	for (uint32_t i = 1; i < n; i++)
+		max_x = fmaxf(max_x, x[i]), max_w = fmaxf(max_w, w[i]);
+	o->divergence(x, w, n, max_x, max_w, sum);
+	memcpy(out, sum, sizeof(sum));
+}
+
 static size_t
 bytes_of(row_fn f, uint32_t n)
 {
@@ -265,6 +277,8 @@ bytes_of(row_fn f, uint32_t n)
 
 	if (f == run_bf16)
 		return pad * sizeof(uint16_t);
+	if (f == run_divergence)
+		return 3 * sizeof(double);
 	return f == run_fp8 ? pad * sizeof(uint16_t) + sizeof(float) : n * sizeof(float);
 }
 
@@ -548,6 +562,7 @@ check_level(void)
 	check_rows("act_fp8", run_fp8);
 	check_rows("rmsnorm", run_norm);
 	check_rows("silu_mul", run_silu);
+	check_rows("divergence", run_divergence);
 	check_rope();
 	check_linear();
 	check_kv_write();
@@ -734,7 +749,7 @@ static void
 bench_rows(void)
 {
 	static const struct { const char *name; row_fn f; } rows[] = {{"act_bf16", run_bf16}, {"act_fp8", run_fp8},
-	    {"rmsnorm", run_norm}, {"silu_mul", run_silu}};
+	    {"rmsnorm", run_norm}, {"silu_mul", run_silu}, {"divergence", run_divergence}};
 	static float x[4096], w[4096], out[8192];
 
 	for (size_t i = 0; i < 4096; i++)

@@ -115,9 +115,7 @@ def main():
         logits = {}
         for plan in PLANS:
             m = Model(path, plan if plan == "bf16" else plan + "-all")
-            cache = [([], []) for _ in range(c["num_hidden_layers"])]
-            rows = [m.step(t, pos, cache)[probe] for pos, t in enumerate(tokens)]
-            logits[plan] = [[float(f"{v:.5g}") for v in row] for row in rows]
+            logits[plan] = [[float(f"{v:.5g}") for v in row[probe]] for row in m.rows(tokens, [])]
         with open(f"{a.out}/tiny-{name}.json", "w") as f:
             json.dump({"config": c, "tensors": listed, "tokens": tokens, "probe": probe, "logits": logits}, f,
                       separators=(",", ":"))

@@ -50,10 +50,10 @@ def e4m3_rows(w, tensor=False):
     return c * 2.0**-k
 
 
-def e4m3_heads(x):
-    """[heads, head_dim] at absmax / 448 of each head, in FP32 as the cache stores it."""
+def e4m3_scaled(x):
+    """At absmax / 448 of the last axis (a token, or a head of a position), in FP32 as the engine keeps it."""
     x = x.astype(np.float32)
-    s = np.abs(x).max(axis=1, keepdims=True) / np.float32(448)
+    s = np.abs(x).max(axis=-1, keepdims=True) / np.float32(448)
     s = np.where(s == 0, np.float32(1), s)
     return e4m3((x / s).astype(np.float64)) * s.astype(np.float64)
 
@@ -134,15 +134,10 @@ class Model:
                 self.cooked[name] = t if self.format[group] == "bf16" else e4m3_rows(t, self.format[group] == "fp8t")
 
     def linear(self, name, x):
+        """[rows, in] -> [rows, out]"""
         group = next(g for g in GROUPS if name.endswith(g))
-        if self.format[group] in ("fp8", "fp8t"):
-            x32 = x.astype(np.float32)
-            s = np.float32(np.abs(x32).max() / np.float32(448))
-            s = s if s != 0 else np.float32(1)
-            x = e4m3((x32 / s).astype(np.float64)) * np.float64(s)
-        else:
-            x = self.round(x)
-        y = self.cooked[name + ".weight"] @ x
+        x = e4m3_scaled(x) if self.format[group] in ("fp8", "fp8t") else self.round(x)
+        y = x @ self.cooked[name + ".weight"].T
         return y + self.w[name + ".bias"] if name + ".bias" in self.w else y
 
     def norm(self, x, name):
@@ -153,49 +148,48 @@ class Model:
         return self.norm(x, name) if name in self.w else x
 
     def rope(self, x, pos):
+        """[rows, heads, head_dim]"""
         half = self.hd // 2
-        angle = pos * self.freq
+        angle = pos[:, None, None] * self.freq
         cos, sin = np.cos(angle), np.sin(angle)
-        a, b = x[:, :half], x[:, half:]
-        return np.concatenate([a * cos - b * sin, b * cos + a * sin], 1)
+        a, b = x[..., :half], x[..., half:]
+        return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
 
-    def attention(self, q, K, V):
-        """One head: blocks of 32 positions, each with its own max and rounded probabilities."""
-        m = l = o = None
-        first = max(0, len(K) - self.window) if self.window else 0
-        for b in range(first // 32 * 32, len(K), 32):
-            seen = slice(max(b, first), b + 32)
-            s = K[seen] @ q / np.sqrt(self.hd)
-            bm = s.max()
+    def attention(self, q, K, V, pos):
+        """One head, rows at positions pos: blocks of 32 positions, each with its own max and rounded probabilities."""
+        m, l, o = np.full((len(q), 1), -np.inf), np.zeros((len(q), 1)), np.zeros(q.shape)
+        first = np.maximum(0, pos + 1 - self.window) if self.window else 0 * pos
+        for b in range(first.min() // 32 * 32, len(K), 32):
+            at = np.arange(b, min(b + 32, len(K)))
+            seen = (at <= pos[:, None]) & (at >= first[:, None])
+            r = np.flatnonzero(seen.any(1))
+            s = np.where(seen[r], q[r] @ K[at].T / np.sqrt(self.hd), -np.inf)
+            bm = s.max(1, keepdims=True)
             p = self.round(np.exp(s - bm))
-            bl, bo = p.sum(), p @ V[seen]
-            if m is None:
-                m, l, o = bm, bl, bo
-                continue
-            t = max(m, bm)
-            l = l * np.exp(m - t) + bl * np.exp(bm - t)
-            o = o * np.exp(m - t) + bo * np.exp(bm - t)
-            m = t
+            t = np.maximum(m[r], bm)
+            l[r] = l[r] * np.exp(m[r] - t) + p.sum(1, keepdims=True) * np.exp(bm - t)
+            o[r] = o[r] * np.exp(m[r] - t) + p @ V[at] * np.exp(bm - t)
+            m[r] = t
         return o / l
 
-    def step(self, token, pos, cache):
+    def rows(self, tokens, cache):
+        """Logits [rows, vocab] of the tokens that follow those in the cache: [K, V] of each layer, or [] at first."""
         c, n, kv = self.c, self.c["num_attention_heads"], self.c["num_key_value_heads"]
-        x = self.embed[token].copy()
+        cache += [[np.zeros((0, kv, self.hd))] * 2 for _ in range(0 if cache else c["num_hidden_layers"])]
+        pos = len(cache[0][0]) + np.arange(len(tokens))
+        x = self.embed[tokens]
         for i in range(c["num_hidden_layers"]):
             p = f"model.layers.{i}."
             h = self.norm(x, p + "input_layernorm.weight")
-            q, k = self.linear(p + "self_attn.q_proj", h), self.linear(p + "self_attn.k_proj", h)
-            q = self.norm_heads(q.reshape(n, -1), p + "self_attn.q_norm.weight")
-            k = self.norm_heads(k.reshape(kv, -1), p + "self_attn.k_norm.weight")
+            q, k, v = [self.linear(p + f"self_attn.{a}_proj", h).reshape(len(tokens), -1, self.hd) for a in "qkv"]
+            q = self.norm_heads(q, p + "self_attn.q_norm.weight")
+            k = self.norm_heads(k, p + "self_attn.k_norm.weight")
             if c.get("no_rope_layers") is None or c["no_rope_layers"][i]:
                 q, k = self.rope(q, pos), self.rope(k, pos)
-            stored = e4m3_heads if self.kv8 else self.round
-            q, k = self.round(q), stored(k)
-            v = stored(self.linear(p + "self_attn.v_proj", h).reshape(kv, -1))
-            cache[i][0].append(k)
-            cache[i][1].append(v)
-            K, V = np.stack(cache[i][0]), np.stack(cache[i][1])
-            a = np.concatenate([self.attention(q[j], K[:, j * kv // n], V[:, j * kv // n]) for j in range(n)])
+            stored = e4m3_scaled if self.kv8 else self.round
+            K, V = cache[i] = [np.concatenate([old, stored(new)]) for old, new in zip(cache[i], (k, v))]
+            q = self.round(q)
+            a = np.concatenate([self.attention(q[:, j], K[:, j * kv // n], V[:, j * kv // n], pos) for j in range(n)], -1)
             x = x + self.linear(p + "self_attn.o_proj", a)
             h = self.norm(x, p + "post_attention_layernorm.weight")
             g, u = self.linear(p + "mlp.gate_proj", h), self.linear(p + "mlp.up_proj", h)
@@ -204,13 +198,9 @@ class Model:
 
 
 def run(m, prompt, n_tokens, eos, probe):
-    cache = [([], []) for _ in range(m.c["num_hidden_layers"])]
-    tokens, margins, logits = [], [], []
-    for pos in range(len(prompt) + n_tokens - 1):
-        token = prompt[pos] if pos < len(prompt) else tokens[pos - len(prompt)]
-        out = m.step(token, pos, cache)
-        if pos < len(prompt) - 1:
-            continue
+    cache, tokens, margins, logits = [], [], [], []
+    out = m.rows(prompt, cache)[-1]
+    while True:
         best = int(out.argmax())
         two = np.partition(out, -2)[-2:]
         logits.append([float(f"{v:.7g}") for v in out[probe]])
@@ -218,6 +208,9 @@ def run(m, prompt, n_tokens, eos, probe):
         if best == eos:
             break
         tokens.append(best)
+        if len(tokens) == n_tokens:
+            break
+        out = m.rows([best], cache)[0]
     return {"prompt": prompt, "tokens": tokens, "margins": margins, "logits": logits}
 
 
