@@ -380,8 +380,12 @@ attend_page(struct k_vectors *s, const uint16_t *q, const struct head_page *page
 static bool
 set_valid(const struct k_attention *a, struct k_vectors *s, uint32_t block, uint32_t heads)
 {
-	uint32_t at = block * K_BLOCK, all = 0xffffffffu;
+	uint32_t at = block * K_BLOCK, all = 0xffffffffu, last = a->pos + a->rows - 1;
 
+	if (a->pos >= at + 31 && k_window_first(last, a->window) <= at) {
+		memset(s->valid, 0xff, s->n * sizeof(*s->valid));
+		return true;
+	}
 	for (uint32_t i = 0; i < s->n; i++) {
 		uint32_t pos = a->pos + i / heads, first = k_window_first(pos, a->window);
 

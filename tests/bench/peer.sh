@@ -31,7 +31,7 @@ peer_runs() { # prefill|decode N
 		if [ "$1" = prefill ]; then
 			value=$("$llama/llama-bench" -m "$gguf" -t "$threads" -p "$2" -n 0 -r 1 -o json 2>/dev/null | jq '.[0].avg_ts')
 		else
-			value=$("$llama/llama-batched-bench" -m "$gguf" -t "$threads" -tb "$threads" -c $((160 * $2)) -b 2048 -ub 512 -npp 128 \
+			value=$("$llama/llama-batched-bench" -m "$gguf" -t "$threads" -tb "$threads" -c $((160 * $2)) -b 2048 -ub 512 -npp 128 -pps \
 			    -ntg 16 -npl "$2" --output-format jsonl 2>/dev/null | jq -s '[.[] | .speed_tg // empty][0]')
 		fi
 		note "peer-$type" "$1-$2" "$value"
