@@ -407,6 +407,31 @@ parse_id(const char *s, json_int_t *out)
 	return end != s && *end == '\0' && *out > 0;
 }
 
+/* A result by its id, or by the name that it was saved under: the newest. */
+static int
+id_of(struct ctl *ctl, const char *text, json_int_t *id, struct err *err)
+{
+	json_t *reply = NULL, *e;
+	bool found = parse_id(text, id);
+	size_t i;
+	int rc = 0;
+
+	if (found)
+		return 0;
+	if ((rc = ask(ctl, json_pack("{s:s,s:s,s:b}", "verb", "evals", "op", "list", "all", 1), &reply, err)) != 0)
+		return rc;
+	json_array_foreach(json_object_get(reply, "evals"), i, e) {
+		const char *name = json_string_value(json_object_get(e, "name"));
+
+		if (name != NULL && strcmp(name, text) == 0) {
+			*id = json_integer_value(json_object_get(e, "id"));
+			found = true;
+		}
+	}
+	json_decref(reply);
+	return found ? 0 : err_set(err, -ENOENT, "evals: no result has the id or the name '%s'", text);
+}
+
 int
 cmd_evals(const struct options *o, char **args, int n)
 {
@@ -418,16 +443,15 @@ cmd_evals(const struct options *o, char **args, int n)
 	json_int_t id;
 
 	if (n > 0 && n != want)
-		rc = err_set(&err, -EINVAL, "evals: list, show ID, compare ID ID or delete ID");
-	for (int i = 1; i < n && rc == 0; i++) {
-		if (!parse_id(args[i], &id))
-			rc = err_set(&err, -EINVAL, "evals: '%s' is no id", args[i]);
-		else
+		rc = err_set(&err, -EINVAL, "evals: list, show ID, compare ID ID or delete ID; a name does for an ID");
+	if (rc == 0)
+		rc = open_ctl(o, &ctl, &err);
+	for (int i = 1; i < n && rc == 0; i++)
+		if ((rc = id_of(ctl, args[i], &id, &err)) == 0)
 			json_object_set_new(request, i == 1 ? "id" : "with", json_integer(id));
-	}
 	if (o->all)
 		json_object_set_new(request, "all", json_true());
-	if (rc == 0 && (rc = open_ctl(o, &ctl, &err)) == 0)
+	if (rc == 0)
 		rc = ask(ctl, json_incref(request), &reply, &err);
 	json_decref(request);
 	if (rc == 0 && o->json) {
