@@ -24,16 +24,16 @@ exp_lanes(const f64x8 *of, f64x8 *out)
 }
 
 INLINE void
-add_lanes(const float *a, const float *b, float max_a, float max_b, i64x8 here, f64x8 sum[3])
+add_lanes(const float *a, const float *b, float max_a, float max_b, const i64x8 *here, f64x8 sum[3])
 {
 	f64x8 x = __builtin_convertvector(*(const f32x8 *)(const void *)a, f64x8) - max_a, p;
 	f64x8 y = __builtin_convertvector(*(const f32x8 *)(const void *)b, f64x8) - max_b, q;
 
 	exp_lanes(&x, &p);
 	exp_lanes(&y, &q);
-	sum[0] += (f64x8)(here & (i64x8)p);
-	sum[1] += (f64x8)(here & (i64x8)q);
-	sum[2] += (f64x8)(here & (i64x8)(p * (x - y)));
+	sum[0] += (f64x8)(*here & (i64x8)p);
+	sum[1] += (f64x8)(*here & (i64x8)q);
+	sum[2] += (f64x8)(*here & (i64x8)(p * (x - y)));
 }
 
 INLINE void
@@ -41,15 +41,15 @@ divergence(const float *a, const float *b, uint32_t n, float max_a, float max_b,
 {
 	f64x8 sum[3] = {{0}};
 	float rest[2][8] = {{0}};
-	i64x8 here = {0};
+	i64x8 here = {0}, all = ~here;
 	uint32_t i;
 
 	for (i = 0; i + 8 <= n; i += 8)
-		add_lanes(a + i, b + i, max_a, max_b, ~(i64x8){0}, sum);
+		add_lanes(a + i, b + i, max_a, max_b, &all, sum);
 	for (uint32_t j = 0; i + j < n; j++)
 		rest[0][j] = a[i + j], rest[1][j] = b[i + j], here[j] = -1;
 	if (i < n)
-		add_lanes(rest[0], rest[1], max_a, max_b, here, sum);
+		add_lanes(rest[0], rest[1], max_a, max_b, &here, sum);
 	for (int s = 0; s < 3; s++)
 		out[s] = ((sum[s][0] + sum[s][1]) + (sum[s][2] + sum[s][3])) + ((sum[s][4] + sum[s][5]) + (sum[s][6] + sum[s][7]));
 }
