@@ -61,6 +61,16 @@ k_attention_row(const struct k_attention *a, uint32_t row)
 	return one;
 }
 
+/* The end of the heads from h on that share its KV head, at most `most` of them. */
+static inline uint32_t
+k_heads_end(const struct k_attention *a, uint32_t h, uint32_t most)
+{
+	uint32_t group = a->n_heads / a->n_kv_heads, to = (h / group + 1) * group;
+
+	to = to > a->head1 ? a->head1 : to;
+	return to - h > most ? h + most : to;
+}
+
 void divergence_avx2(const float *a, const float *b, uint32_t n, float max_a, float max_b, double out[3]);
 void divergence_avx512(const float *a, const float *b, uint32_t n, float max_a, float max_b, double out[3]);
 

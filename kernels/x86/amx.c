@@ -451,9 +451,7 @@ attention_amx(const struct k_attention *a)
 	for (uint32_t h = a->head0; h < a->head1; h = to) {
 		uint32_t rows;
 
-		to = (h / group + 1) * group;
-		to = to > a->head1 ? a->head1 : to;
-		to = to - h > K_VECTORS ? h + K_VECTORS : to;
+		to = k_heads_end(a, h, K_VECTORS);
 		rows = K_VECTORS / (to - h);
 		for (uint32_t r = 0; r < a->rows; r += rows) {
 			struct k_attention some = k_attention_row(a, r);

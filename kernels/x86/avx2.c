@@ -882,9 +882,7 @@ attention_avx2(const struct k_attention *a)
 		const struct k_attention one = k_attention_row(a, r);
 
 		for (uint32_t h = a->head0, to; h < a->head1; h = to) {
-			to = (h / group + 1) * group;
-			to = to > a->head1 ? a->head1 : to;
-			to = to - h > HEADS ? h + HEADS : to;
+			to = k_heads_end(a, h, HEADS);
 			attend_heads(&one, h / group, h, to);
 		}
 	}

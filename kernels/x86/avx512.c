@@ -788,33 +788,40 @@ page_scores(const struct k_attention *a, const struct head_page *page, struct he
 	}
 }
 
-/* Scores in p to probabilities; their maximum and sum. */
+/* Scores of the slots that count to probabilities, BF16 values; their maximum and sum. vs: NULL, or scales of V. */
+INLINE void
+softmax(__m512 v[2], uint32_t slots, const float *vs, float *m, float *l)
+{
+	const __m512 low = _mm512_set1_ps(-INFINITY);
+	const __mmask16 valid[2] = {(__mmask16)slots, (__mmask16)(slots >> 16)};
+	__mmask16 nan = (__mmask16)(_mm512_mask_cmp_ps_mask(valid[0], v[0], v[0], _CMP_UNORD_Q) |
+	    _mm512_mask_cmp_ps_mask(valid[1], v[1], v[1], _CMP_UNORD_Q));
+
+	*m = nan ? NAN : _mm512_reduce_max_ps(_mm512_max_ps(_mm512_mask_mov_ps(low, valid[0], v[0]),
+	    _mm512_mask_mov_ps(low, valid[1], v[1])));
+	UNROLL
+	for (uint32_t t = 0; t < 2; t++) {
+		__m512 e = exp_avx512(_mm512_sub_ps(v[t], _mm512_set1_ps(*m)));
+
+		v[t] = _mm512_castsi512_ps(_mm512_maskz_slli_epi32(valid[t], round_bf16(e), 16));
+	}
+	*l = fold16(_mm512_add_ps(v[0], v[1]));
+	UNROLL
+	for (uint32_t t = 0; t < 2 && vs != NULL; t++)
+		v[t] = _mm512_castsi512_ps(_mm512_maskz_slli_epi32(valid[t],
+		    round_bf16(_mm512_mul_ps(v[t], _mm512_load_ps(vs + t * 16))), 16));
+}
+
+/* Scores in p to probabilities. */
 INLINE void
 page_softmax(const struct head_page *page, struct head *head)
 {
-	const __m512 low = _mm512_set1_ps(-INFINITY);
 	uint32_t slots = (page->hi == 32 ? 0xffffffffu : (1u << page->hi) - 1) & ~((1u << page->lo) - 1);
-	__mmask16 valid[2] = {(__mmask16)slots, (__mmask16)(slots >> 16)}, nan;
-	__m512 score[2] = {_mm512_load_ps(head->p), _mm512_load_ps(head->p + 16)}, prob[2];
+	__m512 v[2] = {_mm512_load_ps(head->p), _mm512_load_ps(head->p + 16)};
 
-	nan = (__mmask16)(_mm512_mask_cmp_ps_mask(valid[0], score[0], score[0], _CMP_UNORD_Q) |
-	    _mm512_mask_cmp_ps_mask(valid[1], score[1], score[1], _CMP_UNORD_Q));
-	head->block_m = nan ? NAN : _mm512_reduce_max_ps(_mm512_max_ps(_mm512_mask_mov_ps(low, valid[0], score[0]),
-	    _mm512_mask_mov_ps(low, valid[1], score[1])));
-	UNROLL
-	for (uint32_t t = 0; t < 2; t++) {
-		__m512 e = exp_avx512(_mm512_sub_ps(score[t], _mm512_set1_ps(head->block_m)));
-
-		prob[t] = _mm512_castsi512_ps(_mm512_maskz_slli_epi32(valid[t], round_bf16(e), 16));
-	}
-	head->block_l = fold16(_mm512_add_ps(prob[0], prob[1]));
-	UNROLL
-	for (uint32_t t = 0; t < 2; t++) {
-		if (page->vs != NULL)
-			prob[t] = _mm512_castsi512_ps(_mm512_maskz_slli_epi32(valid[t],
-			    round_bf16(_mm512_mul_ps(prob[t], _mm512_load_ps(page->vs + t * 16))), 16));
-		_mm512_store_ps(head->p + t * 16, prob[t]);
-	}
+	softmax(v, slots, page->vs, &head->block_m, &head->block_l);
+	_mm512_store_ps(head->p, v[0]);
+	_mm512_store_ps(head->p + 16, v[1]);
 }
 
 /* The block's output for n heads, 32 dimensions at a time: hd_pad has them. */
@@ -954,9 +961,7 @@ attention_avx512(const struct k_attention *a)
 		const struct k_attention one = k_attention_row(a, r);
 
 		for (uint32_t h = a->head0, to; h < a->head1; h = to) {
-			to = (h / group + 1) * group;
-			to = to > a->head1 ? a->head1 : to;
-			to = to - h > HEADS ? h + HEADS : to;
+			to = k_heads_end(a, h, HEADS);
 			attend_heads(&one, h / group, h, to);
 		}
 	}
@@ -1001,11 +1006,10 @@ AVX512 void
 avx512_softmax(struct k_vectors *s, uint32_t from, uint32_t to, const float (*score)[32], float scale, const float *ks,
     const float *vs, uint16_t (*p)[32])
 {
-	const __m512 low = _mm512_set1_ps(-INFINITY), by = _mm512_set1_ps(scale);
+	const __m512 by = _mm512_set1_ps(scale);
 
 	for (uint32_t i = from; i < to; i++, score++, p++) {
-		__mmask16 valid[2] = {(__mmask16)s->valid[i], (__mmask16)(s->valid[i] >> 16)}, nan = 0;
-		__m512 v[2], max;
+		__m512 v[2];
 
 		UNROLL
 		for (uint32_t t = 0; t < 2; t++) {
@@ -1013,25 +1017,12 @@ avx512_softmax(struct k_vectors *s, uint32_t from, uint32_t to, const float (*sc
 			if (ks != NULL)
 				v[t] = _mm512_mul_ps(v[t], _mm512_load_ps(ks + t * 16));
 			v[t] = _mm512_mul_ps(v[t], by);
-			nan |= _mm512_mask_cmp_ps_mask(valid[t], v[t], v[t], _CMP_UNORD_Q);
 		}
-		max = _mm512_max_ps(_mm512_mask_mov_ps(low, valid[0], v[0]), _mm512_mask_mov_ps(low, valid[1], v[1]));
-		s->block_m[i] = nan ? NAN : _mm512_reduce_max_ps(max);
+		softmax(v, s->valid[i], vs, &s->block_m[i], &s->block_l[i]);
 		UNROLL
-		for (uint32_t t = 0; t < 2; t++) {
-			__m512 e = exp_avx512(_mm512_sub_ps(v[t], _mm512_set1_ps(s->block_m[i])));
-
-			v[t] = _mm512_castsi512_ps(_mm512_maskz_slli_epi32(valid[t], round_bf16(e), 16));
-		}
-		s->block_l[i] = fold16(_mm512_add_ps(v[0], v[1]));
-		UNROLL
-		for (uint32_t t = 0; t < 2; t++) {
-			__m512i w = _mm512_srli_epi32(_mm512_castps_si512(v[t]), 16);
-
-			if (vs != NULL)
-				w = _mm512_maskz_mov_epi32(valid[t], round_bf16(_mm512_mul_ps(v[t], _mm512_load_ps(vs + t * 16))));
-			_mm256_store_si256((__m256i *)(void *)(*p + t * 16), _mm512_cvtepi32_epi16(w));
-		}
+		for (uint32_t t = 0; t < 2; t++)
+			_mm256_store_si256((__m256i *)(void *)(*p + t * 16),
+			    _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(v[t]), 16)));
 	}
 }
 
