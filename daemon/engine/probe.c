@@ -469,6 +469,7 @@ void
 probe_after(struct engine *e, uint32_t n, uint32_t n_live, const float *logits, double ms)
 {
 	struct probe *p = e->probes;
+
 	if (n_live == 0) {
 		p->side_us[p->side] += ms * 1e3;
 		p->side_rows[p->side] += n;
