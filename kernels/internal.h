@@ -9,10 +9,11 @@ void kernels_fill_avx2(struct k_ops *);
 void kernels_fill_avx512(struct k_ops *);
 void kernels_fill_amx(struct k_ops *);
 
-/* Of avx512.c, for amx.c: one block as BF16, [2 tiles][16 input pairs][16 channels][2 inputs];
- * totals of a panel, scaled, to y. */
-void avx512_unpack_block(const struct k_weight *, uint32_t panel, uint32_t block, enum k_format, uint16_t out[1024]);
-void avx512_write_panel(const struct k_linear *, uint32_t panel, uint32_t row, uint32_t rows,
+/* Of avx512.c, for amx.c: weights [from, to) of a block as BF16, [2 tiles][16 input pairs][16 channels][2 inputs], in
+ * multiples of 64, the last of them last; totals of a panel, scaled, to y, past the caches if that is wanted: a store fence
+ * must follow. */
+void avx512_unpack(const struct k_weight *, uint32_t block, enum k_format, uint32_t from, uint32_t to, uint16_t out[1024]);
+void avx512_write_panel(const struct k_linear *, uint32_t panel, uint32_t row, uint32_t rows, bool past,
     const float (*total)[K_PANEL]);
 
 /* Also of avx512.c, for attention in tiles. Query vectors are (row, head) pairs that share a KV head. */

@@ -10,6 +10,8 @@
 #include "daemon/engine/device.h"
 
 #define HUGE_PAGE ((size_t)2 << 20)
+#define ITEM 8u            /* panels of a linear layer that are taken together, at most; tiles share their inputs among so many */
+#define ITEMS 4u           /* for each part, at least, so that all end together */
 #define ATTENTION_ROWS 16u /* of one sequence that go through attention together */
 
 /* Inputs of linear layers in both encodings; a site's format picks one. */
@@ -18,6 +20,12 @@ struct inputs {
 	uint16_t *fp8;    /* [max_rows, ld] E4M3 values, as BF16 */
 	float *scale;     /* [max_rows] of fp8 */
 	size_t ld;
+};
+
+/* Panels that a part begins with; whoever has done his own takes of the others'. */
+struct share {
+	_Alignas(64) uint32_t next; /* atomic */
+	uint32_t end;
 };
 
 struct forward {
@@ -46,6 +54,7 @@ struct forward {
 	const struct plan **plan; /* [max_rows] plan of each input row */
 	uint32_t layer;
 	uint32_t next_item;       /* atomic: of attention, not yet taken */
+	struct share *share;      /* [parts] of a linear phase */
 
 	struct evidence *evidence; /* NULL: none in this run */
 	uint32_t sample_row;
@@ -73,6 +82,7 @@ struct linear_phase {
 	struct forward *f;
 	const struct site *site;
 	uint32_t n_sites, n_rows;
+	uint32_t item; /* panels that are taken together */
 };
 
 /* Zeroed. Large ones in huge pages: a tile has 16 rows, each elsewhere, and they would be 16 misses of the TLB. */
@@ -144,6 +154,7 @@ forward_new(struct forward **out, const struct model *m, const struct k_ops *ops
 	ok = ok && f->logits != NULL;
 	f->tmp = buffer((size_t)parts * f->tmp_ld, sizeof(float), &ok);
 	f->block = buffer((size_t)parts * f->block_ld, sizeof(*f->block), &ok);
+	f->share = buffer(parts, sizeof(*f->share), &ok);
 	f->plan = buffer(max_rows, sizeof(*f->plan), &ok);
 	f->in.bf16 = buffer((size_t)max_rows * f->in.ld, sizeof(uint16_t), &ok);
 	f->in.fp8 = buffer((size_t)max_rows * f->in.ld, sizeof(uint16_t), &ok);
@@ -166,7 +177,7 @@ forward_free(struct forward **fp)
 	if (f == NULL)
 		return;
 	free(f->x), free(f->q), free(f->k), free(f->v), free(f->attn), free(f->gate), free(f->up);
-	free(f->logits), free(f->tmp), free(f->block), free(f->plan);
+	free(f->logits), free(f->tmp), free(f->block), free(f->share), free(f->plan);
 	free(f->in.bf16), free(f->in.fp8), free(f->in.scale), free(f->fault_scale);
 	free(f);
 	*fp = NULL;
@@ -240,45 +251,55 @@ wrong_scale(struct forward *f, uint32_t from, uint32_t to)
 	return f->fault_scale;
 }
 
+/* Panels [p0, p1) of a site: a call of the kernel for each run of rows with one format. */
+static void
+linear_panels(struct forward *f, const struct site *s, uint32_t n_rows, uint32_t p0, uint32_t p1)
+{
+	for (uint32_t r = 0, end; r < n_rows; r = end) {
+		enum plan_format fmt = plan_at(f->plan[r], s->group, f->layer);
+		bool fp8 = k_is_w8a8((enum k_format)fmt);
+		const float *scale = f->in.scale;
+
+		for (end = r + 1; end < n_rows && plan_at(f->plan[end], s->group, f->layer) == fmt; end++)
+			;
+		if (fp8 && f->fault_group == (int)s->group && f->fault_layer == f->layer)
+			scale = wrong_scale(f, r, end);
+		f->ops->linear(&(struct k_linear){
+		    .w = s->w, .format = (enum k_format)fmt,
+		    .x = (fp8 ? f->in.fp8 : f->in.bf16) + r * f->in.ld,
+		    .x_scale = fp8 ? scale + r : NULL,
+		    .rows = end - r, .ldx = f->in.ld,
+		    .y = s->y + r * s->ldy, .ldy = s->ldy, .add = s->add,
+		    .panel0 = p0, .panel1 = p1});
+	}
+	add_bias(f, s, 0, n_rows, p0, p1);
+}
+
+/* Panels [from, to) of all sites, one after the other. */
+static void
+linear_sites(const struct linear_phase *p, uint32_t from, uint32_t to)
+{
+	for (uint32_t i = 0; i < p->n_sites && to > 0; i++) {
+		uint32_t panels = p->site[i].w->n_pad / K_PANEL, end = to < panels ? to : panels;
+
+		if (from < end)
+			linear_panels(p->f, &p->site[i], p->n_rows, from, end);
+		from -= from < panels ? from : panels;
+		to -= end;
+	}
+}
+
 static void
 linear_part(void *arg, uint32_t part, uint32_t parts)
 {
 	const struct linear_phase *p = arg;
-	struct forward *f = p->f;
-	uint32_t total = 0, from, to, first = 0;
 
-	for (uint32_t i = 0; i < p->n_sites; i++)
-		total += p->site[i].w->n_pad / K_PANEL;
-	team_share(total, part, parts, &from, &to);
+	for (uint32_t i = 0; i < parts; i++) {
+		struct share *s = &p->f->share[(part + i) % parts];
+		uint32_t from;
 
-	for (uint32_t i = 0; i < p->n_sites; i++) {
-		const struct site *s = &p->site[i];
-		uint32_t panels = s->w->n_pad / K_PANEL;
-		uint32_t p0 = from > first ? from - first : 0, p1 = to > first ? to - first : 0;
-
-		first += panels;
-		if (p1 > panels)
-			p1 = panels;
-		if (p0 >= p1)
-			continue;
-		for (uint32_t r = 0, end; r < p->n_rows; r = end) {
-			enum plan_format fmt = plan_at(f->plan[r], s->group, f->layer);
-			bool fp8 = k_is_w8a8((enum k_format)fmt);
-			const float *scale = f->in.scale;
-
-			for (end = r + 1; end < p->n_rows && plan_at(f->plan[end], s->group, f->layer) == fmt; end++)
-				;
-			if (fp8 && f->fault_group == (int)s->group && f->fault_layer == f->layer)
-				scale = wrong_scale(f, r, end);
-			f->ops->linear(&(struct k_linear){
-			    .w = s->w, .format = (enum k_format)fmt,
-			    .x = (fp8 ? f->in.fp8 : f->in.bf16) + r * f->in.ld,
-			    .x_scale = fp8 ? scale + r : NULL,
-			    .rows = end - r, .ldx = f->in.ld,
-			    .y = s->y + r * s->ldy, .ldy = s->ldy, .add = s->add,
-			    .panel0 = p0, .panel1 = p1});
-		}
-		add_bias(f, s, 0, p->n_rows, p0, p1);
+		while ((from = __atomic_fetch_add(&s->next, p->item, __ATOMIC_RELAXED)) < s->end)
+			linear_sites(p, from, s->end - from < p->item ? s->end : from + p->item);
 	}
 }
 
@@ -299,8 +320,17 @@ trace(struct forward *f, const float *v, size_t n, enum plan_group group)
 static void
 run_linear(struct forward *f, const struct site *site, uint32_t n_sites, uint32_t n_rows)
 {
-	struct linear_phase p = {f, site, n_sites, n_rows};
+	struct linear_phase p = {f, site, n_sites, n_rows, 1};
+	uint32_t panels = 0, parts = team_size(f->team), from;
 
+	for (uint32_t i = 0; i < n_sites; i++)
+		panels += site[i].w->n_pad / K_PANEL;
+	for (uint32_t i = 0; i < parts; i++) {
+		team_share(panels, i, parts, &from, &f->share[i].end);
+		f->share[i].next = from;
+	}
+	if (panels / parts > ITEMS)
+		p.item = panels / parts / ITEMS < ITEM ? panels / parts / ITEMS : ITEM;
 	team_run(f->team, linear_part, &p);
 	for (uint32_t i = 0; i < n_sites; i++)
 		trace(f, site[i].y, site[i].w->n, site[i].group);

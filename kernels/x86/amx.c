@@ -19,9 +19,8 @@
 #define TEAM 32u         /* rows that run together: two tiles, times two of a panel */
 #define ROWS 512u        /* rows that share one unpacking */
 #define GROUP 8u         /* panels that share a visit to the inputs */
-#define CHUNK 16u        /* blocks of it: what is unpacked stays in L1, 512 inputs of ROWS rows in L2 */
-#define AHEAD 1u         /* blocks that are unpacked before the tiles need them: their stores are through then */
-#define RING 4u          /* blocks unpacked for one team, more than AHEAD */
+#define CHUNK 8u         /* blocks of it: what is unpacked stays in L1, 256 inputs of ROWS rows in L2 */
+#define RING 4u          /* blocks unpacked for one team: one is ahead of the tiles, its stores are through then */
 
 /* What LDTILECFG reads. */
 struct tile_config {
@@ -146,31 +145,46 @@ typedef uint16_t block[1024]; /* two B tiles */
 
 /* ---- linear ---- */
 
-/* Rows [0, TEAM) of blocks of one panel; the tiles are configured for their number. A block is unpacked while the
- * tiles multiply the one before it. */
-struct team {
+/* Blocks as BF16, in a ring, some weights at a time: the tiles leave the core room for it. */
+struct unpacking {
 	const struct k_linear *a;
-	uint32_t panel, kb, n;    /* blocks [kb, kb + n) */
-	const uint16_t *x;        /* of the first row and block */
-	block *word;              /* [mask + 1] unpacked blocks, a ring */
-	uint32_t mask;
-	bool unpack;              /* they are not yet */
-	bool from_zero;
+	uint32_t block, end;   /* the next, that after the last */
+	uint32_t at, step;     /* weights of it that are done, that a step does */
+	uint32_t done, mask;   /* blocks done; of the ring */
+	block *word;           /* [mask + 1] */
 };
 
 static void
-unpack(const struct team *t, uint32_t i)
+unpack_step(struct unpacking *u)
 {
-	const struct k_weight *w = t->a->w;
-
-	if (t->unpack && i < t->n)
-		avx512_unpack_block(w, t->panel, t->panel * (w->k_pad / K_BLOCK) + t->kb + i, t->a->format, t->word[i & t->mask]);
+	if (u->block == u->end)
+		return;
+	avx512_unpack(u->a->w, u->block, u->a->format, u->at, u->at + u->step, u->word[u->done & u->mask]);
+	u->at += u->step;
+	if (u->at == 1024)
+		u->at = 0, u->block++, u->done++;
 }
+
+static void
+unpack_all(struct unpacking *u)
+{
+	while (u->block != u->end)
+		unpack_step(u);
+}
+
+/* Rows [0, TEAM) against some blocks of one panel; the tiles are configured for their number. */
+struct team {
+	const uint16_t *x;     /* of the first row and block */
+	size_t ldx;
+	uint32_t n, first;     /* blocks; the first one's number in the ring */
+	struct unpacking *ahead; /* runs beside */
+	bool from_zero;
+};
 
 AMX static void
 load_weights(const struct team *t, uint32_t i)
 {
-	const uint16_t *word = t->word[i & t->mask];
+	const uint16_t *word = t->ahead->word[(t->first + i) & t->ahead->mask];
 
 	__asm__ volatile("" ::: "memory");
 	tile_load(6, word, 64);
@@ -181,20 +195,16 @@ load_weights(const struct team *t, uint32_t i)
 AMX static void
 half_team(const struct team *t, totals *total)
 {
-	size_t ldx = t->a->ldx;
-
 	if (t->from_zero) {
 		zero_two();
 	} else {
 		tile_load(0, &total[0][0], sizeof(totals));
 		tile_load(1, &total[0][16], sizeof(totals));
 	}
-	for (uint32_t i = 0; i < AHEAD; i++)
-		unpack(t, i);
 	for (uint32_t i = 0; i < t->n; i++) {
-		unpack(t, i + AHEAD);
+		unpack_step(t->ahead);
 		load_weights(t, i);
-		tile_load(4, t->x + i * K_BLOCK, ldx * 2);
+		tile_load(4, t->x + i * K_BLOCK, t->ldx * 2);
 		tile_multiply(0, 4, 6);
 		tile_multiply(1, 4, 7);
 	}
@@ -206,8 +216,6 @@ half_team(const struct team *t, totals *total)
 AMX static void
 full_team(const struct team *t, totals *total)
 {
-	size_t ldx = t->a->ldx;
-
 	if (t->from_zero) {
 		zero_four();
 	} else {
@@ -216,16 +224,14 @@ full_team(const struct team *t, totals *total)
 		tile_load(2, &total[16][0], sizeof(totals));
 		tile_load(3, &total[16][16], sizeof(totals));
 	}
-	for (uint32_t i = 0; i < AHEAD; i++)
-		unpack(t, i);
 	for (uint32_t i = 0; i < t->n; i++) {
 		const uint16_t *x = t->x + i * K_BLOCK;
 
-		unpack(t, i + AHEAD);
+		unpack_step(t->ahead);
 		load_weights(t, i);
-		tile_load(4, x, ldx * 2);
+		tile_load(4, x, t->ldx * 2);
 		tile_multiply(0, 4, 6);
-		tile_load(5, x + 16 * ldx, ldx * 2);
+		tile_load(5, x + 16 * t->ldx, t->ldx * 2);
 		tile_multiply(1, 4, 7);
 		tile_multiply(2, 5, 6);
 		tile_multiply(3, 5, 7);
@@ -246,21 +252,47 @@ run_team(const struct team *t, uint32_t rows, totals *total)
 		full_team(t, total);
 }
 
+static uint32_t
+chunk_at(uint32_t kb_n, uint32_t kb)
+{
+	return kb_n - kb < CHUNK ? kb_n - kb : CHUNK;
+}
+
+/* The CHUNK of a panel from kb on, in so many steps; what is left is done after them. */
+static void
+unpack_next(struct unpacking *u, uint32_t panel, uint32_t kb, uint32_t steps)
+{
+	uint32_t kb_n = u->a->w->k_pad / K_BLOCK, each;
+
+	u->block = panel * kb_n + kb;
+	u->end = u->block + chunk_at(kb_n, kb);
+	each = ((u->end - u->block) * 1024 + steps - 1) / steps;
+	for (u->step = 64; u->step < each && u->step < 1024; u->step *= 2)
+		;
+}
+
 /* Panels [p0, p1), at most GROUP, for up to ROWS rows. The tiles are configured for TEAM rows, before and after. */
 AMX static void
 tile_panels(const struct k_linear *a, uint32_t p0, uint32_t p1, uint32_t row, uint32_t rows)
 {
-	uint32_t kb_n = a->w->k_pad / K_BLOCK, last = rows / TEAM * TEAM, left = rows - last;
+	uint32_t kb_n = a->w->k_pad / K_BLOCK, last = rows / TEAM * TEAM, left = rows - last, teams = (rows + TEAM - 1) / TEAM;
 	const uint16_t *x = a->x + row * a->ldx;
-	_Alignas(64) block word[CHUNK];
+	_Alignas(64) block word[2 * CHUNK];
 	_Alignas(64) totals total[GROUP][ROWS];
+	struct unpacking ahead = {.a = a, .word = word, .mask = 2 * CHUNK - 1};
 
+	unpack_next(&ahead, p0, 0, 1);
 	for (uint32_t kb = 0; kb < kb_n; kb += CHUNK) {
 		for (uint32_t p = p0; p < p1; p++) {
-			struct team t = {a, p, kb, kb_n - kb < CHUNK ? kb_n - kb : CHUNK, x + kb * K_BLOCK, word, CHUNK - 1, true,
-			    kb == 0};
+			struct team t = {x + kb * K_BLOCK, a->ldx, chunk_at(kb_n, kb), 0, &ahead, kb == 0};
 
-			for (uint32_t r = 0; r < last; r += TEAM, t.unpack = false, t.x += TEAM * a->ldx)
+			unpack_all(&ahead);
+			t.first = ahead.done - t.n;
+			if (p + 1 < p1)
+				unpack_next(&ahead, p + 1, kb, teams * t.n);
+			else if (kb + CHUNK < kb_n)
+				unpack_next(&ahead, p0, kb + CHUNK, teams * t.n);
+			for (uint32_t r = 0; r < last; r += TEAM, t.x += TEAM * a->ldx)
 				run_team(&t, TEAM, total[p - p0] + r);
 			if (left != 0) {
 				configure(left);
@@ -270,22 +302,25 @@ tile_panels(const struct k_linear *a, uint32_t p0, uint32_t p1, uint32_t row, ui
 		}
 	}
 	for (uint32_t p = p0; p < p1; p++)
-		avx512_write_panel(a, p, row, rows, (const totals *)total[p - p0]);
+		avx512_write_panel(a, p, row, rows, !a->add, (const totals *)total[p - p0]);
 }
 
 /* One team: its sums stay in tiles, and each weight is read once. */
 AMX static void
 tile_stream(const struct k_linear *a)
 {
+	uint32_t kb_n = a->w->k_pad / K_BLOCK;
 	_Alignas(64) block word[RING];
 	_Alignas(64) totals total[TEAM];
+	struct unpacking ahead = {.a = a, .block = a->panel0 * kb_n, .end = a->panel1 * kb_n, .step = 1024, .word = word,
+	    .mask = RING - 1};
+	struct team t = {a->x, a->ldx, kb_n, 0, &ahead, true};
 
 	configure(a->rows);
-	for (uint32_t p = a->panel0; p < a->panel1; p++) {
-		struct team t = {a, p, 0, a->w->k_pad / K_BLOCK, a->x, word, RING - 1, true, true};
-
+	unpack_step(&ahead);
+	for (uint32_t p = a->panel0; p < a->panel1; p++, t.first += kb_n) {
 		run_team(&t, a->rows, total);
-		avx512_write_panel(a, p, 0, a->rows, (const totals *)total);
+		avx512_write_panel(a, p, 0, a->rows, false, (const totals *)total);
 	}
 }
 
@@ -310,6 +345,7 @@ linear_amx(const struct k_linear *a)
 		for (uint32_t row = 0; row < a->rows; row += each)
 			tile_panels(a, p0, p1, row, a->rows - row < each ? a->rows - row : each);
 	}
+	_mm_sfence();
 	tile_release();
 }
 
@@ -486,6 +522,7 @@ amx_agrees(void)
 	_Alignas(64) uint16_t x[16][32];
 	_Alignas(64) block w;
 	_Alignas(64) totals got[16], want[16];
+	struct unpacking ahead = {.word = &w}; /* nothing */
 	uint64_t state = 1;
 
 	memset(want, 0, sizeof(want));
@@ -506,7 +543,7 @@ amx_agrees(void)
 			want[r][c] = want[r][c] + (sum[0] + sum[1]);
 		}
 		__asm__ volatile("" ::: "memory");
-		half_team(&(struct team){.a = &(struct k_linear){.ldx = 32}, .n = 1, .x = x[0], .word = &w}, got);
+		half_team(&(struct team){.x = x[0], .ldx = 32, .n = 1, .ahead = &ahead}, got);
 	}
 	tile_release();
 	return memcmp(got, want, sizeof(got)) == 0;

@@ -100,9 +100,9 @@ block_at(const struct k_weight *w, uint32_t block, const uint16_t *word)
 }
 
 static void
-patch_block(const struct k_weight *w, uint32_t panel, uint32_t block, uint16_t out[1024])
+patch_block(const struct k_weight *w, uint32_t block, uint16_t out[1024])
 {
-	uint32_t n;
+	uint32_t n, panel = block / (w->k_pad / K_BLOCK);
 	const struct k_exception *x = k_find_exceptions(w, block, &n);
 
 	for (uint32_t j = 0; j < n; j++) {
@@ -112,39 +112,44 @@ patch_block(const struct k_weight *w, uint32_t panel, uint32_t block, uint16_t o
 	}
 }
 
-/* One block of 1024 weights to BF16 in the same order. */
+/* Weights [from, to) of a block to BF16 in the same order; both are multiples of 64. Exceptions are put in with the last. */
 INLINE void
-unpack_block(const struct k_weight *w, uint32_t panel, uint32_t block, enum k_format format, uint16_t out[1024])
+unpack_part(const struct k_weight *w, uint32_t block, enum k_format format, uint32_t from, uint32_t to, uint16_t out[1024])
 {
 	struct block b = block_at(w, block, NULL);
 
 	if (format == K_FP8T) {
-		for (uint32_t t = 0; t < 2; t++) {
-			const __m512i sign = _mm512_set1_epi16((short)0x8000), shift = channel_shift(w, panel * K_PANEL + t * 16);
+		uint32_t channel = block / (w->k_pad / K_BLOCK) * K_PANEL;
+		const __m512i sign = _mm512_set1_epi16((short)0x8000);
 
-			for (uint32_t i = t * 512; i < t * 512 + 512; i += 32) {
-				__m512i v = weights_at(&b, CODES, i);
+		for (uint32_t i = from; i < to; i += 32) {
+			__m512i v = weights_at(&b, CODES, i), shift = channel_shift(w, channel + i / 512 * 16);
 
-				/* magnitude | sign of v */
-				_mm512_store_si512(out + i, _mm512_ternarylogic_epi32(shrink(_mm512_andnot_si512(sign, v), shift), v,
-				    sign, 0xf8));
-			}
+			/* magnitude | sign of v */
+			_mm512_store_si512(out + i, _mm512_ternarylogic_epi32(shrink(_mm512_andnot_si512(sign, v), shift), v, sign,
+			    0xf8));
 		}
 		return;
 	}
 	if (format == K_BF16) {
-		for (uint32_t i = 0; i < 1024; i += 64) {
+		for (uint32_t i = from; i < to; i += 64) {
 			_mm512_store_si512(out + i, weights_at(&b, PLANES, i));
 			_mm512_store_si512(out + i + 32, weights_at(&b, PLANES, i + 32));
 		}
-		if (w->flag[block])
-			patch_block(w, panel, block, out);
+		if (to == 1024 && w->flag[block])
+			patch_block(w, block, out);
 		return;
 	}
-	for (uint32_t i = 0; i < 1024; i += 64) {
+	for (uint32_t i = from; i < to; i += 64) {
 		_mm512_store_si512(out + i, weights_at(&b, CODES, i));
 		_mm512_store_si512(out + i + 32, weights_at(&b, CODES, i + 32));
 	}
+}
+
+INLINE void
+unpack_block(const struct k_weight *w, uint32_t block, enum k_format format, uint16_t out[1024])
+{
+	unpack_part(w, block, format, 0, 1024, out);
 }
 
 /* [2 tiles][16 input pairs][2 inputs][16 channels] */
@@ -231,8 +236,10 @@ expand_inputs(const uint16_t *x, size_t ldx, uint32_t rows, uint32_t n, inputs *
 		}
 }
 
+/* `past`: past the caches, where a line is whole. Many rows of y are more than a cache holds, and to read them first is a
+ * third of the traffic. */
 INLINE void
-write_panel(const struct k_linear *a, uint32_t panel, uint32_t row, uint32_t rows, const totals *total)
+write_panel(const struct k_linear *a, uint32_t panel, uint32_t row, uint32_t rows, bool past, const totals *total)
 {
 	uint32_t first = panel * K_PANEL, n = a->w->n - first < K_PANEL ? a->w->n - first : K_PANEL;
 	__mmask32 valid = n == 32 ? 0xffffffffu : (1u << n) - 1;
@@ -249,7 +256,10 @@ write_panel(const struct k_linear *a, uint32_t panel, uint32_t row, uint32_t row
 			                                         : _mm512_loadu_ps(a->w->scale + first + t * 16));
 			if (a->add)
 				v = _mm512_add_ps(_mm512_maskz_loadu_ps(m, y), v);
-			_mm512_mask_storeu_ps(y, m, v);
+			if (past && m == 0xffff && (uintptr_t)y % 64 == 0)
+				_mm512_stream_ps(y, v);
+			else
+				_mm512_mask_storeu_ps(y, m, v);
 		}
 	}
 }
@@ -271,13 +281,13 @@ few_panel(const struct k_linear *a, uint32_t panel, uint32_t row, const uint32_t
 			expand_inputs(a->x + row * a->ldx + kb * K_BLOCK, a->ldx, n,
 			    kb_n - kb < CHUNK ? (kb_n - kb) * K_BLOCK : CHUNK * K_BLOCK, x);
 		if (from == WORDS || (from == PLANES && w->flag[panel * kb_n + kb])) {
-			unpack_block(w, panel, panel * kb_n + kb, a->format, word);
+			unpack_block(w, panel * kb_n + kb, a->format, word);
 			rows_block(&b, WORDS, (const inputs *)x, kb % CHUNK * K_BLOCK, total, n);
 		} else {
 			rows_block(&b, from, (const inputs *)x, kb % CHUNK * K_BLOCK, total, n);
 		}
 	}
-	write_panel(a, panel, row, n, (const totals *)total);
+	write_panel(a, panel, row, n, false, (const totals *)total);
 }
 
 #define FEW_ROWS(n) \
@@ -389,7 +399,7 @@ many_panels(const struct k_linear *a, uint32_t p0, uint32_t p1, uint32_t row, ui
 
 			for (uint32_t kb = kb0; kb < kb1; kb++) {
 				for (uint32_t i = 0; i < n; i++) {
-					unpack_block(w, p + i, (p + i) * kb_n + kb, a->format, word);
+					unpack_block(w, (p + i) * kb_n + kb, a->format, word);
 					spread_block(word, spread[i]);
 				}
 				if (n == 2)
@@ -400,19 +410,19 @@ many_panels(const struct k_linear *a, uint32_t p0, uint32_t p1, uint32_t row, ui
 		}
 	}
 	for (uint32_t p = p0; p < p1; p++)
-		write_panel(a, p, row, rows, (const totals *)total[p - p0]);
+		write_panel(a, p, row, rows, false, (const totals *)total[p - p0]);
 }
 
 AVX512 void
-avx512_unpack_block(const struct k_weight *w, uint32_t panel, uint32_t block, enum k_format format, uint16_t out[1024])
+avx512_unpack(const struct k_weight *w, uint32_t block, enum k_format format, uint32_t from, uint32_t to, uint16_t out[1024])
 {
-	unpack_block(w, panel, block, format, out);
+	unpack_part(w, block, format, from, to, out);
 }
 
 AVX512 void
-avx512_write_panel(const struct k_linear *a, uint32_t panel, uint32_t row, uint32_t rows, const totals *total)
+avx512_write_panel(const struct k_linear *a, uint32_t panel, uint32_t row, uint32_t rows, bool past, const totals *total)
 {
-	write_panel(a, panel, row, rows, total);
+	write_panel(a, panel, row, rows, past, total);
 }
 
 static void
