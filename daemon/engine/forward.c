@@ -10,8 +10,8 @@
 #include "daemon/engine/device.h"
 
 #define HUGE_PAGE ((size_t)2 << 20)
-#define ITEM 8u            /* panels of a linear layer that are taken together, at most; tiles share their inputs among so many */
-#define ITEMS 4u           /* for each part, at least, so that all end together */
+#define TOGETHER 8u        /* panels of a linear layer that are taken together, at most: tiles share their inputs among so many */
+#define ITEMS 4u           /* that a part has of its own, at least, if there are so many */
 #define ATTENTION_ROWS 16u /* of one sequence that go through attention together */
 
 /* Inputs of linear layers in both encodings; a site's format picks one. */
@@ -22,7 +22,7 @@ struct inputs {
 	size_t ld;
 };
 
-/* Panels that a part begins with; whoever has done his own takes of the others'. */
+/* Panels or rows that a part begins with; whoever has done his own takes of the others'. */
 struct share {
 	_Alignas(64) uint32_t next; /* atomic */
 	uint32_t end;
@@ -54,7 +54,9 @@ struct forward {
 	const struct plan **plan; /* [max_rows] plan of each input row */
 	uint32_t layer;
 	uint32_t next_item;       /* atomic: of attention, not yet taken */
-	struct share *share;      /* [parts] of a linear phase */
+	struct share *share;      /* [parts] of what the phase has to do */
+	uint32_t item;            /* so much of it is taken together */
+	void (*each_row)(struct forward *, uint32_t part, uint32_t row);
 
 	struct evidence *evidence; /* NULL: none in this run */
 	uint32_t sample_row;
@@ -82,7 +84,6 @@ struct linear_phase {
 	struct forward *f;
 	const struct site *site;
 	uint32_t n_sites, n_rows;
-	uint32_t item; /* panels that are taken together */
 };
 
 /* Zeroed. Large ones in huge pages: a tile has 16 rows, each elsewhere, and they would be 16 misses of the TLB. */
@@ -189,15 +190,56 @@ forward_use_device(struct forward *f, struct device *d)
 	f->device = d;
 }
 
+/* Shares n panels or rows out, to be taken `most` at a time or fewer, so that all parts end together. */
+static void
+share_out(struct forward *f, uint32_t n, uint32_t parts, uint32_t most)
+{
+	uint32_t item = n / parts / ITEMS;
+
+	f->item = item == 0 ? 1 : item < most ? item : most;
+	for (uint32_t i = 0; i < parts; i++)
+		team_share(n, i, parts, &f->share[i].next, &f->share[i].end);
+}
+
+/* The next [from, to); `whose` is 0 at first. */
+static bool
+take(struct forward *f, uint32_t part, uint32_t parts, uint32_t *whose, uint32_t *from, uint32_t *to)
+{
+	for (; *whose < parts; ++*whose) {
+		struct share *s = &f->share[(part + *whose) % parts];
+
+		*from = __atomic_fetch_add(&s->next, f->item, __ATOMIC_RELAXED);
+		if (*from < s->end) {
+			*to = s->end - *from < f->item ? s->end : *from + f->item;
+			return true;
+		}
+	}
+	return false;
+}
+
+static void
+rows_part(void *arg, uint32_t part, uint32_t parts)
+{
+	struct forward *f = arg;
+	uint32_t whose = 0, from, to;
+
+	while (take(f, part, parts, &whose, &from, &to))
+		for (uint32_t r = from; r < to; r++)
+			f->each_row(f, part, r);
+}
+
 /* Phases over rows: one row needs no barrier. */
 static void
-run_rows(struct forward *f, uint32_t n, team_fn fn)
+run_rows(struct forward *f, uint32_t n, void (*each)(struct forward *, uint32_t part, uint32_t row))
 {
 	f->n_rows = n;
-	if (n == 1)
-		fn(f, 0, 1);
-	else
-		team_run(f->team, fn, f);
+	f->each_row = each;
+	if (n == 1) {
+		each(f, 0, 0);
+		return;
+	}
+	share_out(f, n, team_size(f->team), n);
+	team_run(f->team, rows_part, f);
 }
 
 static bool
@@ -293,14 +335,10 @@ static void
 linear_part(void *arg, uint32_t part, uint32_t parts)
 {
 	const struct linear_phase *p = arg;
+	uint32_t whose = 0, from, to;
 
-	for (uint32_t i = 0; i < parts; i++) {
-		struct share *s = &p->f->share[(part + i) % parts];
-		uint32_t from;
-
-		while ((from = __atomic_fetch_add(&s->next, p->item, __ATOMIC_RELAXED)) < s->end)
-			linear_sites(p, from, s->end - from < p->item ? s->end : from + p->item);
-	}
+	while (take(p->f, part, parts, &whose, &from, &to))
+		linear_sites(p, from, to);
 }
 
 static void
@@ -320,72 +358,56 @@ trace(struct forward *f, const float *v, size_t n, enum plan_group group)
 static void
 run_linear(struct forward *f, const struct site *site, uint32_t n_sites, uint32_t n_rows)
 {
-	struct linear_phase p = {f, site, n_sites, n_rows, 1};
-	uint32_t panels = 0, parts = team_size(f->team), from;
+	struct linear_phase p = {f, site, n_sites, n_rows};
+	uint32_t panels = 0;
 
 	for (uint32_t i = 0; i < n_sites; i++)
 		panels += site[i].w->n_pad / K_PANEL;
-	for (uint32_t i = 0; i < parts; i++) {
-		team_share(panels, i, parts, &from, &f->share[i].end);
-		f->share[i].next = from;
-	}
-	if (panels / parts > ITEMS)
-		p.item = panels / parts / ITEMS < ITEM ? panels / parts / ITEMS : ITEM;
+	share_out(f, panels, team_size(f->team), TOGETHER);
 	team_run(f->team, linear_part, &p);
 	for (uint32_t i = 0; i < n_sites; i++)
 		trace(f, site[i].y, site[i].w->n, site[i].group);
 }
 
 static void
-embed_part(void *arg, uint32_t part, uint32_t parts)
+embed_row(struct forward *f, uint32_t part, uint32_t r)
 {
-	struct forward *f = arg;
-	uint32_t from, to;
-
-	team_share(f->n_rows, part, parts, &from, &to);
-	for (uint32_t r = from; r < to; r++)
-		model_embed(f->m, f->row[r].token, f->x + (size_t)r * f->m->shape.hidden);
+	(void)part;
+	model_embed(f->m, f->row[r].token, f->x + (size_t)r * f->m->shape.hidden);
 }
 
 static void
-norm_part(struct forward *f, uint32_t part, uint32_t parts, const float *weight, const enum plan_group *group,
-    uint32_t n_groups)
+norm_row(struct forward *f, uint32_t part, uint32_t r, const float *weight, const enum plan_group *group, uint32_t n_groups)
 {
-	uint32_t hidden = f->m->shape.hidden, from, to;
+	uint32_t hidden = f->m->shape.hidden;
 	float *h = f->tmp + part * f->tmp_ld;
 
-	team_share(f->n_rows, part, parts, &from, &to);
-	for (uint32_t r = from; r < to; r++) {
-		f->ops->rmsnorm(f->x + (size_t)r * hidden, weight, hidden, f->m->shape.rms_eps, h);
-		encode(f, r, h, hidden, group, n_groups);
-	}
+	f->ops->rmsnorm(f->x + (size_t)r * hidden, weight, hidden, f->m->shape.rms_eps, h);
+	encode(f, r, h, hidden, group, n_groups);
 }
 
 static void
-attn_norm_part(void *arg, uint32_t part, uint32_t parts)
+attn_norm_row(struct forward *f, uint32_t part, uint32_t r)
 {
 	static const enum plan_group group[] = {GROUP_Q, GROUP_K, GROUP_V};
-	struct forward *f = arg;
 
-	norm_part(f, part, parts, f->m->layer[f->layer].input_norm, group, 3);
+	norm_row(f, part, r, f->m->layer[f->layer].input_norm, group, 3);
 }
 
 static void
-mlp_norm_part(void *arg, uint32_t part, uint32_t parts)
+mlp_norm_row(struct forward *f, uint32_t part, uint32_t r)
 {
 	static const enum plan_group group[] = {GROUP_GATE, GROUP_UP};
-	struct forward *f = arg;
 
-	norm_part(f, part, parts, f->m->layer[f->layer].post_norm, group, 2);
+	norm_row(f, part, r, f->m->layer[f->layer].post_norm, group, 2);
 }
 
 static void
-final_norm_part(void *arg, uint32_t part, uint32_t parts)
+final_norm_row(struct forward *f, uint32_t part, uint32_t r)
 {
 	static const enum plan_group group[] = {GROUP_LM_HEAD};
-	struct forward *f = arg;
 
-	norm_part(f, part, parts, f->m->final_norm, group, 1);
+	norm_row(f, part, r, f->m->final_norm, group, 1);
 }
 
 static struct k_kv_block
@@ -405,34 +427,30 @@ norm_heads(const struct forward *f, float *x, uint32_t n_heads, const float *w)
 }
 
 static void
-rope_part(void *arg, uint32_t part, uint32_t parts)
+rope_row(struct forward *f, uint32_t part, uint32_t r)
 {
-	struct forward *f = arg;
 	const struct model_shape *s = &f->m->shape;
 	const struct model_layer *layer = &f->m->layer[f->layer];
-	uint32_t half = s->head_dim / 2, from, to;
+	uint32_t half = s->head_dim / 2;
+	const struct forward_row *row = &f->row[r];
+	const float *cos = f->m->rope_cos + (size_t)row->pos * half;
+	const float *sin = f->m->rope_sin + (size_t)row->pos * half;
+	float *q = f->q + (size_t)r * s->n_heads * s->head_dim;
+	float *k = f->k + (size_t)r * s->n_kv_heads * s->head_dim;
+	const float *v = f->v + (size_t)r * s->n_kv_heads * s->head_dim;
+	struct k_kv_block block = block_of(f, row, row->pos / KV_PAGE_TOKENS);
 
-	team_share(f->n_rows, part, parts, &from, &to);
-	for (uint32_t r = from; r < to; r++) {
-		const struct forward_row *row = &f->row[r];
-		const float *cos = f->m->rope_cos + (size_t)row->pos * half;
-		const float *sin = f->m->rope_sin + (size_t)row->pos * half;
-		float *q = f->q + (size_t)r * s->n_heads * s->head_dim;
-		float *k = f->k + (size_t)r * s->n_kv_heads * s->head_dim;
-		const float *v = f->v + (size_t)r * s->n_kv_heads * s->head_dim;
-		struct k_kv_block block = block_of(f, row, row->pos / KV_PAGE_TOKENS);
-
-		norm_heads(f, q, s->n_heads, layer->q_norm);
-		norm_heads(f, k, s->n_kv_heads, layer->k_norm);
-		if (!s->no_rope[f->layer]) {
-			f->ops->rope(q, s->n_heads, s->head_dim, cos, sin);
-			f->ops->rope(k, s->n_kv_heads, s->head_dim, cos, sin);
-		}
-		f->ops->kv_write(&block, k, v, s->n_kv_heads, s->head_dim, f->kv->hd_pad, row->pos % KV_PAGE_TOKENS);
-		for (uint32_t h = 0; f->evidence != NULL && r == f->sample_row && h < s->n_kv_heads; h++) {
-			evidence_add(f->evidence, GROUP_KV_CACHE, f->layer, k + h * s->head_dim, s->head_dim);
-			evidence_add(f->evidence, GROUP_KV_CACHE, f->layer, v + h * s->head_dim, s->head_dim);
-		}
+	(void)part;
+	norm_heads(f, q, s->n_heads, layer->q_norm);
+	norm_heads(f, k, s->n_kv_heads, layer->k_norm);
+	if (!s->no_rope[f->layer]) {
+		f->ops->rope(q, s->n_heads, s->head_dim, cos, sin);
+		f->ops->rope(k, s->n_kv_heads, s->head_dim, cos, sin);
+	}
+	f->ops->kv_write(&block, k, v, s->n_kv_heads, s->head_dim, f->kv->hd_pad, row->pos % KV_PAGE_TOKENS);
+	for (uint32_t h = 0; f->evidence != NULL && r == f->sample_row && h < s->n_kv_heads; h++) {
+		evidence_add(f->evidence, GROUP_KV_CACHE, f->layer, k + h * s->head_dim, s->head_dim);
+		evidence_add(f->evidence, GROUP_KV_CACHE, f->layer, v + h * s->head_dim, s->head_dim);
 	}
 }
 
@@ -490,30 +508,24 @@ attention_part(void *arg, uint32_t part, uint32_t parts)
 }
 
 static void
-attn_encode_part(void *arg, uint32_t part, uint32_t parts)
+attn_encode_row(struct forward *f, uint32_t part, uint32_t r)
 {
 	static const enum plan_group group[] = {GROUP_O};
-	struct forward *f = arg;
-	uint32_t n = f->m->shape.n_heads * f->m->shape.head_dim, from, to;
+	uint32_t n = f->m->shape.n_heads * f->m->shape.head_dim;
 
-	team_share(f->n_rows, part, parts, &from, &to);
-	for (uint32_t r = from; r < to; r++)
-		encode(f, r, f->attn + (size_t)r * n, n, group, 1);
+	(void)part;
+	encode(f, r, f->attn + (size_t)r * n, n, group, 1);
 }
 
 static void
-mlp_encode_part(void *arg, uint32_t part, uint32_t parts)
+mlp_encode_row(struct forward *f, uint32_t part, uint32_t r)
 {
 	static const enum plan_group group[] = {GROUP_DOWN};
-	struct forward *f = arg;
-	uint32_t n = f->m->shape.intermediate, from, to;
+	uint32_t n = f->m->shape.intermediate;
 	float *h = f->tmp + part * f->tmp_ld;
 
-	team_share(f->n_rows, part, parts, &from, &to);
-	for (uint32_t r = from; r < to; r++) {
-		f->ops->silu_mul(f->gate + (size_t)r * n, f->up + (size_t)r * n, n, h);
-		encode(f, r, h, n, group, 1);
-	}
+	f->ops->silu_mul(f->gate + (size_t)r * n, f->up + (size_t)r * n, n, h);
+	encode(f, r, h, n, group, 1);
 }
 
 static void
@@ -523,24 +535,24 @@ run_layer(struct forward *f, uint32_t n)
 	const struct k_weight *w = f->m->layer[f->layer].linear;
 	size_t qd = (size_t)s->n_heads * s->head_dim, kvd = (size_t)s->n_kv_heads * s->head_dim;
 
-	run_rows(f, n, attn_norm_part);
+	run_rows(f, n, attn_norm_row);
 	run_linear(f, (struct site[]){
 	    {GROUP_Q, &w[GROUP_Q], f->q, qd, false},
 	    {GROUP_K, &w[GROUP_K], f->k, kvd, false},
 	    {GROUP_V, &w[GROUP_V], f->v, kvd, false}}, 3, n);
-	run_rows(f, n, rope_part);
+	run_rows(f, n, rope_row);
 	f->next_item = 0;
 	team_run(f->team, attention_part, f);
 	/* q, k and v were finite: the fault came out of the cache. */
 	trace(f, f->attn, qd, GROUP_KV_CACHE);
-	run_rows(f, n, attn_encode_part);
+	run_rows(f, n, attn_encode_row);
 	run_linear(f, (struct site[]){{GROUP_O, &w[GROUP_O], f->x, s->hidden, true}}, 1, n);
 
-	run_rows(f, n, mlp_norm_part);
+	run_rows(f, n, mlp_norm_row);
 	run_linear(f, (struct site[]){
 	    {GROUP_GATE, &w[GROUP_GATE], f->gate, s->intermediate, false},
 	    {GROUP_UP, &w[GROUP_UP], f->up, s->intermediate, false}}, 2, n);
-	run_rows(f, n, mlp_encode_part);
+	run_rows(f, n, mlp_encode_row);
 	run_linear(f, (struct site[]){{GROUP_DOWN, &w[GROUP_DOWN], f->x, s->hidden, true}}, 1, n);
 }
 
@@ -572,7 +584,7 @@ forward_run(struct forward *f, const struct forward_row *row, uint32_t n)
 	f->row = row;
 	for (uint32_t r = 0; r < n; r++)
 		f->plan[r] = row[r].plan;
-	run_rows(f, n, embed_part);
+	run_rows(f, n, embed_row);
 	for (f->layer = 0; f->layer < f->m->shape.n_layers; f->layer++)
 		run_layer(f, n);
 
@@ -580,7 +592,7 @@ forward_run(struct forward *f, const struct forward_row *row, uint32_t n)
 	f->sample_row = 0;
 	wanted = keep_wanted(f, n);
 	if (wanted > 0) {
-		run_rows(f, wanted, final_norm_part);
+		run_rows(f, wanted, final_norm_row);
 		run_linear(f, (struct site[]){
 		    {GROUP_LM_HEAD, &f->m->lm_head, f->logits, f->m->shape.vocab, false}}, 1, wanted);
 	}
