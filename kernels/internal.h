@@ -33,8 +33,9 @@ void avx512_mix_page(const struct k_attention *, const struct k_kv_block *, uint
     float *ks, float *vs);
 /* V of a block with zeros in the slots after `last`; false if what is left is not all finite. */
 bool avx512_trim_page(const uint16_t *v, uint32_t hd_pad, uint32_t last, uint16_t *out);
-/* Vectors [from, to): scores [to - from][32] to probabilities in BF16; ks, vs NULL: all positions are BF16. */
-void avx512_softmax(struct k_vectors *, uint32_t from, uint32_t to, const float (*score)[32], float scale, const float *ks,
+/* Vectors [from, to), by 16 (what lies beyond `to` is overwritten): scores [][32], which it scales, to probabilities in
+ * BF16; ks, vs NULL: all positions are BF16. */
+void avx512_softmax(struct k_vectors *, uint32_t from, uint32_t to, float (*score)[32], float scale, const float *ks,
     const float *vs, uint16_t (*p)[32]);
 /* Adds block outputs [to - from][hd_pad]. */
 void avx512_merge(struct k_vectors *, uint32_t from, uint32_t to, const float *block);

@@ -357,16 +357,10 @@ struct head_page {
 	const float *ks, *vs;   /* NULL: all positions are BF16 */
 };
 
-/* Up to two tiles of vectors against a page. */
+/* Scores of up to two tiles of vectors against a page. */
 AMX static void
-attend_page(struct k_vectors *s, const uint16_t *q, const struct head_page *page, float scale, uint32_t from)
+score_page(const uint16_t *q, uint32_t ld, bool two, const struct head_page *page, float (*score)[32])
 {
-	uint32_t n = s->n - from < 32 ? s->n - from : 32, ld = s->hd_pad;
-	bool two = n > 16;
-	_Alignas(64) float score[32][32], out[32 * 256];
-	_Alignas(64) uint16_t p[32][32];
-
-	q += (size_t)from * ld;
 	zero_four();
 	for (uint32_t d = 0; d < ld; d += K_BLOCK) {
 		tile_load(6, page->k + d * K_BLOCK, 4 * K_BLOCK);
@@ -386,10 +380,12 @@ attend_page(struct k_vectors *s, const uint16_t *q, const struct head_page *page
 		tile_store(2, &score[16][0], sizeof(score[0]));
 		tile_store(3, &score[16][16], sizeof(score[0]));
 	}
-	__asm__ volatile("" ::: "memory");
-	avx512_softmax(s, from, from + n, (const float (*)[32])score, scale, page->ks, page->vs, p);
-	/* What the tiles hold beyond n is computed too, and not read. */
-	__asm__ volatile("" ::: "memory");
+}
+
+/* Their sums over V. */
+AMX static void
+weigh_page(const uint16_t (*p)[32], uint32_t ld, bool two, const struct head_page *page, float *out)
+{
 	tile_load(4, p[0], sizeof(p[0]));
 	if (two)
 		tile_load(5, p[16], sizeof(p[0]));
@@ -408,8 +404,27 @@ attend_page(struct k_vectors *s, const uint16_t *q, const struct head_page *page
 			tile_store(3, out + 16 * ld + d + 16, ld * 4);
 		}
 	}
+}
+
+/* All vectors against a page, each stage for all of them, so that one waits for the one before only once. What the tiles
+ * hold beyond the last vector is computed too, and not read. */
+AMX static void
+attend_page(struct k_vectors *s, const uint16_t *q, const struct head_page *page, float scale)
+{
+	uint32_t ld = s->hd_pad;
+	_Alignas(64) float score[K_VECTORS][32], out[32 * 256];
+	_Alignas(64) uint16_t p[K_VECTORS][32];
+
+	for (uint32_t from = 0; from < s->n; from += 32)
+		score_page(q + (size_t)from * ld, ld, s->n - from > 16, page, score + from);
 	__asm__ volatile("" ::: "memory");
-	avx512_merge(s, from, from + n, out);
+	avx512_softmax(s, 0, s->n, score, scale, page->ks, page->vs, p);
+	__asm__ volatile("" ::: "memory");
+	for (uint32_t from = 0; from < s->n; from += 32) {
+		weigh_page((const uint16_t (*)[32])p + from, ld, s->n - from > 16, page, out);
+		__asm__ volatile("" ::: "memory");
+		avx512_merge(s, from, s->n - from < 32 ? s->n : from + 32, out);
+	}
 }
 
 /* Which slots of a block count for each vector; is that all of them for all? */
@@ -448,6 +463,7 @@ attend_vectors(const struct k_attention *a, uint32_t h0, uint32_t h1)
 
 	s.n = a->rows * heads, s.hd_pad = a->hd_pad;
 	memset(s.l, 0, sizeof(s.l));
+	memset(s.valid, 0, sizeof(s.valid));
 	for (uint32_t i = 0; i < s.n; i++)
 		avx512_round(a->q + i / heads * a->ld + (size_t)(h0 + i % heads) * a->head_dim, a->head_dim, a->hd_pad,
 		    q + (size_t)i * a->hd_pad);
@@ -466,8 +482,7 @@ attend_vectors(const struct k_attention *a, uint32_t h0, uint32_t h1)
 				return false;
 			page.v = trimmed;
 		}
-		for (uint32_t from = 0; from < s.n; from += 32)
-			attend_page(&s, q, &page, a->scale, from);
+		attend_page(&s, q, &page, a->scale);
 	}
 	for (uint32_t i = 0; i < s.n; i++)
 		avx512_divide(&s, i, a->head_dim, a->out + i / heads * a->ld + (size_t)(h0 + i % heads) * a->head_dim);

@@ -598,16 +598,15 @@ rope_avx512(float *x, uint32_t n_heads, uint32_t head_dim, const float *cos, con
 	}
 }
 
+/* x <= EXP_MAX */
 INLINE __m512
-exp_avx512(__m512 x)
+exp_low(__m512 x)
 {
 	const __m512 round = _mm512_set1_ps(EXP_ROUND), one = _mm512_set1_ps(1.0f);
 	__mmask16 zero = _mm512_cmp_ps_mask(x, _mm512_set1_ps(EXP_MIN), _CMP_LT_OQ);
-	__mmask16 high = _mm512_cmp_ps_mask(x, _mm512_set1_ps(EXP_MAX), _CMP_GT_OQ);
 	__m512 n, r, p;
 	__m512i e;
 
-	x = _mm512_mask_mov_ps(x, high, _mm512_set1_ps(EXP_MAX));
 	n = _mm512_sub_ps(_mm512_fmadd_ps(x, _mm512_set1_ps(EXP_LOG2E), round), round);
 	r = _mm512_fmadd_ps(n, _mm512_set1_ps(-EXP_LN2_LO), _mm512_fmadd_ps(n, _mm512_set1_ps(-EXP_LN2_HI), x));
 	p = _mm512_fmadd_ps(_mm512_set1_ps(EXP_C6), r, _mm512_set1_ps(EXP_C5));
@@ -618,6 +617,14 @@ exp_avx512(__m512 x)
 	p = _mm512_fmadd_ps(p, r, one);
 	e = _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23);
 	return _mm512_maskz_mul_ps((__mmask16)~zero, p, _mm512_castsi512_ps(e));
+}
+
+INLINE __m512
+exp_avx512(__m512 x)
+{
+	__mmask16 high = _mm512_cmp_ps_mask(x, _mm512_set1_ps(EXP_MAX), _CMP_GT_OQ);
+
+	return exp_low(_mm512_mask_mov_ps(x, high, _mm512_set1_ps(EXP_MAX)));
 }
 
 AVX512 static void
@@ -798,6 +805,40 @@ page_scores(const struct k_attention *a, const struct head_page *page, struct he
 	}
 }
 
+/* As round_bf16() of a probability, in the high words, 0 in slots that do not count. A NaN comes from values that were
+ * rounded before: its low word is 0, it stays NaN. */
+INLINE __m512
+round_probability(__m512 p, __mmask16 valid)
+{
+	__m512i u = _mm512_castps_si512(p), odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+
+	u = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
+	return _mm512_castsi512_ps(_mm512_maskz_and_epi32(valid, u, _mm512_set1_epi32((int)0xffff0000)));
+}
+
+/* exp(x), x <= 0 */
+INLINE __m512
+probability(__m512 x, __mmask16 valid)
+{
+	return round_probability(exp_low(x), valid);
+}
+
+INLINE __m512
+by_scale(__m512 p, const float *scale, __mmask16 valid)
+{
+	return round_probability(_mm512_mul_ps(p, _mm512_load_ps(scale)), valid);
+}
+
+/* The high words of both. */
+INLINE __m512i
+high_words(__m512 a, __m512 b)
+{
+	const __m512i odd = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25, 23, 21,
+	    19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+
+	return _mm512_permutex2var_epi16(_mm512_castps_si512(a), odd, _mm512_castps_si512(b));
+}
+
 /* Scores of the slots that count to probabilities, BF16 values; their maximum and sum. vs: NULL, or scales of V. */
 INLINE void
 softmax(__m512 v[2], uint32_t slots, const float *vs, float *m, float *l)
@@ -810,16 +851,12 @@ softmax(__m512 v[2], uint32_t slots, const float *vs, float *m, float *l)
 	*m = nan ? NAN : _mm512_reduce_max_ps(_mm512_max_ps(_mm512_mask_mov_ps(low, valid[0], v[0]),
 	    _mm512_mask_mov_ps(low, valid[1], v[1])));
 	UNROLL
-	for (uint32_t t = 0; t < 2; t++) {
-		__m512 e = exp_avx512(_mm512_sub_ps(v[t], _mm512_set1_ps(*m)));
-
-		v[t] = _mm512_castsi512_ps(_mm512_maskz_slli_epi32(valid[t], round_bf16(e), 16));
-	}
+	for (uint32_t t = 0; t < 2; t++)
+		v[t] = probability(_mm512_sub_ps(v[t], _mm512_set1_ps(*m)), valid[t]);
 	*l = fold16(_mm512_add_ps(v[0], v[1]));
 	UNROLL
 	for (uint32_t t = 0; t < 2 && vs != NULL; t++)
-		v[t] = _mm512_castsi512_ps(_mm512_maskz_slli_epi32(valid[t],
-		    round_bf16(_mm512_mul_ps(v[t], _mm512_load_ps(vs + t * 16))), 16));
+		v[t] = by_scale(v[t], vs + t * 16, valid[t]);
 }
 
 /* Scores in p to probabilities. */
@@ -1012,27 +1049,81 @@ avx512_trim_page(const uint16_t *v, uint32_t hd_pad, uint32_t last, uint16_t *ou
 	return bad == 0;
 }
 
-AVX512 void
-avx512_softmax(struct k_vectors *s, uint32_t from, uint32_t to, const float (*score)[32], float scale, const float *ks,
-    const float *vs, uint16_t (*p)[32])
+INLINE __m512
+combine(__m512 a, __m512 b, bool sum)
 {
-	const __m512 by = _mm512_set1_ps(scale);
+	return sum ? _mm512_add_ps(a, b) : _mm512_max_ps(a, b);
+}
 
-	for (uint32_t i = from; i < to; i++, score++, p++) {
+/* What fold16() or a maximum makes of each of 16 vectors, in their order: each step folds two into one. */
+INLINE __m512
+fold_all(const __m512 x[16], bool sum)
+{
+	__m512 q[4], g, h;
+
+	UNROLL
+	for (uint32_t j = 0; j < 4; j++) {
+		__m512 c = combine(_mm512_shuffle_f32x4(x[j], x[j + 4], 0x44), _mm512_shuffle_f32x4(x[j], x[j + 4], 0xee), sum);
+		__m512 d = combine(_mm512_shuffle_f32x4(x[j + 8], x[j + 12], 0x44),
+		    _mm512_shuffle_f32x4(x[j + 8], x[j + 12], 0xee), sum);
+
+		q[j] = combine(_mm512_shuffle_f32x4(c, d, 0x88), _mm512_shuffle_f32x4(c, d, 0xdd), sum);
+	}
+	g = combine(_mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(q[0]), _mm512_castps_pd(q[1]))),
+	    _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(q[0]), _mm512_castps_pd(q[1]))), sum);
+	h = combine(_mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(q[2]), _mm512_castps_pd(q[3]))),
+	    _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(q[2]), _mm512_castps_pd(q[3]))), sum);
+	return combine(_mm512_shuffle_ps(g, h, 0x88), _mm512_shuffle_ps(g, h, 0xdd), sum);
+}
+
+/* Scales the scores of 16 vectors, -Inf where a slot does not count, and finds their maxima, NaN with any NaN. */
+INLINE void
+scale_scores(const uint32_t valid[16], float (*score)[32], float scale, const float *ks, float m[16])
+{
+	const __m512 by = _mm512_set1_ps(scale), low = _mm512_set1_ps(-INFINITY);
+	__m512 max[16];
+	uint32_t nan = 0;
+
+	for (uint32_t i = 0; i < 16; i++) {
 		__m512 v[2];
 
 		UNROLL
 		for (uint32_t t = 0; t < 2; t++) {
-			v[t] = _mm512_load_ps(*score + t * 16);
+			v[t] = _mm512_load_ps(score[i] + t * 16);
 			if (ks != NULL)
 				v[t] = _mm512_mul_ps(v[t], _mm512_load_ps(ks + t * 16));
-			v[t] = _mm512_mul_ps(v[t], by);
+			v[t] = _mm512_mask_mul_ps(low, (__mmask16)(valid[i] >> (t * 16)), v[t], by);
+			_mm512_store_ps(score[i] + t * 16, v[t]);
 		}
-		softmax(v, s->valid[i], vs, &s->block_m[i], &s->block_l[i]);
-		UNROLL
-		for (uint32_t t = 0; t < 2; t++)
-			_mm256_store_si256((__m256i *)(void *)(*p + t * 16),
-			    _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(v[t]), 16)));
+		nan |= (uint32_t)(_mm512_cmp_ps_mask(v[0], v[1], _CMP_UNORD_Q) != 0) << i;
+		max[i] = _mm512_max_ps(v[0], v[1]);
+	}
+	_mm512_storeu_ps(m, _mm512_mask_mov_ps(fold_all(max, false), (__mmask16)nan, _mm512_set1_ps(NAN)));
+}
+
+AVX512 void
+avx512_softmax(struct k_vectors *s, uint32_t from, uint32_t to, float (*score)[32], float scale, const float *ks,
+    const float *vs, uint16_t (*p)[32])
+{
+	for (uint32_t i = from; i < to; i += 16, score += 16, p += 16) {
+		__m512 sum[16];
+
+		scale_scores(s->valid + i, score, scale, ks, s->block_m + i);
+		for (uint32_t j = 0; j < 16; j++) {
+			const __m512 m = _mm512_set1_ps(s->block_m[i + j]);
+			__m512 v[2];
+
+			UNROLL
+			for (uint32_t t = 0; t < 2; t++)
+				v[t] = probability(_mm512_sub_ps(_mm512_load_ps(score[j] + t * 16), m),
+				    (__mmask16)(s->valid[i + j] >> (t * 16)));
+			sum[j] = _mm512_add_ps(v[0], v[1]);
+			UNROLL
+			for (uint32_t t = 0; t < 2 && vs != NULL; t++)
+				v[t] = by_scale(v[t], vs + t * 16, (__mmask16)(s->valid[i + j] >> (t * 16)));
+			_mm512_store_si512(p[j], high_words(v[0], v[1]));
+		}
+		_mm512_store_ps(s->block_l + i, fold_all(sum, true));
 	}
 }
 
