@@ -144,9 +144,14 @@ ok "it is said when it is done" shows '^done \(! shows it\): :eval'
 keys !
 ok "what it said" shows 'plans +bf16 +-> +fp8'
 keys Enter
+octetctl sweep --by layer --text "$srcdir/models/proof/README.md" >/dev/null
+keys 1 d
+ok "of a layer that was flipped as a whole, each site has a share" shows '^ +5 .=[0-9.]+[um]? +.=[0-9.]+'
+ok "and it is said what was measured" shows "its layer's 7 sites in fp8: KL [0-9.]+; decode step "
 octetctl sweep --text "$srcdir/models/proof/README.md" >/dev/null
-keys 1 c Space
-ok "the sweep's numbers in the question" shows 'quality +KL 0\.[0-9]+ more than now, each'
+ok "a smaller whole says more" shows '^ +5 .\|[0-9.]+[um]? +.\|[0-9.]+'
+keys D c Space
+ok "the sweep's numbers in the question" shows 'quality +KL 0\.[0-9]+ more than now: what was flipped alone'
 keys n d
 ok "and in the grid" shows '^ +group '
 keys D e
@@ -170,14 +175,23 @@ keys u
 ok "undone with one key" shows '^> +3 bf16   bf16   bf16   bf16   bf16'
 is "in two changes" "$(epoch)" $((before + 2))
 tm pipe-pane -t t
+is "no flicker: nothing was cleared to be drawn anew" "$(grep -c "$(printf '\033\\[[23]*J')" "$scratch/stream")" 0
 rate() { screen | sed -n '2s/.*  \([0-9.k]*\) tok.*/\1/p' | awk '/k/ { print $1 * 1000; next } { print $1 + 0 }'; }
+# The console has seen four seconds since the last change: its rate is one over the last second, and what a change
+# did to it is told from two seconds on.
+clock() { screen | sed -n '1s/.* \([0-9:]*\) UTC.*/\1/p'; }
+last_change() { octetctl --json history | jq -r '.[-1].time | sub("[.].*"; "") | sub(".*T"; "")'; }
+settled() {
+	age=$((($(date -ud "$(clock)" +%s) - $(date -ud "$(last_change)" +%s) + 86400) % 86400))
+	[ $age -ge 4 ] && [ $age -lt 43200 ]
+}
 faster() { awk "BEGIN { exit !($(rate) > 1.2 * $1) }"; }
 # From the format that this CPU is slowest in to one that reads half of bf16: twice as fast and more.
 octetctl set '*=fp8t' >/dev/null
 shows '^> +3 fp8t   fp8t   fp8t   fp8t   fp8t '
 faster=no
 for try in 1 2 3 4 5; do
-	sleep 3.5 # the rate is one over the last second; so far from the change before, the history tells them apart
+	wait_for 30 settled
 	slow=$(rate)
 	if [ $try = 1 ]; then
 		keys a Space
@@ -203,6 +217,30 @@ keys 5 g
 ok "the history says what it did" shows 'tokens/s [0-9.k]+ -> [0-9.k]+'
 keys 2
 ok "the epoch stands under the curves" shows '^epochs .*▲'
+
+# ---- shadow's gauge, both sides of a rollout, whose policy a client has ----
+keys 3
+ok "a client that follows the active plan" shows ' octet .* active'
+printf '[shadow]\nsample = 1\nmax_kl = 0.9\n' >>"$scratch/octet.ini"
+octetctl reload >/dev/null
+octetctl set 'attention.*=bf16' >/dev/null
+octetctl rollout start fp8 --percent 50 --by request --guard kl=0.5 >/dev/null
+keys 4
+ok "what runs beside the active plan is said above" shows 'rollout 50 %'
+ok "shadow's gauge" shows '^ KL +[█░]+ [0-9.]+ of 0\.90 '
+ok "both sides of a rollout" shows '^ requests +[1-9][0-9.k]* +[1-9][0-9.k]*$'
+ok "their times" shows '^ each token ms p50 +[0-9.]+ +[0-9.]+ +[-+][0-9.]+ %'
+ok "the candidate's gauge" shows '^ KL +[█░]+ [0-9.]+ of 0\.50 '
+octetctl rollout abort >/dev/null
+ok "aborted" shows 'none; :rollout start'
+octetctl rollout start fp8 --percent 100 >/dev/null
+keys 3
+ok "a client that has the candidate" shows ' octet .* >fp8'
+octetctl rollout abort >/dev/null
+printf '[clients]\nuid:%s = fp8\n' "$(id -u)" >>"$scratch/octet.ini"
+octetctl reload >/dev/null
+ok "a client with a policy of its own" shows ' octet .* fp8'
+has "octetctl says it too" "$(octetctl clients)" ' octet .* fp8$'
 kill $load; wait $load 2>/dev/null
 load=
 
@@ -210,7 +248,7 @@ load=
 cpu() { cut -d' ' -f1 "/proc/$1/schedstat"; } # ns
 keys 1
 shows '\[1 Precision\]'
-pid=$(pgrep -f -- "^$console" | head -1)
+pid=$(console_pid)
 a=$(cpu "$pid")
 from=$(date +%s%N)
 wait_for 20 eval '[ $(($(date +%s%N) - from)) -gt 8000000000 ]'
