@@ -303,13 +303,25 @@ screen_show(const struct canvas *c)
 
 /* ---- keys ---- */
 
+/* What came in one piece, as over a slow link, is one KEY_MOUSE; getmouse() gives the newest first. */
+static MEVENT moves[8];
+static int n_moves;
+
+static void
+take_moves(void)
+{
+	while (n_moves < 8 && getmouse(&moves[n_moves]) == OK)
+		n_moves++;
+}
+
 static int
 pointer(struct ui *ui)
 {
 	MEVENT e;
 
-	if (getmouse(&e) != OK)
+	if (n_moves == 0)
 		return -1;
+	e = moves[--n_moves];
 	ui->pointer.y = e.y, ui->pointer.x = e.x;
 	ui->pointer.pressed = (e.bstate & (BUTTON1_PRESSED | BUTTON1_CLICKED)) != 0;
 	ui->pointer.released = (e.bstate & BUTTON1_RELEASED) != 0;
@@ -329,14 +341,19 @@ screen_key(struct ui *ui)
 		{KEY_ENTER, K_ENTER}, {KEY_PASTE, K_PASTE}, {KEY_PASTED, K_PASTED},
 	};
 	wint_t c;
-	int rc = get_wch(&c);
+	int rc;
 
+	if (n_moves > 0)
+		return pointer(ui);
+	rc = get_wch(&c);
 	if (rc == ERR)
 		return -1;
 	if (rc != KEY_CODE_YES)
 		return c == '\r' ? K_ENTER : (int)c;
-	if (c == KEY_MOUSE)
+	if (c == KEY_MOUSE) {
+		take_moves();
 		return pointer(ui);
+	}
 	for (size_t i = 0; i < sizeof(map) / sizeof(*map); i++)
 		if (map[i].from == c)
 			return map[i].to;
