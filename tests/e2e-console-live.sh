@@ -202,7 +202,11 @@ for try in 1 2 3 4 5; do
 	else
 		keys U
 	fi
-	wait_for 3 faster "$slow" && faster=yes && break
+	pressed=$(date +%s%N)
+	until faster "$slow" || [ $(($(date +%s%N) - pressed)) -gt 2000000000 ]; do
+		sleep 0.05
+	done
+	[ $(($(date +%s%N) - pressed)) -le 2000000000 ] && faster=yes && break
 	echo "# try $try: $slow tokens/s before, $(rate) after; load $(cut -d' ' -f1 /proc/loadavg)"
 	keys u
 	shows '^> +3 fp8t   fp8t   fp8t   fp8t   fp8t '
