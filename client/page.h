@@ -86,7 +86,7 @@ struct octet_page {
 	float group_kl[PAGE_GROUPS]; /* of a group flipped in all layers */
 	/* What a decode step at batch 1 gained by it, in us; NAN: not measured. */
 	float saved_us[PAGE_GROUPS][PAGE_LAYERS], group_saved_us[PAGE_GROUPS];
-	float saved_error_us[PAGE_GROUPS][PAGE_LAYERS], group_saved_error_us[PAGE_GROUPS]; /* its standard error */
+	float saved_error_us[PAGE_GROUPS][PAGE_LAYERS], group_saved_error_us[PAGE_GROUPS]; /* its standard error; NAN: not known */
 	/* The same of a layer's linear sites flipped together. */
 	float layer_kl[PAGE_LAYERS], layer_saved_us[PAGE_LAYERS], layer_saved_error_us[PAGE_LAYERS];
 	int64_t sweep_us;

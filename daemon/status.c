@@ -339,6 +339,8 @@ fill_trial(struct octet_page *p, const json_t *r, int64_t at)
 
 	if (rule == NULL || change == NULL || !one_flip(change, from, to))
 		return;
+	if (!(m.error > 0)) /* too few rounds to know it */
+		m.error = NAN;
 	n = sscanf(rule, "%31[^@=]@%u", name, &l);
 	if (n < 1 || (n > 1 && l >= p->n_layers))
 		return;

@@ -106,16 +106,24 @@ keys q
 gone 'nosuch=fp8'
 keys : 'help' Enter
 ok "no such verb" shows "there is no command 'help'"
+resize 80 16 # it has more lines than that leaves
 keys : 'status' Enter
-ok ":status" shows 'octetd .*, pid '
-keys G
-ok "output: end" shows 'kv_cache +bf16'
+ok ":status; its end" shows 'kv_cache +bf16'
 keys g
 ok "output: home" shows 'octetd .*, pid '
+keys j
+ok "output: a line down" gone 'octetd .*, pid '
+keys k
+ok "output: a line up" shows 'octetd .*, pid '
 keys NPage
-ok "output: page down" shows 'kv_cache +bf16'
-keys PPage j k q
-ok "output: closed" gone 'octetd .*, pid '
+ok "output: page down" gone 'octetd .*, pid '
+keys PPage
+ok "output: page up" shows 'octetd .*, pid '
+keys G
+ok "output: end" shows 'kv_cache +bf16'
+keys q
+ok "output: closed" gone '^. kv_cache +bf16'
+resize 80 24
 keys : 'drain --timeout 1' Enter
 ok "drained" shows '\[DRAINING\]'
 wait_for 30 eval '[ "$(octetctl --json status | jq .draining)" = true ]'
@@ -295,9 +303,11 @@ ok "and says why" shows 'read only: started with --read-only'
 keys : 'use fp8' Enter
 ok "for commands too" shows 'read only: started with --read-only'
 keys : 'clients' Enter
-ok "but those that look" shows 'clients|id +uid'
-keys q q
-shows '^left with 0'
+ok "but those that look" shows 'id +uid +pid +program +running'
+keys q
+gone 'id +uid +pid +program +running'
+keys q
+ok "and left" shows '^left with 0'
 if [ "$(id -u)" = 0 ]; then
 	printf '[access]\noperators = user:nobody\nviewers = *\n' >>"$scratch/octet.ini"
 	octetctl reload >/dev/null

@@ -168,6 +168,9 @@ press line "delete, ^D" DC '^:iew precision'
 press line "end, ^E" End '^:iew precision'
 press line "^W" C-w '^:iew *$'
 press line "^U" C-u '^:$'
+keys 'theme ' Tab
+ok "completion of the console's own words" shows '^auto dark light 16 mono'
+keys C-u
 keys 'view traffic'
 press line enter Enter '\[2 Traffic\]'
 keys :

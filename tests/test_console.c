@@ -160,6 +160,11 @@ test_wholes(void **state)
 	site_measured(&page, 0, 4, &m);
 	assert_int_equal(m.of, MEASURED_GROUP);
 	assert_int_equal(m.n, 8);
+	/* Too few rounds: what it saves has no error. */
+	page.layer_saved_error_us[3] = NAN;
+	assert_int_equal(sites_parse(&page, "attention.*@3", &s, &err), 0);
+	effect_measure(&page, &s, 1, &e);
+	assert_true(e.n_saved == 2 && isnan(e.saved_error_us));
 	page.kl[0][3] = 0.0625f;
 	site_measured(&page, 0, 3, &m);
 	assert_int_equal(m.of, MEASURED_SITE);

@@ -379,7 +379,9 @@ text_kl(double v, char buf[NUMBER_TEXT])
 const char *
 text_us(double v, char buf[NUMBER_TEXT])
 {
-	if (fabs(v) >= 999.5)
+	if (!isfinite(v))
+		snprintf(buf, NUMBER_TEXT, "?");
+	else if (fabs(v) >= 999.5)
 		snprintf(buf, NUMBER_TEXT, "%.*f ms", fabs(v) < 99950 ? 1 : 0, v / 1000);
 	else
 		snprintf(buf, NUMBER_TEXT, "%.*f us", fabs(v) < 9.95 ? 1 : 0, v);

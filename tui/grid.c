@@ -206,11 +206,11 @@ draw_format(struct ui *ui, const struct pane *p, int y, int x, uint32_t g, uint3
 	}
 }
 
-/* What is within twice its error says so, and glows not. */
+/* What is within twice its error, or has none, says so, and glows not. */
 static bool
 is_sure(const struct value *v, enum shows what)
 {
-	return what != SHOWS_TIME || !(fabs(v->v) < 2 * v->error);
+	return what != SHOWS_TIME || fabs(v->v) >= 2 * v->error;
 }
 
 static void

@@ -264,8 +264,7 @@ add_measured(struct effect *e, int sign, uint32_t n, float kl, float saved_us, f
 	if (!isfinite(saved_us))
 		return;
 	e->saved_us += sign * (double)saved_us, e->n_saved += n;
-	if (isfinite(error_us))
-		e->saved_error_us = hypot(e->saved_error_us, (double)error_us);
+	e->saved_error_us = hypot(e->saved_error_us, (double)error_us);
 }
 
 /* Of sites that change together and were swept together; 0: not all change alike, or some have a number of their own. */

@@ -49,7 +49,7 @@ struct effect {
 	double kv_before, kv_after;     /* bytes of KV that a token reads for each position before it */
 	uint32_t n_kl, n_saved;   /* sites that the last sweep measured between these two formats, either way */
 	double kl, saved_us;      /* their sums; < 0: kl given back, time lost */
-	double saved_error_us;
+	double saved_error_us;    /* NAN: not known */
 };
 void effect_measure(const struct octet_page *, const struct sites *, uint8_t format, struct effect *);
 double page_read_bytes(const struct octet_page *, bool kv, const struct sites *changed, uint8_t format);
