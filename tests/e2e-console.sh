@@ -97,7 +97,7 @@ ok "a selector" shows 'selector, 4 sites: mlp.down_proj@8-10,79$'
 keys s 'nosuch*' Enter
 ok "a selector that selects nothing" shows 'nosuch\* selects no site'
 keys e g 0
-press precision d d 'KL of a site in fp8   share of its '
+press precision d d 'KL of a site in fp8   share of = layer'
 press precision D D 'Formats   ~'
 keys f
 ok "folded again" shows 'equal layers folded'

@@ -343,7 +343,7 @@ test_signs(void **state)
 	page.sweep_us = page.updated_us++;
 	page.layer_kl[3] = 0.25f, page.group_kl[1] = 0.0008f, page.kl[0][2] = 0.01f;
 	ui_take(&ui, &page);
-	assert_non_null(strstr(screen(), "share of its = layer's | group's"));
+	assert_non_null(strstr(screen(), "share of = layer | group"));
 	assert_non_null(strstr(screen(), "      2 +10.0m      |100u "));
 	assert_non_null(strstr(screen(), "      3 #=0.12     #=0.12 "));
 	ui_free(&ui);

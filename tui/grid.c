@@ -371,7 +371,7 @@ text_title(const struct ui *ui, const struct pane *p, const struct look *k, char
 		add_title(title, p->width, " (:sweep --by site --text FILE)");
 		return;
 	}
-	if (ui->grid.folded)
+	if (ui->grid.folded && !sweep)
 		add_title(title, p->width, k->what == SHOWS_FORMAT ? ", equal layers folded" : ", the largest of folded layers");
 	if (k->what == SHOWS_FORMAT)
 		add_title(title, p->width, "   ~ on its way   ! runs as   > candidate");
@@ -380,9 +380,11 @@ text_title(const struct ui *ui, const struct pane *p, const struct look *k, char
 	snprintf(text, sizeof(text), " in %s", page->sweep_format);
 	add_title(title, p->width, text);
 	if (k->range.shared)
-		add_title(title, p->width, "   share of its = layer's | group's");
+		add_title(title, p->width, "   share of = layer | group");
 	if (k->what == SHOWS_TIME)
-		add_title(title, p->width, "   ? within its error");
+		add_title(title, p->width, "   ? unsure");
+	if (ui->grid.folded)
+		add_title(title, p->width, "   the largest of folded");
 	snprintf(text, sizeof(text), "   sweep of %s", text_date(page->sweep_us, when) + 5);
 	add_title(title, p->width, text);
 	if (k->what == SHOWS_KL)
