@@ -339,7 +339,7 @@ void
 page_sanitise(struct octet_page *p)
 {
 	TERMINATE(p->octet_version), TERMINATE(p->model), TERMINATE(p->backend), TERMINATE(p->cpu_level);
-	TERMINATE(p->policy), TERMINATE(p->sweep_format), TERMINATE(p->shadow_baseline);
+	TERMINATE(p->policy), TERMINATE(p->sweep_from), TERMINATE(p->sweep_format), TERMINATE(p->shadow_baseline);
 	TERMINATE(p->rollout), TERMINATE(p->surge_policy), TERMINATE(p->surge_state);
 	if (p->n_layers > PAGE_LAYERS)
 		p->n_layers = PAGE_LAYERS;
@@ -363,7 +363,7 @@ page_sanitise(struct octet_page *p)
 		TERMINATE(h->program), TERMINATE(h->why), TERMINATE(h->change), TERMINATE(h->result), TERMINATE(h->policy);
 	}
 	for (uint32_t i = 0; i < PAGE_CLIENTS; i++)
-		TERMINATE(p->client[i].program);
+		TERMINATE(p->client[i].program), TERMINATE(p->client[i].policy);
 	for (uint32_t i = 0; i < PAGE_EVALS; i++)
 		TERMINATE(p->eval[i].baseline), TERMINATE(p->eval[i].candidate), TERMINATE(p->eval[i].corpus);
 	for (uint32_t i = 0; i < PAGE_LOG; i++)

@@ -235,13 +235,14 @@ show_clients(const json_t *r, const struct options *o)
 	size_t i;
 
 	(void)o;
-	printf("%-6s %-6s %-8s %-20s %8s %8s %10s %10s\n", "id", "uid", "pid", "program", "running", "queued", "requests",
-	    "tokens");
+	printf("%-6s %-6s %-8s %-20s %8s %8s %10s %10s  %s\n", "id", "uid", "pid", "program", "running", "queued", "requests",
+	    "tokens", "policy");
 	json_array_foreach((json_t *)(uintptr_t)list, i, c)
 		printf("%-6" JSON_INTEGER_FORMAT " %-6" JSON_INTEGER_FORMAT " %-8" JSON_INTEGER_FORMAT
 		       " %-20.20s %8" JSON_INTEGER_FORMAT " %8" JSON_INTEGER_FORMAT " %10" JSON_INTEGER_FORMAT
-		       " %10" JSON_INTEGER_FORMAT "\n", num(c, "id"), num(c, "uid"), num(c, "pid"), str(c, "program"),
-		    num(c, "running"), num(c, "queued"), num(c, "requests"), num(c, "tokens"));
+		       " %10" JSON_INTEGER_FORMAT "  %s%s\n", num(c, "id"), num(c, "uid"), num(c, "pid"), str(c, "program"),
+		    num(c, "running"), num(c, "queued"), num(c, "requests"), num(c, "tokens"), str_or(c, "policy", "active"),
+		    json_is_true(json_object_get(c, "candidate")) ? " (rollout)" : "");
 }
 
 static void

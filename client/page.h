@@ -10,7 +10,7 @@
 #include <stdint.h>
 
 #define PAGE_MAGIC 0x4750434fu /* "OCPG" */
-#define PAGE_VERSION 5u
+#define PAGE_VERSION 6u
 #define PAGE_GROUPS 16u
 #define PAGE_LAYERS 256u
 #define PAGE_FORMATS 8u
@@ -33,6 +33,8 @@ struct page_client {
 	uint64_t id, requests, tokens;
 	uint32_t uid, pid, running, queued;
 	char program[32];
+	char policy[64]; /* what its requests run that name none; "": the active plan */
+	uint32_t candidate; /* 1: the policy is a rollout's, by client */
 };
 
 /* One finished eval: a candidate plan measured against a baseline on a text. */
@@ -84,7 +86,9 @@ struct octet_page {
 	float group_kl[PAGE_GROUPS]; /* of a group flipped in all layers */
 	/* What a decode step at batch 1 gained by it, in us; NAN: not measured. */
 	float saved_us[PAGE_GROUPS][PAGE_LAYERS], group_saved_us[PAGE_GROUPS];
-	float saved_error_us[PAGE_GROUPS][PAGE_LAYERS], group_saved_error_us[PAGE_GROUPS]; /* its standard error */
+	float saved_error_us[PAGE_GROUPS][PAGE_LAYERS], group_saved_error_us[PAGE_GROUPS]; /* its standard error; NAN: not known */
+	/* The same of a layer's linear sites flipped together. */
+	float layer_kl[PAGE_LAYERS], layer_saved_us[PAGE_LAYERS], layer_saved_error_us[PAGE_LAYERS];
 	int64_t sweep_us;
 	char sweep_from[12], sweep_format[12]; /* all of the above went from one format to one other */
 	uint64_t epoch, plan_digest, step;

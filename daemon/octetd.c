@@ -48,6 +48,28 @@ octetd_engine_config(const struct octetd *d, const struct conf *c, struct engine
 	};
 }
 
+/* [clients]; NULL: it follows the active plan. */
+static const char *
+client_policy(const struct octetd *d, const struct peer *peer)
+{
+	const char *name = NULL;
+
+	for (size_t i = 0; name == NULL && i < d->conf->n_clients; i++)
+		if (peer_matches(peer, d->conf->clients[i].who))
+			name = d->conf->clients[i].policy;
+	return name;
+}
+
+static const char *
+shown_policy(void *arg, const struct peer *peer, bool *candidate)
+{
+	const struct octetd *d = arg;
+	const char *name = client_policy(d, peer);
+
+	*candidate = name == NULL && (name = rollout_of_client(d->rollout, peer)) != NULL;
+	return name;
+}
+
 static int
 request_policy(void *arg, const struct peer *peer, const char *name, uint64_t request, struct plan **plan, uint64_t *epoch,
     bool *rollout)
@@ -57,9 +79,8 @@ request_policy(void *arg, const struct peer *peer, const char *name, uint64_t re
 	*plan = NULL;
 	if (name != NULL && !peer_allowed(peer, d->conf->policies_of_requests))
 		return -EACCES;
-	for (size_t i = 0; name == NULL && i < d->conf->n_clients; i++)
-		if (peer_matches(peer, d->conf->clients[i].who))
-			name = d->conf->clients[i].policy;
+	if (name == NULL)
+		name = client_policy(d, peer);
 	if (name == NULL) {
 		*plan = rollout_choose(d->rollout, peer, request, epoch);
 		*rollout = *plan != NULL;
@@ -109,6 +130,7 @@ octetd_server_config(struct octetd *d, const struct conf *c, struct server_confi
 		.spin_us = (uint32_t)c->spin_us,
 		.share_prefixes = c->prefix_cache == CONF_PREFIX_ALL,
 		.policy = request_policy,
+		.client_policy = shown_policy,
 		.finished = request_finished,
 		.plan = known_plan,
 		.arg = d,

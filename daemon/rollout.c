@@ -64,13 +64,13 @@ hash(uint64_t h, const void *data, size_t len)
 	return h ^ h >> 31;
 }
 
-struct plan *
-rollout_choose(struct rollout *r, const struct peer *peer, uint64_t request, uint64_t *epoch)
+static bool
+is_chosen(const struct rollout *r, const struct peer *peer, uint64_t request)
 {
 	uint64_t h = r->salt;
 
 	if (r->plan == NULL)
-		return NULL;
+		return false;
 	if (r->by_request)
 		h = hash(h, &request, sizeof(request));
 	else {
@@ -78,10 +78,22 @@ rollout_choose(struct rollout *r, const struct peer *peer, uint64_t request, uin
 		h = hash(h, &peer->pid, sizeof(peer->pid));
 		h = hash(h, peer->program, strlen(peer->program));
 	}
-	if ((double)(h >> 11) * 0x1p-53 * 100 >= r->percent)
+	return (double)(h >> 11) * 0x1p-53 * 100 < r->percent;
+}
+
+struct plan *
+rollout_choose(struct rollout *r, const struct peer *peer, uint64_t request, uint64_t *epoch)
+{
+	if (!is_chosen(r, peer, request))
 		return NULL;
 	*epoch = r->epoch;
 	return plan_ref(r->plan);
+}
+
+const char *
+rollout_of_client(const struct rollout *r, const struct peer *peer)
+{
+	return !r->by_request && is_chosen(r, peer, 0) ? r->policy : NULL;
 }
 
 uint64_t

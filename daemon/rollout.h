@@ -22,6 +22,8 @@ int rollout_new(struct rollout **, struct octetd *, struct err *); /* goes on wh
 void rollout_free(struct rollout **); /* closes its timer; run the loop afterwards */
 /* The candidate's plan (a reference) if this request is to run it, NULL. */
 struct plan *rollout_choose(struct rollout *, const struct peer *, uint64_t request, uint64_t *epoch);
+/* The candidate's policy if it is given by client, and this one has it; NULL. */
+const char *rollout_of_client(const struct rollout *, const struct peer *);
 /* A request ended. */
 void rollout_take(struct rollout *, const struct request *);
 uint64_t rollout_digest(const struct rollout *); /* 0: there is none */

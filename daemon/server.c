@@ -886,6 +886,16 @@ server_reaped(struct server *v, struct request *r)
 	}
 }
 
+static void
+name_policy(const struct server *v, const struct session *s, struct page_client *out)
+{
+	bool candidate = false;
+	const char *name = v->cfg.client_policy != NULL ? v->cfg.client_policy(v->cfg.arg, &s->peer, &candidate) : NULL;
+
+	snprintf(out->policy, sizeof(out->policy), "%s", name != NULL ? name : "");
+	out->candidate = candidate;
+}
+
 uint32_t
 server_clients(const struct server *v, struct page_client *out, uint32_t cap)
 {
@@ -898,6 +908,7 @@ server_clients(const struct server *v, struct page_client *out, uint32_t cap)
 			out[n] = (struct page_client){.id = s->id, .requests = s->requests, .tokens = s->tokens,
 			    .uid = s->peer.uid, .pid = (uint32_t)s->peer.pid, .running = s->in_flight};
 			memcpy(out[n].program, s->peer.program, sizeof(out[n].program));
+			name_policy(v, s, &out[n]);
 		}
 		n++;
 	}

@@ -29,11 +29,14 @@ struct server_config {
 	 * it follows. *rollout: it is a candidate's. -EACCES, -ENOENT. */
 	int (*policy)(void *arg, const struct peer *, const char *name, uint64_t request, struct plan **plan,
 	    uint64_t *epoch, bool *rollout);
+	/* For display: the policy of a client's requests that name none; NULL: they
+	 * follow the active plan. *candidate: it is a rollout's. */
+	const char *(*client_policy)(void *arg, const struct peer *, bool *candidate);
 	/* A request came back, just before it is freed. */
 	void (*finished)(void *arg, const struct request *);
 	/* A plan that once ran, for a replay; NULL if it is not known. A reference. */
 	struct plan *(*plan)(void *arg, uint64_t digest);
-	void *arg;                             /* fixed after server_new(), like the two above */
+	void *arg;                             /* fixed after server_new(), like the three above */
 };
 /* Borrows loop, model, engine and the tokenizer blob. */
 int server_new(struct server **, uv_loop_t *, const struct server_config *, const struct model *,

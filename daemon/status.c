@@ -84,6 +84,8 @@ forget_sweep(struct octet_page *p)
 		for (uint32_t l = 0; l < PAGE_LAYERS; l++)
 			p->kl[g][l] = -1, p->saved_us[g][l] = p->saved_error_us[g][l] = NAN;
 	}
+	for (uint32_t l = 0; l < PAGE_LAYERS; l++)
+		p->layer_kl[l] = -1, p->layer_saved_us[l] = p->layer_saved_error_us[l] = NAN;
 }
 
 static void
@@ -285,35 +287,77 @@ real_of(const json_t *o, const char *key)
 	return json_is_number(v) ? (float)json_number_value(v) : NAN;
 }
 
-/* What a sweep flipped alone, a site or a group: "mlp.up_proj@3 bf16->fp8", "mlp.up_proj bf16->fp8". What
+/* "attention.*@0 bf16->fp8, mlp.*@0 bf16->fp8": false if not all went from one format to one other. */
+static bool
+one_flip(const char *change, char from[12], char to[12])
+{
+	char a[12], b[12];
+
+	for (const char *part = change; part != NULL;) {
+		if (sscanf(part, "%*s %11[^-]->%11[^,]", a, b) != 2 || (part != change && (strcmp(a, from) != 0 || strcmp(b, to) != 0)))
+			return false;
+		memcpy(from, a, sizeof(a)), memcpy(to, b, sizeof(b));
+		part = strstr(part, ", ");
+		part += part != NULL ? 2 : 0;
+	}
+	return true;
+}
+
+struct measured {
+	float kl, us, error;
+};
+
+static void
+put_layer(struct octet_page *p, uint32_t l, const struct measured *m)
+{
+	p->layer_kl[l] = m->kl, p->layer_saved_us[l] = m->us, p->layer_saved_error_us[l] = m->error;
+}
+
+static void
+put_group(struct octet_page *p, uint32_t g, const struct measured *m)
+{
+	p->group_kl[g] = m->kl, p->group_saved_us[g] = m->us, p->group_saved_error_us[g] = m->error;
+}
+
+static void
+put_site(struct octet_page *p, uint32_t g, uint32_t l, const struct measured *m)
+{
+	p->kl[g][l] = m->kl, p->saved_us[g][l] = m->us, p->saved_error_us[g][l] = m->error;
+}
+
+/* What a sweep flipped alone: "mlp.up_proj@3=fp8", a site; "mlp.up_proj=fp8", a group; "*@3=fp8", a layer. What
  * others measured of other formats is not put beside it. */
 static void
-fill_site(struct octet_page *p, const json_t *r, int64_t at)
+fill_trial(struct octet_page *p, const json_t *r, int64_t at)
 {
-	const char *change = json_string_value(json_object_get(r, "change"));
+	const char *rule = json_string_value(json_object_get(r, "candidate")), *change = json_string_value(json_object_get(r, "change"));
 	const json_t *step = json_object_get(r, "step_us");
-	float kl = (float)deep(r, "text", "kl", "mean"), us = real_of(step, "saved"), error = real_of(step, "saved_error");
-	char name[32], from[12], to[12];
-	const char *layer;
+	struct measured m = {(float)deep(r, "text", "kl", "mean"), real_of(step, "saved"), real_of(step, "saved_error")};
+	char name[32], from[12] = "", to[12] = "";
+	unsigned l = PAGE_LAYERS;
+	int n;
 
-	if (change == NULL || strstr(change, ", ") != NULL || sscanf(change, "%31s %11[^-]->%11s", name, from, to) != 3)
+	if (rule == NULL || change == NULL || !one_flip(change, from, to))
 		return;
-	layer = strchr(name, '@');
+	if (!(m.error > 0)) /* too few rounds to know it */
+		m.error = NAN;
+	n = sscanf(rule, "%31[^@=]@%u", name, &l);
+	if (n < 1 || (n > 1 && l >= p->n_layers))
+		return;
+	if (strcmp(p->sweep_from, from) != 0 || strcmp(p->sweep_format, to) != 0)
+		forget_sweep(p);
+	p->sweep_us = at > p->sweep_us ? at : p->sweep_us;
+	COPY(p->sweep_from, from);
+	COPY(p->sweep_format, to);
+	if (n > 1 && strcmp(name, "*") == 0)
+		put_layer(p, l, &m);
 	for (uint32_t g = 0; g < p->n_groups; g++) {
-		size_t len = strlen(p->group[g]);
-		uint32_t l = layer != NULL ? (uint32_t)strtoul(layer + 1, NULL, 10) % PAGE_LAYERS : 0;
-
-		if (strncmp(name, p->group[g], len) != 0 || (name[len] != '\0' && name[len] != '@'))
+		if (strcmp(name, p->group[g]) != 0)
 			continue;
-		if (strcmp(p->sweep_from, from) != 0 || strcmp(p->sweep_format, to) != 0)
-			forget_sweep(p);
-		if (layer == NULL)
-			p->group_kl[g] = kl, p->group_saved_us[g] = us, p->group_saved_error_us[g] = error;
-		if (json_integer_value(json_object_get(r, "sites")) == 1)
-			p->kl[g][l] = kl, p->saved_us[g][l] = us, p->saved_error_us[g][l] = error;
-		p->sweep_us = at > p->sweep_us ? at : p->sweep_us;
-		COPY(p->sweep_from, from);
-		COPY(p->sweep_format, to);
+		if (n == 1)
+			put_group(p, g, &m);
+		if (json_integer_value(json_object_get(r, "sites")) == 1 && (n > 1 || p->wanted[g][1] == PAGE_NONE))
+			put_site(p, g, n == 1 ? 0 : l, &m);
 	}
 }
 
@@ -339,7 +383,7 @@ fill_evals(struct status *s)
 		if (!json_is_string(model) || strcmp(json_string_value(model), digest) != 0 || json_object_get(r, "text") == NULL)
 			continue;
 		if (json_is_true(json_object_get(r, "sweep"))) {
-			fill_site(p, r, at);
+			fill_trial(p, r, at);
 			continue;
 		}
 		memmove(&p->eval[1], &p->eval[0], (PAGE_EVALS - 1) * sizeof(*e));

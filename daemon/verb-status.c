@@ -211,10 +211,11 @@ exec_clients(struct octetd *d, struct call *call, const json_t *request, json_t 
 		return err_set(err, -ENOMEM, "out of memory");
 	n = server_clients(d->server, c, cap);
 	for (uint32_t i = 0; i < n && i < cap; i++)
-		json_array_append_new(list, json_pack("{s:o,s:I,s:I,s:o,s:i,s:i,s:o,s:o}", "id", number(c[i].id), "uid",
+		json_array_append_new(list, json_pack("{s:o,s:I,s:I,s:o,s:i,s:i,s:o,s:o,s:o,s:b}", "id", number(c[i].id), "uid",
 		    (json_int_t)c[i].uid, "pid", (json_int_t)c[i].pid, "program", json_lossy(c[i].program), "running",
 		    (int)c[i].running, "queued", (int)c[i].queued, "requests", number(c[i].requests), "tokens",
-		    number(c[i].tokens)));
+		    number(c[i].tokens), "policy", c[i].policy[0] != '\0' ? json_lossy(c[i].policy) : json_null(), "candidate",
+		    c[i].candidate != 0));
 	free(c);
 	*reply = json_pack("{s:o}", "clients", list);
 	return whole(reply, err);

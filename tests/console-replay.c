@@ -50,22 +50,27 @@ log_line(int second, const char *text)
 	    (second * 37) % 1000, text);
 }
 
+/* A rollout's step has an epoch and leaves the active plan's. */
 static void
 change(int second, const char *program, const char *why, const char *what, const char *result, const char *policy)
 {
+	static uint64_t epoch;
 	struct page_history *h = &p.history[0];
+	bool rollout = strncmp(why, "rollout", 7) == 0;
 
 	memmove(&p.history[1], h, (PAGE_HISTORY - 1) * sizeof(*h));
-	*h = (struct page_history){.epoch = ++p.epoch, .step = p.step, .time_us = START_US + second * 1000000L, .uid = 1000,
+	*h = (struct page_history){.epoch = ++epoch, .step = p.step, .time_us = START_US + second * 1000000L, .uid = 1000,
 	    .pid = 4242};
 	snprintf(h->program, sizeof(h->program), "%s", program);
 	snprintf(h->why, sizeof(h->why), "%s", why);
 	snprintf(h->change, sizeof(h->change), "%s", what);
 	snprintf(h->result, sizeof(h->result), "%s", result);
 	snprintf(h->policy, sizeof(h->policy), "%s", policy);
-	snprintf(p.policy, sizeof(p.policy), "%s", policy);
 	p.n_history += p.n_history < PAGE_HISTORY;
-	p.running_epoch = p.epoch;
+	if (rollout || strcmp(result, "applied") != 0)
+		return;
+	snprintf(p.policy, sizeof(p.policy), "%s", policy);
+	p.epoch = p.running_epoch = epoch;
 }
 
 static void
@@ -116,6 +121,9 @@ make_sweep(void)
 			}
 		}
 	}
+	for (uint32_t l = 0; l < PAGE_LAYERS; l++)
+		p.layer_kl[l] = -1, p.layer_saved_us[l] = p.layer_saved_error_us[l] = NAN;
+	p.group_kl[KV] = 0.00096f, p.group_saved_us[KV] = 12, p.group_saved_error_us[KV] = 9;
 	p.sweep_us = START_US - 3600000000;
 	snprintf(p.sweep_from, sizeof(p.sweep_from), "bf16");
 	snprintf(p.sweep_format, sizeof(p.sweep_format), "fp8");
@@ -144,7 +152,7 @@ make_quality(void)
 	snprintf(p.shadow_baseline, sizeof(p.shadow_baseline), "bf16");
 	p.shadow = (struct page_shadow){412, 51234, 0.0012, 0.984, 0.004, 0.95};
 	snprintf(p.rollout, sizeof(p.rollout), "fp8");
-	p.rollout_epoch = 7, p.rollout_percent = 10, p.guard_kl = 0.005, p.guard_p99 = 0.1;
+	p.rollout_epoch = 8, p.rollout_percent = 10, p.guard_kl = 0.005, p.guard_p99 = 0.1;
 	p.side[0] = (struct page_side){2210, 301220, 1, 212, 690, 24.1, 39.5};
 	p.side[1] = (struct page_side){251, 33870, 0, 198, 655, 17.3, 30.2};
 	p.candidate_shadow = (struct page_shadow){25, 3301, 0.0041, 0.962, 0.005, 0};
@@ -166,6 +174,8 @@ make_clients(int second)
 		c->running = i < 3 ? 3 - i : 0, c->queued = i == 0 && second % 7 == 0;
 		c->requests = (uint64_t)(second * (5 - (int)i)), c->tokens = (uint64_t)(second * rate[i]);
 		snprintf(c->program, sizeof(c->program), "%s", program[i]);
+		snprintf(c->policy, sizeof(c->policy), "%s", i == 3 ? "bf16" : i == 2 && second >= 100 ? "fp8" : "");
+		c->candidate = i == 2 && second >= 100;
 	}
 }
 
@@ -202,7 +212,7 @@ make_second(int s)
 	}
 	if (s == 100) {
 		change(s, "octetctl", "set", "", "failed: no such site", "careful + 2 changes");
-		change(s, "octetctl", "rollout: start", "fp8, 10 % by client", "applied", "careful + 2 changes");
+		change(s, "octetctl", "rollout: start", "percent=10 by=client kl=0.005 agree=0 p99=0.1", "applied", "fp8");
 		for (uint32_t g = 0; g < GROUPS; g++)
 			for (uint32_t l = 0; l < n_layers; l++)
 				if (exists(g, l))

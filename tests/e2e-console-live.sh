@@ -106,16 +106,24 @@ keys q
 gone 'nosuch=fp8'
 keys : 'help' Enter
 ok "no such verb" shows "there is no command 'help'"
+resize 80 16 # it has more lines than that leaves
 keys : 'status' Enter
-ok ":status" shows 'octetd .*, pid '
-keys G
-ok "output: end" shows 'kv_cache +bf16'
+ok ":status; its end" shows 'kv_cache +bf16'
 keys g
 ok "output: home" shows 'octetd .*, pid '
+keys j
+ok "output: a line down" gone 'octetd .*, pid '
+keys k
+ok "output: a line up" shows 'octetd .*, pid '
 keys NPage
-ok "output: page down" shows 'kv_cache +bf16'
-keys PPage j k q
-ok "output: closed" gone 'octetd .*, pid '
+ok "output: page down" gone 'octetd .*, pid '
+keys PPage
+ok "output: page up" shows 'octetd .*, pid '
+keys G
+ok "output: end" shows 'kv_cache +bf16'
+keys q
+ok "output: closed" gone '^. kv_cache +bf16'
+resize 80 24
 keys : 'drain --timeout 1' Enter
 ok "drained" shows '\[DRAINING\]'
 wait_for 30 eval '[ "$(octetctl --json status | jq .draining)" = true ]'
@@ -144,9 +152,19 @@ ok "it is said when it is done" shows '^done \(! shows it\): :eval'
 keys !
 ok "what it said" shows 'plans +bf16 +-> +fp8'
 keys Enter
-octetctl sweep --text "$srcdir/models/proof/README.md" >/dev/null
-keys 1 c Space
-ok "the sweep's numbers in the question" shows 'quality +KL 0\.[0-9]+ more than now, each'
+head -c 600 "$srcdir/models/proof/README.md" >"$scratch/text"
+keys 1 d
+"$builddir/octetctl" sweep --by layer --text "$scratch/text" >/dev/null 2>&1 &
+sweep=$!
+ok "of a layer that was flipped as a whole, each site has a share" wait_for 120 seen '^> +0 .=[0-9.]+[um]? +.=[0-9.]+'
+ok "and it is said what was measured" shows "its layer's 7 sites in fp8: KL [0-9.]+; decode step "
+kill $sweep; wait $sweep
+"$builddir/octetctl" sweep --text "$scratch/text" >/dev/null 2>&1 &
+sweep=$!
+ok "a smaller whole says more" wait_for 120 seen '^ +5 .\|[0-9.]+[um]? '
+kill $sweep; wait $sweep
+keys D c Space
+ok "the sweep's numbers in the question" shows 'quality +KL 0\.[0-9]+ more than now: what was flipped alone'
 keys n d
 ok "and in the grid" shows '^ +group '
 keys D e
@@ -170,14 +188,23 @@ keys u
 ok "undone with one key" shows '^> +3 bf16   bf16   bf16   bf16   bf16'
 is "in two changes" "$(epoch)" $((before + 2))
 tm pipe-pane -t t
+is "no flicker: nothing was cleared to be drawn anew" "$(grep -c "$(printf '\033\\[[23]*J')" "$scratch/stream")" 0
 rate() { screen | sed -n '2s/.*  \([0-9.k]*\) tok.*/\1/p' | awk '/k/ { print $1 * 1000; next } { print $1 + 0 }'; }
+# The console has seen four seconds since the last change: its rate is one over the last second, and what a change
+# did to it is told from two seconds on.
+clock() { screen | sed -n '1s/.* \([0-9:]*\) UTC.*/\1/p'; }
+last_change() { octetctl --json history | jq -r '.[-1].time | sub("[.].*"; "") | sub(".*T"; "")'; }
+settled() {
+	age=$((($(date -ud "$(clock)" +%s) - $(date -ud "$(last_change)" +%s) + 86400) % 86400))
+	[ $age -ge 4 ] && [ $age -lt 43200 ]
+}
 faster() { awk "BEGIN { exit !($(rate) > 1.2 * $1) }"; }
 # From the format that this CPU is slowest in to one that reads half of bf16: twice as fast and more.
 octetctl set '*=fp8t' >/dev/null
 shows '^> +3 fp8t   fp8t   fp8t   fp8t   fp8t '
 faster=no
 for try in 1 2 3 4 5; do
-	sleep 3.5 # the rate is one over the last second; so far from the change before, the history tells them apart
+	wait_for 30 settled
 	slow=$(rate)
 	if [ $try = 1 ]; then
 		keys a Space
@@ -188,7 +215,11 @@ for try in 1 2 3 4 5; do
 	else
 		keys U
 	fi
-	wait_for 3 faster "$slow" && faster=yes && break
+	pressed=$(date +%s%N)
+	until faster "$slow" || [ $(($(date +%s%N) - pressed)) -gt 2000000000 ]; do
+		sleep 0.05
+	done
+	[ $(($(date +%s%N) - pressed)) -le 2000000000 ] && faster=yes && break
 	echo "# try $try: $slow tokens/s before, $(rate) after; load $(cut -d' ' -f1 /proc/loadavg)"
 	keys u
 	shows '^> +3 fp8t   fp8t   fp8t   fp8t   fp8t '
@@ -203,6 +234,30 @@ keys 5 g
 ok "the history says what it did" shows 'tokens/s [0-9.k]+ -> [0-9.k]+'
 keys 2
 ok "the epoch stands under the curves" shows '^epochs .*▲'
+
+# ---- shadow's gauge, both sides of a rollout, whose policy a client has ----
+keys 3
+ok "a client that follows the active plan" shows ' octet .* active'
+printf '[shadow]\nsample = 1\nmax_kl = 0.9\n' >>"$scratch/octet.ini"
+octetctl reload >/dev/null
+octetctl set 'attention.*=bf16' >/dev/null
+octetctl rollout start fp8 --percent 50 --by request --guard kl=0.5 >/dev/null
+keys 4
+ok "what runs beside the active plan is said above" shows 'rollout 50 %'
+ok "shadow's gauge" shows '^ KL +[█░]+ [0-9.]+ of 0\.90 '
+ok "both sides of a rollout" shows '^ requests +[1-9][0-9.k]* +[1-9][0-9.k]*$'
+ok "their times" shows '^ each token ms p50 +[0-9.]+ +[0-9.]+ +[-+][0-9.]+ %'
+ok "the candidate's gauge" shows '^ KL +[█░]+ [0-9.]+ of 0\.50 '
+octetctl rollout abort >/dev/null
+ok "aborted" shows 'none; :rollout start'
+octetctl rollout start fp8 --percent 100 >/dev/null
+keys 3
+ok "a client that has the candidate" shows ' octet .* >fp8'
+octetctl rollout abort >/dev/null
+printf '[clients]\nuid:%s = fp8\n' "$(id -u)" >>"$scratch/octet.ini"
+octetctl reload >/dev/null
+ok "a client with a policy of its own" shows ' octet .* fp8'
+has "octetctl says it too" "$(octetctl clients)" ' octet .* fp8$'
 kill $load; wait $load 2>/dev/null
 load=
 
@@ -210,7 +265,7 @@ load=
 cpu() { cut -d' ' -f1 "/proc/$1/schedstat"; } # ns
 keys 1
 shows '\[1 Precision\]'
-pid=$(pgrep -f -- "^$console" | head -1)
+pid=$(console_pid)
 a=$(cpu "$pid")
 from=$(date +%s%N)
 wait_for 20 eval '[ $(($(date +%s%N) - from)) -gt 8000000000 ]'
@@ -253,9 +308,11 @@ ok "and says why" shows 'read only: started with --read-only'
 keys : 'use fp8' Enter
 ok "for commands too" shows 'read only: started with --read-only'
 keys : 'clients' Enter
-ok "but those that look" shows 'clients|id +uid'
-keys q q
-shows '^left with 0'
+ok "but those that look" shows 'id +uid +pid +program +running'
+keys q
+gone 'id +uid +pid +program +running'
+keys q
+ok "and left" shows '^left with 0'
 if [ "$(id -u)" = 0 ]; then
 	printf '[access]\noperators = user:nobody\nviewers = *\n' >>"$scratch/octet.ini"
 	octetctl reload >/dev/null

@@ -97,7 +97,7 @@ ok "a selector" shows 'selector, 4 sites: mlp.down_proj@8-10,79$'
 keys s 'nosuch*' Enter
 ok "a selector that selects nothing" shows 'nosuch\* selects no site'
 keys e g 0
-press precision d d 'KL of each site alone in fp8'
+press precision d d 'KL of a site in fp8   share of = layer'
 press precision D D 'Formats   ~'
 keys f
 ok "folded again" shows 'equal layers folded'
@@ -168,6 +168,9 @@ press line "delete, ^D" DC '^:iew precision'
 press line "end, ^E" End '^:iew precision'
 press line "^W" C-w '^:iew *$'
 press line "^U" C-u '^:$'
+keys 'theme ' Tab
+ok "completion of the console's own words" shows '^auto dark light 16 mono'
+keys C-u
 keys 'view traffic'
 press line enter Enter '\[2 Traffic\]'
 keys :
@@ -200,26 +203,43 @@ for view in $views; do
 	sed -n "/^\.\\\\\" picture $view\$/,/^\.\\\\\" end/p" "$srcdir/man/octet-console.1" | sed '/^\./d; s/^\\&//; s/\\-/-/g; s/\\(ha/^/g; s/\\(ti/~/g; s/\\(aq/'"'"'/g; s/\\e/\\/g' >"$scratch/picture"
 	is "the manual page's picture of $view" "$("$console" --batch --ascii --width 76 --view "$view" --replay "$scratch/small" | diff "$scratch/picture" -)" ""
 done
+"$console" --batch --ascii --width 76 --replay "$scratch/small" | sed 's/^/    /' >"$scratch/picture"
+is "README's picture" "$(sed -n '/^    octet [0-9]/,/^$/p' "$srcdir/README.md" | sed '/^$/d' | diff - "$scratch/picture")" ""
 
 # ---- mouse ----
 terminal 80 24
 run "$console --replay $replay --speed 0"
 shows '\[1 Precision\]'
-# A press and a release as the terminal says them (SGR): row and column from 1.
-click() { keys -l "$(printf '\033[<0;%d;%dM\033[<0;%d;%dm' "$2" "$1" "$2" "$1")"; }
+# What the terminal says (SGR): pressed at row and column from 1, let go there or elsewhere; the wheel.
+drag() { keys -l "$(printf '\033[<0;%d;%dM\033[<0;%d;%dm' "$2" "$1" "$4" "$3")"; }
+wheel() { keys -l "$(printf '\033[<%d;%d;%dM' "$1" 20 10)"; }
+click() { drag "$1" "$2" "$1" "$2"; }
 if tm show -gv mouse >/dev/null 2>&1 && [ "$(tm display -p -t t '#{mouse_any_flag}')" = 1 ]; then
 	x10() { printf '\033[M%b%b%b' "\\0$(printf %o $((32 + $1)))" "\\0$(printf %o $((32 + $3)))" "\\0$(printf %o $((32 + $2)))"; }
 	case $(tm display -p -t t '#{mouse_sgr_flag}') in
 	1) ;;
-	*) click() { keys -l "$(x10 0 "$1" "$2")$(x10 3 "$1" "$2")"; } ;;
+	*)
+		drag() { keys -l "$(x10 0 "$1" "$2")$(x10 3 "$3" "$4")"; }
+		wheel() { keys -l "$(x10 "$1" 10 20)"; }
+		;;
 	esac
 	click 8 26
 	ok "a click on a site" shows "$(at attention.v_proj@8)"
+	click 5 30
+	ok "a click on a group's head" shows 'group, 80 sites: attention.o_proj$'
+	click 7 5
+	ok "a click on a layer" shows 'layer, 42 sites: '
+	drag 6 12 7 20
+	ok "a block, pressed on one site and let go on another" shows 'block, 16 sites: attention.q_proj@0-7 attention.k_proj@0-7$'
+	wheel 65
+	ok "the wheel down" shows "$(at attention.k_proj@8)"
+	wheel 64
+	ok "and up" shows "$(at attention.k_proj@2)"
 	click 3 20
 	ok "a click on a tab" shows '\[2 Traffic\]'
 else
 	skip "a click on a site" "this tmux takes no mouse"
-	skip "a click on a tab" "this tmux takes no mouse"
+	skip "heads, blocks, the wheel, tabs" "this tmux takes no mouse"
 fi
 keys q
 shows '^left with 0'
@@ -237,6 +257,13 @@ resize 80 24
 golden precision-80x24
 keys q
 shows '^left with 0'
+resize 20 5
+run "$console --replay $replay --speed 0"
+ok "started in a terminal that is too small" shows '^too small: 20x5'
+resize 80 24
+golden precision-80x24
+keys q
+shows '^left with 0'
 
 # ---- without colour, without UTF-8 ----
 run "$console --replay $replay --speed 0 --theme mono"
@@ -248,7 +275,35 @@ run "TERM=screen-256color $console --replay $replay --speed 0 --theme dark"
 golden precision-80x24
 if TERM=screen-256color tput colors 2>/dev/null | grep -q 256; then
 	ok "dark has 256 colours" eval 'tm capture-pane -e -p -t t | grep -q "38;5;114"'
+	for theme in dark:black light:white; do
+		keys : "theme ${theme%:*}" Enter
+		shows "theme ${theme%:*}"
+		for view in 1 2 3 4 5 6; do
+			keys $view
+			shows "\[$view "
+			ok "$view is readable in ${theme%:*}" readable "${theme#*:}"
+		done
+		keys 1 a # all of it selected, then its KL
+		shows 'all, 561 sites'
+		ok "what is selected is readable in ${theme%:*}" readable "${theme#*:}"
+		keys d
+		shows 'KL of a site'
+		ok "and its KL" readable "${theme#*:}"
+		keys D e
+		shows 'cell, '
+	done
+	keys : 'theme 16' Enter
+	shows 'theme 16'
+	ok "16 colours are 16" eval '! tm capture-pane -e -p -t t | grep -q "8;5;[0-9][0-9]"'
+	ok "and there are some" eval 'tm capture-pane -e -p -t t | grep -q "\[[0-9;]*36m"'
+	keys p p
+	golden precision-80x24
 fi
+keys q
+shows '^left with 0'
+run "COLORFGBG='0;15' TERM=screen $console --replay $replay --speed 0"
+golden precision-80x24
+ok "8 colours on white: no yellow, no cyan" eval '! tm capture-pane -e -p -t t | grep -q "\[[0-9;]*3[36]m"'
 keys q
 shows '^left with 0'
 run "NO_COLOR=1 $console --replay $replay --speed 0"
@@ -280,20 +335,19 @@ wait_for 30 test -s "$scratch/before"
 for sig in TERM HUP INT QUIT; do
 	run "$console --replay $replay --speed 0"
 	shows '\[1 Precision\]'
-	kill -$sig "$(pgrep -f -- "$console --replay $replay" | tail -1)"
+	kill -$sig "$(console_pid)"
 	ok "SIG$sig" shows "^left with 0"
 	keys "stty -a >$scratch/after.$sig" Enter
 	wait_for 30 test -s "$scratch/after.$sig"
 	ok "leaves the terminal clean" cmp "$scratch/before" "$scratch/after.$sig"
 done
 # A fault, with what a signal handler may do.
-run "$console --replay $replay --speed 0"
-shows '\[1 Precision\]'
-kill -SEGV "$(pgrep -f -- "$console --replay $replay" | tail -1)"
 if [ -n "${SANITIZE-}" ]; then
 	skip "SIGSEGV" "the sanitizer takes it"
-	keys "stty sane; reset" Enter
 else
+	run "$console --replay $replay --speed 0"
+	shows '\[1 Precision\]'
+	kill -SEGV "$(console_pid)"
 	ok "SIGSEGV" shows '^left with 139'
 	keys "stty -a >$scratch/after.SEGV" Enter
 	wait_for 30 test -s "$scratch/after.SEGV"
@@ -323,8 +377,8 @@ if command -v bash >/dev/null; then
 	shows '^shell> *$'
 	run "$console --replay $replay --speed 0"
 	shows '\[1 Precision\]'
-	kill -STOP "$(pgrep -f -- "$console --replay $replay" | tail -1)"
-	wait_for 30 eval 'ps -o stat= -p "$(pgrep -f -- "$console --replay $replay" | tail -1)" | grep -q T'
+	kill -STOP "$(console_pid)"
+	wait_for 30 eval 'ps -o stat= -p "$(console_pid)" | grep -q T'
 	keys fg Enter
 	golden precision-80x24
 	keys q
@@ -345,4 +399,10 @@ gone '\[1 Precision\]'
 keys "clear; stty -a >$scratch/after" Enter
 wait_for 30 test -s "$scratch/after"
 ok "the terminal is as before" cmp "$scratch/before" "$scratch/after"
+# ---- its window is closed ----
+run "exec $console --replay $replay --speed 0"
+shows '\[1 Precision\]'
+pid=$(tm display -p -t t '#{pane_pid}')
+tm kill-window -t t
+ok "it does not outlive its terminal" wait_for 30 eval "! kill -0 $pid"
 finish

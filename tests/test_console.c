@@ -40,6 +40,8 @@ make_page(void)
 		for (uint32_t l = 0; l < PAGE_LAYERS; l++)
 			page.kl[g][l] = -1, page.saved_us[g][l] = page.saved_error_us[g][l] = NAN;
 	}
+	for (uint32_t l = 0; l < PAGE_LAYERS; l++)
+		page.layer_kl[l] = -1, page.layer_saved_us[l] = page.layer_saved_error_us[l] = NAN;
 }
 
 /* "1: attention.*@0-3" */
@@ -120,6 +122,58 @@ test_effect(void **state)
 	assert_int_equal(sites_parse(&page, "kv_cache", &s, &err), 0);
 	effect_measure(&page, &s, 1, &e);
 	assert_int_equal(e.n_kl, 0);
+}
+
+/* A sweep of whole layers or groups: each site has a share, a flip of the whole has all of it, once. */
+static void
+test_wholes(void **state)
+{
+	struct measured m;
+	struct sites s;
+	struct effect e;
+	struct err err;
+
+	(void)state;
+	make_page();
+	strcpy(page.sweep_from, "bf16"), strcpy(page.sweep_format, "fp8");
+	page.layer_kl[3] = 0.5f, page.layer_saved_us[3] = 4, page.layer_saved_error_us[3] = 1;
+	site_measured(&page, 0, 3, &m);
+	assert_int_equal(m.of, MEASURED_LAYER);
+	assert_int_equal(m.n, 2);
+	assert_true(fabs(m.kl - 0.5) < 1e-9 && fabs(m.saved_us - 4) < 1e-9);
+	site_measured(&page, 2, 0, &m);
+	assert_int_equal(m.of, MEASURED_NOTHING);
+	site_measured(&page, 3, 3, &m);
+	assert_int_equal(m.of, MEASURED_NOTHING);
+	assert_int_equal(sites_parse(&page, "*@2-3", &s, &err), 0);
+	effect_measure(&page, &s, 1, &e);
+	assert_int_equal(e.n_kl, 2);
+	assert_true(fabs(e.kl - 0.5) < 1e-9);
+	/* A part of it is not it. */
+	assert_int_equal(sites_parse(&page, "attention.q_proj", &s, &err), 0);
+	effect_measure(&page, &s, 1, &e);
+	assert_int_equal(e.n_kl, 0);
+	/* The smaller whole says more of a site; what it was flipped alone, most. */
+	page.group_kl[0] = 0.25f, page.group_kl[3] = 0.125f;
+	site_measured(&page, 0, 3, &m);
+	assert_int_equal(m.of, MEASURED_LAYER);
+	site_measured(&page, 0, 4, &m);
+	assert_int_equal(m.of, MEASURED_GROUP);
+	assert_int_equal(m.n, 8);
+	/* Too few rounds: what it saves has no error. */
+	page.layer_saved_error_us[3] = NAN;
+	assert_int_equal(sites_parse(&page, "attention.*@3", &s, &err), 0);
+	effect_measure(&page, &s, 1, &e);
+	assert_true(e.n_saved == 2 && isnan(e.saved_error_us));
+	page.kl[0][3] = 0.0625f;
+	site_measured(&page, 0, 3, &m);
+	assert_int_equal(m.of, MEASURED_SITE);
+	page.kl[0][3] = -1;
+	/* The group counts, and its layers not again. */
+	assert_int_equal(sites_parse(&page, "attention.*", &s, &err), 0);
+	effect_measure(&page, &s, 1, &e);
+	assert_int_equal(e.n_kl, 8);
+	assert_true(fabs(e.kl - 0.25) < 1e-9);
 }
 
 static void
@@ -249,15 +303,31 @@ test_words(void **state)
 	assert_int_equal(command_words(open, word), -1);
 }
 
-/* What the grid says of sites that run otherwise than is wanted. */
-static void
-test_signs(void **state)
+/* What is on a screen of 80x24; freed by the next call. */
+static const char *
+screen(void)
 {
+	static char *text;
 	struct canvas c = {.ascii = true};
-	char *text = NULL;
 	size_t size;
 	FILE *f;
 
+	free(text);
+	text = NULL;
+	f = open_memstream(&text, &size);
+	assert_non_null(f);
+	assert_int_equal(canvas_resize(&c, 80, 24), 0);
+	ui_draw(&ui, &c);
+	canvas_print(&c, f);
+	fclose(f);
+	canvas_free(&c);
+	return text;
+}
+
+/* What the grid says of sites that run otherwise than is wanted, and of what was not measured of a site alone. */
+static void
+test_signs(void **state)
+{
 	(void)state;
 	make_page();
 	page.executed[0][1] = 1;
@@ -266,17 +336,39 @@ test_signs(void **state)
 	for (int flipping = 0; flipping < 2; flipping++) {
 		page.flipping = (uint32_t)flipping, page.updated_us++;
 		ui_take(&ui, &page);
-		f = open_memstream(&text, &size);
-		assert_non_null(f);
-		assert_int_equal(canvas_resize(&c, 80, 24), 0);
-		ui_draw(&ui, &c);
-		canvas_print(&c, f);
-		fclose(f);
-		assert_non_null(strstr(text, flipping ? "      1 bf16~ " : "      1 bf16!fp8 "));
-		free(text);
+		assert_non_null(strstr(screen(), flipping ? "      1 bf16~ " : "      1 bf16!fp8 "));
+	}
+	ui.grid.shows = SHOWS_KL;
+	assert_non_null(strstr(screen(), "KL of each site alone: no sweep yet"));
+	page.sweep_us = page.updated_us++;
+	page.layer_kl[3] = 0.25f, page.group_kl[1] = 0.0008f, page.kl[0][2] = 0.01f;
+	ui_take(&ui, &page);
+	assert_non_null(strstr(screen(), "share of = layer | group"));
+	assert_non_null(strstr(screen(), "      2 +10.0m      |100u "));
+	assert_non_null(strstr(screen(), "      3 #=0.12     #=0.12 "));
+	ui_free(&ui);
+}
+
+/* Words that are longer than a line are broken, behind a comma where there is one. */
+static void
+test_words_wrap(void **state)
+{
+	struct canvas c = {.ascii = true};
+	static const char *const want[] = {" a        ", " bc,defg, ", " hij      ", " abcdefghi", " jk       "};
+	struct pane p;
+	char row[16];
+
+	(void)state;
+	assert_int_equal(canvas_resize(&c, 10, 5), 0);
+	p = pane_all(&c);
+	assert_int_equal(put_words(&p, 0, 1, STYLE_TEXT, "a bc,defg,hij abcdefghijk"), 5);
+	for (int y = 0; y < 5; y++) {
+		for (int x = 0; x < 10; x++)
+			row[x] = (char)canvas_at(&c, y, x)->c;
+		row[10] = '\0';
+		assert_string_equal(row, want[y]);
 	}
 	canvas_free(&c);
-	ui_free(&ui);
 }
 
 /* What leaves the console when keys are pressed, without a daemon. */
@@ -390,8 +482,8 @@ test_slips(void **state)
 int
 main(void)
 {
-	const struct CMUnitTest tests[] = {cmocka_unit_test(test_selectors), cmocka_unit_test(test_effect), cmocka_unit_test(test_rows),
-	    cmocka_unit_test(test_minutes), cmocka_unit_test(test_hostile), cmocka_unit_test(test_record), cmocka_unit_test(test_words), cmocka_unit_test(test_signs),
+	const struct CMUnitTest tests[] = {cmocka_unit_test(test_selectors), cmocka_unit_test(test_effect), cmocka_unit_test(test_wholes), cmocka_unit_test(test_rows),
+	    cmocka_unit_test(test_minutes), cmocka_unit_test(test_hostile), cmocka_unit_test(test_record), cmocka_unit_test(test_words), cmocka_unit_test(test_words_wrap), cmocka_unit_test(test_signs),
 	    cmocka_unit_test(test_flip), cmocka_unit_test(test_slips)};
 
 	return cmocka_run_group_tests_name("console", tests, NULL, NULL);

@@ -74,9 +74,10 @@ test_page(void **state)
 {
 	(void)state;
 	assert_int_equal(PAGE_MAGIC, 0x4750434f);
-	assert_int_equal(PAGE_VERSION, 5);
+	assert_int_equal(PAGE_VERSION, 6);
 	SIZE(page_history, 456);
-	SIZE(page_client, 72);
+	SIZE(page_client, 144);
+	AT(page_client, policy, 72);
 	SIZE(page_eval, 280);
 	SIZE(page_side, 56);
 	SIZE(page_shadow, 48);
@@ -93,21 +94,22 @@ test_page(void **state)
 	AT(octet_page, absmax, 14096);
 	AT(octet_page, kl, 63248);
 	AT(octet_page, saved_us, 79696);
-	AT(octet_page, sweep_us, 112592);
-	AT(octet_page, epoch, 112624);
-	AT(octet_page, flipping, 112676);
-	AT(octet_page, policy, 112680);
-	AT(octet_page, ttft_ms_p50, 112896);
-	AT(octet_page, shadow, 113048);
-	AT(octet_page, rollout, 113096);
-	AT(octet_page, side, 113200);
-	AT(octet_page, surge_policy, 113360);
-	AT(octet_page, history, 113472);
-	AT(octet_page, client, 128064);
-	AT(octet_page, eval, 132672);
-	AT(octet_page, n_log, 137152);
-	AT(octet_page, log, 137160);
-	SIZE(octet_page, 152520);
+	AT(octet_page, layer_kl, 112592);
+	AT(octet_page, sweep_us, 115664);
+	AT(octet_page, epoch, 115696);
+	AT(octet_page, flipping, 115748);
+	AT(octet_page, policy, 115752);
+	AT(octet_page, ttft_ms_p50, 115968);
+	AT(octet_page, shadow, 116120);
+	AT(octet_page, rollout, 116168);
+	AT(octet_page, side, 116272);
+	AT(octet_page, surge_policy, 116432);
+	AT(octet_page, history, 116544);
+	AT(octet_page, client, 131136);
+	AT(octet_page, eval, 140352);
+	AT(octet_page, n_log, 144832);
+	AT(octet_page, log, 144840);
+	SIZE(octet_page, 160200);
 }
 
 /* What apps are compiled against. */

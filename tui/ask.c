@@ -386,7 +386,7 @@ draw_cost(const struct ui *ui, const struct pane *p, int y)
 	y = put_words(p, y, 9, STYLE_TEXT, line);
 	put(p, y, 0, STYLE_DIM, "quality");
 	if (e->n_kl > 0)
-		snprintf(line, sizeof(line), "KL %s %s than now, each site's alone added up (sweep of %s, %u of %u sites)",
+		snprintf(line, sizeof(line), "KL %s %s than now: what was flipped alone, added up (sweep of %s, %u of %u sites)",
 		    text_kl(fabs(e->kl), a), e->kl >= 0 ? "more" : "less", text_date(page->sweep_us, when), e->n_kl, e->n);
 	else
 		snprintf(line, sizeof(line), "KL not known: no sweep measured these sites in %s", format_name(page, ui->ask.format));

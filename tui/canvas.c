@@ -186,13 +186,26 @@ put_line(const struct pane *p, int y, const char *title)
 		put(p, y, 2, STYLE_TITLE, " %s ", title);
 }
 
+/* Of the next word; what is longer than a line is broken, behind a comma if there is one. */
+static int
+word_bytes(const char *s, int room)
+{
+	int n = (int)strcspn(s, " \n"), cut = room;
+
+	if (n <= room || room < 1)
+		return n;
+	while (cut > 1 && s[cut - 1] != ',')
+		cut--;
+	return cut > 1 ? cut : room;
+}
+
 int
 put_words(const struct pane *p, int y, int x, enum style style, const char *text)
 {
 	int at = x;
 
 	for (const char *s = text; *s != '\0';) {
-		int n = (int)strcspn(s, " \n");
+		int n = word_bytes(s, p->width - x);
 
 		if (at > x && at + n > p->width)
 			y++, at = x;
@@ -202,7 +215,7 @@ put_words(const struct pane *p, int y, int x, enum style style, const char *text
 			y++, at = x;
 		else if (*s == ' ' && at < p->width && at > x)
 			at = put(p, y, at, style, " ");
-		s += *s != '\0';
+		s += *s == '\n' || *s == ' ';
 	}
 	return y + 1;
 }
@@ -366,7 +379,9 @@ text_kl(double v, char buf[NUMBER_TEXT])
 const char *
 text_us(double v, char buf[NUMBER_TEXT])
 {
-	if (fabs(v) >= 999.5)
+	if (!isfinite(v))
+		snprintf(buf, NUMBER_TEXT, "?");
+	else if (fabs(v) >= 999.5)
 		snprintf(buf, NUMBER_TEXT, "%.*f ms", fabs(v) < 99950 ? 1 : 0, v / 1000);
 	else
 		snprintf(buf, NUMBER_TEXT, "%.*f us", fabs(v) < 9.95 ? 1 : 0, v);

@@ -78,7 +78,7 @@ void hit(const struct pane *, int y, int x, int width, enum hit, uint32_t a, uin
 const char *text_number(double v, char buf[NUMBER_TEXT]);
 const char *text_bytes(double v, char buf[NUMBER_TEXT]);
 const char *text_kl(double v, char buf[NUMBER_TEXT]);
-const char *text_us(double v, char buf[NUMBER_TEXT]); /* "2.3 us", "1.4 ms" */
+const char *text_us(double v, char buf[NUMBER_TEXT]); /* "2.3 us", "1.4 ms", "?" */
 const char *text_ms(double v, char buf[NUMBER_TEXT]);    /* "-" below 0 */
 const char *text_time(int64_t us, char buf[NUMBER_TEXT]); /* 12:34:56 UTC */
 const char *text_date(int64_t us, char buf[NUMBER_TEXT]); /* 2026-01-31 12:34 */

@@ -47,6 +47,10 @@ fix_float(float *v, float otherwise)
 static void
 fix_sites(struct octet_page *p)
 {
+	for (uint32_t l = 0; l < PAGE_LAYERS; l++) {
+		fix_float(&p->layer_kl[l], -1);
+		fix_float(&p->layer_saved_us[l], NAN), fix_float(&p->layer_saved_error_us[l], NAN);
+	}
 	for (uint32_t g = 0; g < PAGE_GROUPS; g++) {
 		fix_float(&p->group_kl[g], -1);
 		fix_float(&p->group_saved_us[g], NAN), fix_float(&p->group_saved_error_us[g], NAN);

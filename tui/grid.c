@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* The grid of layers and groups: what is selected in it, what it shows, drawing it. */
 #include <math.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "tui/ui.h"
@@ -100,39 +101,60 @@ grid_select_glob(struct ui *ui, const char *selector)
 
 /* ---- values ---- */
 
-/* NAN: not measured. */
-static double
+/* NAN: not measured. of: what was flipped for it, a sweep's numbers of more sites than one are shared out among them. */
+struct value {
+	double v, error;
+	enum measured_of of;
+};
+
+static struct value
+swept(const struct octet_page *p, enum shows what, uint32_t g, uint32_t l)
+{
+	struct measured m;
+
+	site_measured(p, g, l, &m);
+	return (struct value){(what == SHOWS_KL ? m.kl : m.saved_us) / m.n, m.saved_error_us / m.n, m.of};
+}
+
+static struct value
 value_of(const struct octet_page *p, enum shows what, uint32_t g, uint32_t l)
 {
+	struct value v = {NAN, NAN, MEASURED_SITE};
+
 	switch (what) {
-	case SHOWS_KL: return p->kl[g][l] >= 0 ? (double)p->kl[g][l] : NAN;
-	case SHOWS_TIME: return (double)p->saved_us[g][l];
-	case SHOWS_BYTES: return (double)p->read_bytes[g][p->wanted[g][l]];
-	case SHOWS_ABSMAX: return p->absmax[g][l] >= 0 ? (double)p->absmax[g][l] : NAN;
-	case SHOWS_ZERO: return p->absmax[g][l] >= 0 ? 100 * (double)p->zero[g][l] : NAN;
-	case SHOWS_SATURATED: return p->absmax[g][l] >= 0 ? 100 * (double)p->saturated[g][l] : NAN;
+	case SHOWS_KL:
+	case SHOWS_TIME: return swept(p, what, g, l);
+	case SHOWS_BYTES: v.v = (double)p->read_bytes[g][p->wanted[g][l]]; break;
+	case SHOWS_ABSMAX: v.v = p->absmax[g][l] >= 0 ? (double)p->absmax[g][l] : NAN; break;
+	case SHOWS_ZERO: v.v = p->absmax[g][l] >= 0 ? 100 * (double)p->zero[g][l] : NAN; break;
+	case SHOWS_SATURATED: v.v = p->absmax[g][l] >= 0 ? 100 * (double)p->saturated[g][l] : NAN; break;
 	case SHOWS_FORMAT:
 	case N_SHOWS: break;
 	}
-	return NAN;
+	return v;
 }
 
 struct range {
 	double low, high;
 	bool logarithmic;
+	bool shared; /* a value is a share of more sites' */
 };
 
 static struct range
 range_of(const struct octet_page *p, enum shows what)
 {
-	struct range r = {INFINITY, 0, shows[what].logarithmic};
+	struct range r = {INFINITY, 0, shows[what].logarithmic, false};
 
 	for (uint32_t g = 0; g < p->n_groups; g++) {
 		for (uint32_t l = 0; l < p->n_layers; l++) {
-			double v = site_is(p, g, l) ? value_of(p, what, g, l) : NAN;
+			struct value v;
 
-			if (v > 0)
-				r.low = fmin(r.low, v), r.high = fmax(r.high, v);
+			if (!site_is(p, g, l))
+				continue;
+			v = value_of(p, what, g, l);
+			r.shared = r.shared || v.of > MEASURED_SITE;
+			if (v.v > 0)
+				r.low = fmin(r.low, v.v), r.high = fmax(r.high, v.v);
 		}
 	}
 	return r;
@@ -184,56 +206,73 @@ draw_format(struct ui *ui, const struct pane *p, int y, int x, uint32_t g, uint3
 	}
 }
 
-/* What is within twice its error says so, and glows not. */
-static void
-draw_time(const struct pane *p, int y, int x, double v, double error, const struct look *k)
+/* What is within twice its error, or has none, says so, and glows not. */
+static bool
+is_sure(const struct value *v, enum shows what)
 {
-	bool sure = !(fabs(v) < 2 * error);
-	int level = sure ? heat_level(&k->range, v) : 0;
-	char buf[NUMBER_TEXT];
-
-	if (fabs(v) < 9.95)
-		snprintf(buf, sizeof(buf), "%.1f", v);
-	else if (fabs(v) < 9999.5)
-		snprintf(buf, sizeof(buf), "%.0f", v);
-	else
-		text_number(v, buf);
-	put_heat(p, y, x, level);
-	put(p, y, x + 1, !sure ? STYLE_DIM : v < 0 ? STYLE_BAD : STYLE_HEAT0 + (unsigned)level, "%s%s", buf, sure ? "" : "?");
+	return what != SHOWS_TIME || fabs(v->v) >= 2 * v->error;
 }
 
 static void
-draw_value(const struct pane *p, int y, int x, double v, double error, const struct look *k)
+text_value(const struct value *v, enum shows what, char buf[NUMBER_TEXT])
 {
+	char *end;
+
+	if (what != SHOWS_TIME || fabs(v->v) >= 9999.5)
+		text_number(v->v, buf);
+	else
+		snprintf(buf, NUMBER_TEXT, fabs(v->v) < 9.95 ? "%.1f" : "%.0f", v->v);
+	/* "85.1u" is too long with a sign before it. */
+	if (v->of > MEASURED_SITE && strlen(buf) > 4) {
+		double number = strtod(buf, &end);
+		char unit = *end;
+
+		snprintf(buf, NUMBER_TEXT, "%.0f%.*s", number, unit != '\0', &unit);
+	}
+}
+
+static void
+draw_value(const struct pane *p, int y, int x, const struct value *v, const struct look *k)
+{
+	static const char *const sign[] = {[MEASURED_LAYER] = "=", [MEASURED_GROUP] = "|"};
+	bool sure = is_sure(v, k->what), share = v->of > MEASURED_SITE;
+	int level = sure ? heat_level(&k->range, v->v) : 0;
 	char buf[NUMBER_TEXT];
 
-	if (isnan(v)) {
+	if (isnan(v->v)) {
 		put(p, y, x + 1, STYLE_DIM, "-");
 		return;
 	}
-	if (k->what == SHOWS_TIME) {
-		draw_time(p, y, x, v, error, k);
-		return;
-	}
-	put_heat(p, y, x, heat_level(&k->range, v));
-	put(p, y, x + 1, STYLE_HEAT0 + (unsigned)heat_level(&k->range, v), "%s", text_number(v, buf));
+	text_value(v, k->what, buf);
+	put_heat(p, y, x, level);
+	put(p, y, x + 1, !sure || share ? STYLE_DIM : v->v < 0 ? STYLE_BAD : STYLE_HEAT0 + (unsigned)level, "%s%s%s", share ? sign[v->of] : "", buf,
+	    sure ? "" : "?");
 }
 
-/* Of folded layers, the largest; and the error of that. */
-static double
-row_value(const struct octet_page *page, const struct look *k, uint32_t g, uint32_t row, double *error)
+/* Of folded layers, the largest. */
+static struct value
+row_value(const struct octet_page *page, const struct look *k, uint32_t g, uint32_t row)
 {
 	uint32_t from = group_is_one(page, g) ? 0 : k->rows.from[row], to = group_is_one(page, g) ? 0 : k->rows.to[row];
-	double most = value_of(page, k->what, g, from);
+	struct value most = value_of(page, k->what, g, from);
 
-	*error = (double)page->saved_error_us[g][from];
 	for (uint32_t l = from + 1; l <= to; l++) {
-		double v = value_of(page, k->what, g, l);
+		struct value v = value_of(page, k->what, g, l);
 
-		if (v > most || isnan(most))
-			most = v, *error = (double)page->saved_error_us[g][l];
+		if (v.v > most.v || isnan(most.v))
+			most = v;
 	}
 	return most;
+}
+
+/* The cursor leaves the glow: inverted it would be another. */
+static void
+mark_site(const struct pane *p, int y, int x, const struct look *k, bool selected, bool cursor)
+{
+	int glow = k->what != SHOWS_FORMAT;
+
+	mark(p, y, x, k->cell_w - 1, selected ? MARK_SELECTED : 0);
+	mark(p, y, x + glow, k->cell_w - 1 - glow, cursor ? MARK_CURSOR : 0);
 }
 
 static void
@@ -249,15 +288,15 @@ draw_site(struct ui *ui, const struct pane *p, int y, uint32_t g, uint32_t row, 
 	if (k->what == SHOWS_FORMAT)
 		draw_format(ui, p, y, x, g, l, k);
 	else {
-		double error, v = row_value(page, k, g, row, &error);
+		struct value v = row_value(page, k, g, row);
 
-		draw_value(p, y, x, v, error, k);
+		draw_value(p, y, x, &v, k);
 	}
 	for (uint32_t i = l; i <= (group_is_one(page, g) ? 0 : k->rows.to[row]); i++)
 		selected = selected || k->selected.at[g][i];
 	cursor = g == ui->grid.group && (group_is_one(page, g) || rows_find(&k->rows, ui->grid.layer) == row);
 	if (!ui->batch)
-		mark(p, y, x, k->cell_w - 1, (selected ? MARK_SELECTED : 0) | (cursor ? MARK_CURSOR : 0));
+		mark_site(p, y, x, k, selected, cursor);
 	hit(p, y, x, k->cell_w, HIT_SITE, g, l);
 }
 
@@ -285,11 +324,11 @@ draw_whole(const struct octet_page *page, const struct pane *p, int y, const str
 {
 	put(p, y, 0, STYLE_DIM, "  group");
 	for (uint32_t g = 0; g < page->n_groups; g++) {
-		double v = k->what == SHOWS_KL ? (double)page->group_kl[g] : (double)page->group_saved_us[g];
+		struct value v = {(double)page->group_saved_us[g], (double)page->group_saved_error_us[g], MEASURED_SITE};
 
-		if (k->what == SHOWS_KL && v < 0)
-			v = NAN;
-		draw_value(p, y, LAYER_W + (int)g * k->cell_w, v, (double)page->group_saved_error_us[g], k);
+		if (k->what == SHOWS_KL)
+			v.v = page->group_kl[g] < 0 ? NAN : (double)page->group_kl[g];
+		draw_value(p, y, LAYER_W + (int)g * k->cell_w, &v, k);
 	}
 }
 
@@ -309,21 +348,55 @@ draw_heads(struct ui *ui, const struct pane *p, int y, const struct look *k)
 	}
 }
 
+/* Only what finds room as a whole. */
+static void
+add_title(char title[160], int width, const char *text)
+{
+	size_t n = strlen(title);
+
+	if ((int)(n + strlen(text)) + 5 <= width)
+		snprintf(title + n, 160 - n, "%s", text);
+}
+
+static void
+text_title(const struct ui *ui, const struct pane *p, const struct look *k, char title[160])
+{
+	const struct octet_page *page = &ui->data.page;
+	bool sweep = k->what == SHOWS_KL || k->what == SHOWS_TIME;
+	char when[NUMBER_TEXT], text[80];
+
+	snprintf(title, 160, "%s", k->what == SHOWS_KL && k->range.shared ? "KL of a site" : shows[k->what].title);
+	if (sweep && page->sweep_us == 0) {
+		add_title(title, p->width, ": no sweep yet");
+		add_title(title, p->width, " (:sweep --by site --text FILE)");
+		return;
+	}
+	if (ui->grid.folded && !sweep)
+		add_title(title, p->width, k->what == SHOWS_FORMAT ? ", equal layers folded" : ", the largest of folded layers");
+	if (k->what == SHOWS_FORMAT)
+		add_title(title, p->width, "   ~ on its way   ! runs as   > candidate");
+	if (!sweep)
+		return;
+	snprintf(text, sizeof(text), " in %s", page->sweep_format);
+	add_title(title, p->width, text);
+	if (k->range.shared)
+		add_title(title, p->width, "   share of = layer | group");
+	if (k->what == SHOWS_TIME)
+		add_title(title, p->width, "   ? unsure");
+	if (ui->grid.folded)
+		add_title(title, p->width, "   the largest of folded");
+	snprintf(text, sizeof(text), "   sweep of %s", text_date(page->sweep_us, when) + 5);
+	add_title(title, p->width, text);
+	if (k->what == SHOWS_KL)
+		add_title(title, p->width, "   m 1e-3  u 1e-6");
+}
+
 static void
 draw_title(struct ui *ui, const struct pane *p, const struct look *k)
 {
-	const struct octet_page *page = &ui->data.page;
-	char title[160], when[NUMBER_TEXT];
+	char title[160];
 
-	if ((k->what == SHOWS_KL || k->what == SHOWS_TIME) && page->sweep_us == 0)
-		snprintf(title, sizeof(title), "%s: no sweep yet (:sweep --by site --text FILE)", shows[k->what].title);
-	else if (k->what == SHOWS_KL || k->what == SHOWS_TIME)
-		snprintf(title, sizeof(title), "%s in %s, sweep of %s   %s", shows[k->what].title, page->sweep_format,
-		    text_date(page->sweep_us, when) + 5, k->what == SHOWS_KL ? "m 1e-3  u 1e-6" : "? within its error");
-	else if (k->what == SHOWS_FORMAT)
-		snprintf(title, sizeof(title), "Formats%s   ~ on its way   ! runs as   > candidate", ui->grid.folded ? ", equal layers folded" : "");
-	else
-		snprintf(title, sizeof(title), "%s%s", shows[k->what].title, ui->grid.folded ? ", the largest of folded layers" : "");
+	text_title(ui, p, k, title);
 	put_line(p, 0, title);
 }
 

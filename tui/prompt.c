@@ -108,11 +108,10 @@ own_select(struct ui *ui, const char *arg)
 }
 
 static const struct own {
-	const char *name, *args;
+	const char *name;
 	unsigned (*act)(struct ui *, const char *arg);
 } own[] = {
-	{"quit", "", own_quit}, {"q", "", own_quit}, {"view", "", own_view},
-	{"theme", "auto dark light 16 mono", own_theme}, {"rate", "", own_rate}, {"select", "SELECTOR", own_select},
+	{"quit", own_quit}, {"q", own_quit}, {"view", own_view}, {"theme", own_theme}, {"rate", own_rate}, {"select", own_select},
 };
 #define N_OWN (sizeof(own) / sizeof(*own))
 
@@ -240,11 +239,10 @@ offer_argument(const struct ui *ui, struct choices *c, const char *verb, const c
 	struct verb_words w;
 	char names[200];
 
-	for (size_t i = 0; i < N_OWN; i++)
-		if (strcmp(verb, own[i].name) == 0 && strcmp(verb, "select") != 0)
-			offer_usage(c, own[i].args);
 	if (strcmp(verb, "view") == 0)
 		offer_usage(c, ui_view_names(names, sizeof(names)));
+	for (int i = 0; i < N_THEMES && strcmp(verb, "theme") == 0; i++)
+		offer(c, "%s", theme_names[i]);
 	if (strcmp(verb, "select") == 0)
 		offer_rules(&ui->data.page, c, false);
 	if (is_one_of(before, "--text --task --svg --dump-logits")) {

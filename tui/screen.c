@@ -40,20 +40,20 @@ static const struct look dark[N_STYLES] = {
 	[STYLE_TEXT] = {-1, -1, 0}, [STYLE_TITLE] = {-1, -1, A_BOLD}, [STYLE_DIM] = {245, -1, 0},
 	[STYLE_TAB] = {250, 236, 0}, [STYLE_TAB_ON] = {231, 25, A_BOLD}, [STYLE_GOOD] = {114, -1, 0}, [STYLE_WARN] = {221, -1, 0},
 	[STYLE_BAD] = {203, -1, A_BOLD}, [STYLE_ASK] = {221, -1, 0}, [STYLE_KEY] = {81, -1, 0}, [STYLE_CURVE] = {75, -1, 0},
-	[STYLE_EVENT] = {215, -1, 0}, HEATS(240, 110, 179, 208, 196), FORMATS(80, 114, 179, 176, 147),
+	[STYLE_EVENT] = {215, -1, 0}, HEATS(245, 110, 179, 208, 196), FORMATS(80, 114, 179, 176, 147),
 };
 static const struct look light[N_STYLES] = {
 	[STYLE_TEXT] = {-1, -1, 0}, [STYLE_TITLE] = {-1, -1, A_BOLD}, [STYLE_DIM] = {242, -1, 0},
 	[STYLE_TAB] = {238, 254, 0}, [STYLE_TAB_ON] = {231, 25, A_BOLD}, [STYLE_GOOD] = {28, -1, 0}, [STYLE_WARN] = {130, -1, 0},
 	[STYLE_BAD] = {160, -1, A_BOLD}, [STYLE_ASK] = {130, -1, 0}, [STYLE_KEY] = {25, -1, 0}, [STYLE_CURVE] = {25, -1, 0},
-	[STYLE_EVENT] = {130, -1, 0}, HEATS(250, 67, 136, 166, 160), FORMATS(24, 28, 94, 90, 60),
+	[STYLE_EVENT] = {130, -1, 0}, HEATS(243, 67, 136, 166, 160), FORMATS(24, 28, 94, 90, 60),
 };
 static const struct look sixteen[N_STYLES] = {
 	[STYLE_TEXT] = {-1, -1, 0}, [STYLE_TITLE] = {-1, -1, A_BOLD}, [STYLE_DIM] = {-1, -1, A_DIM},
 	[STYLE_TAB] = {-1, -1, A_REVERSE}, [STYLE_TAB_ON] = {COLOR_WHITE, COLOR_BLUE, A_BOLD}, [STYLE_GOOD] = {COLOR_GREEN, -1, 0},
 	[STYLE_WARN] = {COLOR_YELLOW, -1, 0}, [STYLE_BAD] = {COLOR_RED, -1, A_BOLD}, [STYLE_ASK] = {COLOR_YELLOW, -1, 0},
 	[STYLE_KEY] = {COLOR_CYAN, -1, 0}, [STYLE_CURVE] = {COLOR_BLUE, -1, A_BOLD}, [STYLE_EVENT] = {COLOR_MAGENTA, -1, 0},
-	HEATS(-1, COLOR_BLUE, COLOR_CYAN, COLOR_YELLOW, COLOR_RED),
+	HEATS(-1, COLOR_CYAN, COLOR_GREEN, COLOR_YELLOW, COLOR_RED),
 	FORMATS(COLOR_CYAN, COLOR_GREEN, COLOR_YELLOW, COLOR_MAGENTA, COLOR_BLUE),
 };
 static const struct look mono[N_STYLES] = {
@@ -74,6 +74,22 @@ ground_is_light(void)
 	return bg == 7 || (bg >= 9 && bg <= 15);
 }
 
+/* What 16 colours have that reads on white. */
+static short
+darker(short fg)
+{
+	return fg == COLOR_CYAN ? COLOR_BLUE : fg == COLOR_YELLOW ? COLOR_MAGENTA : fg;
+}
+
+/* What is selected must read on its ground, too. */
+static short
+selected_fg(enum theme t, short style)
+{
+	if (t == THEME_16)
+		return COLOR_WHITE;
+	return t == THEME_LIGHT && style >= STYLE_HEAT0 && style < STYLE_FORMAT0 ? -1 : looks[style].fg;
+}
+
 void
 screen_theme(enum theme t)
 {
@@ -87,10 +103,12 @@ screen_theme(enum theme t)
 	if (COLORS < 256 && (t == THEME_DARK || t == THEME_LIGHT))
 		t = THEME_16;
 	looks = t == THEME_DARK ? dark : t == THEME_LIGHT ? light : t == THEME_16 ? sixteen : mono;
-	ground = t == THEME_DARK ? 24 : t == THEME_LIGHT ? 153 : COLOR_BLUE;
+	ground = t == THEME_DARK ? 18 : t == THEME_LIGHT ? 153 : COLOR_BLUE;
 	for (short s = 0; s < N_STYLES && looks != mono; s++) {
-		init_pair((short)(s + 1), looks[s].fg, looks[s].bg);
-		init_pair((short)(s + 1 + N_STYLES), looks[s].fg, ground);
+		bool swap = t == THEME_16 && looks[s].bg < 0 && ground_is_light();
+
+		init_pair((short)(s + 1), swap ? darker(looks[s].fg) : looks[s].fg, looks[s].bg);
+		init_pair((short)(s + 1 + N_STYLES), selected_fg(t, s), ground);
 	}
 	canvas_free(&shown);
 }
@@ -102,10 +120,10 @@ look_of(const struct cell *c, attr_t *attr, short *pair)
 
 	*attr = looks[c->style].attr;
 	*pair = looks == mono ? 0 : (short)(c->style + 1 + (selected ? N_STYLES : 0));
-	if (selected && looks == mono)
-		*attr |= A_UNDERLINE;
+	if (selected)
+		*attr = (*attr & ~A_DIM) | (looks == mono ? A_UNDERLINE : 0);
 	if (c->marks & MARK_CURSOR)
-		*attr = (*attr & ~A_DIM) | A_REVERSE;
+		*attr = A_REVERSE | A_BOLD, *pair = looks == mono ? 0 : STYLE_TITLE + 1;
 	if (c->marks & MARK_PENDING)
 		*attr |= A_BOLD;
 }
@@ -285,13 +303,25 @@ screen_show(const struct canvas *c)
 
 /* ---- keys ---- */
 
+/* What came in one piece, as over a slow link, is one KEY_MOUSE; getmouse() gives the newest first. */
+static MEVENT moves[8];
+static int n_moves;
+
+static void
+take_moves(void)
+{
+	while (n_moves < 8 && getmouse(&moves[n_moves]) == OK)
+		n_moves++;
+}
+
 static int
 pointer(struct ui *ui)
 {
 	MEVENT e;
 
-	if (getmouse(&e) != OK)
+	if (n_moves == 0)
 		return -1;
+	e = moves[--n_moves];
 	ui->pointer.y = e.y, ui->pointer.x = e.x;
 	ui->pointer.pressed = (e.bstate & (BUTTON1_PRESSED | BUTTON1_CLICKED)) != 0;
 	ui->pointer.released = (e.bstate & BUTTON1_RELEASED) != 0;
@@ -311,14 +341,19 @@ screen_key(struct ui *ui)
 		{KEY_ENTER, K_ENTER}, {KEY_PASTE, K_PASTE}, {KEY_PASTED, K_PASTED},
 	};
 	wint_t c;
-	int rc = get_wch(&c);
+	int rc;
 
+	if (n_moves > 0)
+		return pointer(ui);
+	rc = get_wch(&c);
 	if (rc == ERR)
 		return -1;
 	if (rc != KEY_CODE_YES)
 		return c == '\r' ? K_ENTER : (int)c;
-	if (c == KEY_MOUSE)
+	if (c == KEY_MOUSE) {
+		take_moves();
 		return pointer(ui);
+	}
 	for (size_t i = 0; i < sizeof(map) / sizeof(*map); i++)
 		if (map[i].from == c)
 			return map[i].to;

@@ -264,26 +264,88 @@ add_measured(struct effect *e, int sign, uint32_t n, float kl, float saved_us, f
 	if (!isfinite(saved_us))
 		return;
 	e->saved_us += sign * (double)saved_us, e->n_saved += n;
-	if (isfinite(error_us))
-		e->saved_error_us = hypot(e->saved_error_us, (double)error_us);
+	e->saved_error_us = hypot(e->saved_error_us, (double)error_us);
 }
 
-/* A group that changes as a whole, and was swept as a whole. */
-static void
-add_group_sweep(const struct octet_page *p, uint32_t g, uint8_t format, struct effect *e)
+/* Of sites that change together and were swept together; 0: not all change alike, or some have a number of their own. */
+static int
+sign_of_whole(const struct octet_page *p, const struct effect *e, const struct sites *whole, uint8_t format)
 {
-	uint32_t n = 0;
 	int sign = 0;
 
-	for (uint32_t l = 0; l < p->n_layers; l++) {
-		if (!site_is(p, g, l))
-			continue;
-		if (!e->sites.at[g][l] || p->kl[g][l] >= 0 || (n++ > 0 && sign != sweep_sign(p, p->wanted[g][l], format)))
-			return;
-		sign = sweep_sign(p, p->wanted[g][l], format);
+	for (uint32_t g = 0; g < p->n_groups; g++) {
+		for (uint32_t l = 0; l < p->n_layers; l++) {
+			int one = whole->at[g][l] ? sweep_sign(p, p->wanted[g][l], format) : 0;
+
+			if (!whole->at[g][l])
+				continue;
+			if (one == 0 || (sign != 0 && one != sign) || !e->sites.at[g][l] || p->kl[g][l] >= 0)
+				return 0;
+			sign = one;
+		}
 	}
-	if (sign != 0)
-		add_measured(e, sign, n, p->group_kl[g], p->group_saved_us[g], p->group_saved_error_us[g]);
+	return sign;
+}
+
+static bool
+is_of_layer(const struct octet_page *p, uint32_t g, uint32_t l)
+{
+	return site_is(p, g, l) && !group_is_kv(p, g) && !group_is_one(p, g);
+}
+
+/* Groups, then layers of the groups that were not counted as a whole: nothing twice. */
+static void
+add_wholes(const struct octet_page *p, uint8_t format, struct effect *e)
+{
+	static struct sites whole;
+	bool counted = false;
+	int sign;
+
+	for (uint32_t g = 0; g < p->n_groups; g++) {
+		memset(&whole, 0, sizeof(whole));
+		for (uint32_t l = 0; l < p->n_layers; l++)
+			whole.at[g][l] = site_is(p, g, l);
+		sign = p->group_kl[g] >= 0 ? sign_of_whole(p, e, &whole, format) : 0;
+		if (sign != 0)
+			add_measured(e, sign, sites_count(&whole), p->group_kl[g], p->group_saved_us[g], p->group_saved_error_us[g]);
+		counted = counted || (sign != 0 && is_of_layer(p, g, 0));
+	}
+	for (uint32_t l = 0; l < p->n_layers && !counted; l++) {
+		memset(&whole, 0, sizeof(whole));
+		for (uint32_t g = 0; g < p->n_groups; g++)
+			whole.at[g][l] = is_of_layer(p, g, l);
+		sign = p->layer_kl[l] >= 0 ? sign_of_whole(p, e, &whole, format) : 0;
+		if (sign != 0)
+			add_measured(e, sign, sites_count(&whole), p->layer_kl[l], p->layer_saved_us[l], p->layer_saved_error_us[l]);
+	}
+}
+
+static double
+measured_kl(float kl)
+{
+	return kl >= 0 ? (double)kl : NAN;
+}
+
+void
+site_measured(const struct octet_page *p, uint32_t g, uint32_t l, struct measured *m)
+{
+	uint32_t of_layer = 0, of_group = 0;
+
+	if (p->kl[g][l] >= 0) {
+		*m = (struct measured){MEASURED_SITE, 1, measured_kl(p->kl[g][l]), (double)p->saved_us[g][l], (double)p->saved_error_us[g][l]};
+		return;
+	}
+	for (uint32_t i = 0; i < p->n_groups && p->layer_kl[l] >= 0 && is_of_layer(p, g, l); i++)
+		of_layer += is_of_layer(p, i, l);
+	for (uint32_t i = 0; i < p->n_layers && p->group_kl[g] >= 0; i++)
+		of_group += site_is(p, g, i);
+	*m = (struct measured){MEASURED_NOTHING, 1, NAN, NAN, NAN};
+	if (of_layer > 0 && (of_group == 0 || of_layer < of_group))
+		*m = (struct measured){MEASURED_LAYER, of_layer, measured_kl(p->layer_kl[l]), (double)p->layer_saved_us[l],
+		    (double)p->layer_saved_error_us[l]};
+	else if (of_group > 0)
+		*m = (struct measured){MEASURED_GROUP, of_group, measured_kl(p->group_kl[g]), (double)p->group_saved_us[g],
+		    (double)p->group_saved_error_us[g]};
 }
 
 void
@@ -310,8 +372,8 @@ effect_measure(const struct octet_page *p, const struct sites *s, uint8_t format
 			if (sign != 0)
 				add_measured(e, sign, 1, p->kl[g][l], p->saved_us[g][l], p->saved_error_us[g][l]);
 		}
-		add_group_sweep(p, g, format, e);
 	}
+	add_wholes(p, format, e);
 	e->read_before = page_read_bytes(p, false, NULL, 0), e->read_after = page_read_bytes(p, false, &e->sites, format);
 	e->kv_before = page_read_bytes(p, true, NULL, 0), e->kv_after = page_read_bytes(p, true, &e->sites, format);
 }

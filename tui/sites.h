@@ -31,6 +31,16 @@ int sites_parse(const struct octet_page *, const char *selector, struct sites *,
 #define SELECTOR_TEXT 1200u
 uint32_t sites_selectors(const struct octet_page *, const struct sites *, char out[PAGE_GROUPS][SELECTOR_TEXT]);
 
+/* What the last sweep says of a site: what it measured of the site alone, else of the smaller whole that was flipped
+ * with the site in it. */
+enum measured_of { MEASURED_NOTHING, MEASURED_SITE, MEASURED_LAYER, MEASURED_GROUP };
+struct measured {
+	enum measured_of of;
+	uint32_t n;                         /* sites that were flipped together */
+	double kl, saved_us, saved_error_us; /* of all of them; NAN: not measured */
+};
+void site_measured(const struct octet_page *, uint32_t group, uint32_t layer, struct measured *);
+
 /* What a flip of these sites would change. */
 struct effect {
 	struct sites sites;       /* that change; the rest has the format or cannot have it */
@@ -39,7 +49,7 @@ struct effect {
 	double kv_before, kv_after;     /* bytes of KV that a token reads for each position before it */
 	uint32_t n_kl, n_saved;   /* sites that the last sweep measured between these two formats, either way */
 	double kl, saved_us;      /* their sums; < 0: kl given back, time lost */
-	double saved_error_us;
+	double saved_error_us;    /* NAN: not known */
 };
 void effect_measure(const struct octet_page *, const struct sites *, uint8_t format, struct effect *);
 double page_read_bytes(const struct octet_page *, bool kv, const struct sites *changed, uint8_t format);

@@ -258,5 +258,8 @@ bool grid_select_glob(struct ui *, const char *selector); /* says why not */
 /* view-history.c */
 void history_take(struct ui *);
 void history_reply(struct ui *, const json_t *);
+void history_words(const struct page_history *, char *buf, size_t len); /* what it changed */
+enum style gain_style(double percent); /* of tokens/s */
+double history_gain(const struct ui *, int row); /* what it did to the tokens/s in per cent; NAN: not seen */
 const struct page_history *history_of(const struct ui *, uint64_t epoch);
 #endif

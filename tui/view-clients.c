@@ -50,17 +50,27 @@ row_text(const struct ui *ui, int row, char *buf, size_t len)
 	uint32_t at[PAGE_CLIENTS], n = sorted(ui, at);
 	const struct page_client *c = &ui->data.page.client[at[(uint32_t)row < n ? (uint32_t)row : 0]];
 
-	snprintf(buf, len, "%" PRIu64 " %u %u %s", c->id, c->uid, c->pid, c->program);
+	snprintf(buf, len, "%" PRIu64 " %u %u %s %s", c->id, c->uid, c->pid, c->program, c->policy);
 }
 
+static int
+policy_width(const struct pane *p)
+{
+	return p->width > 100 ? 20 : p->width - 68;
+}
+
+/* "active" is the plan of the grid; ">" a rollout's candidate, as there. */
 static void
-draw_row(struct ui *ui, const struct pane *p, int y, const struct page_client *c, double rate, double most)
+draw_row(const struct pane *p, int y, const struct page_client *c, double rate, double most)
 {
 	char requests[NUMBER_TEXT], tokens[NUMBER_TEXT], per_s[NUMBER_TEXT];
-	int x = put(p, y, 0, STYLE_TEXT, "%6" PRIu64 " %7u %8u %-15.15s %5u %5u %8s %8s %8s", c->id, c->uid, c->pid, c->program, c->running,
+	int x = put(p, y, 0, STYLE_TEXT, "%5" PRIu64 " %6u %7u %-13.13s %4u %4u %5s %6s %8s  ", c->id, c->uid, c->pid, c->program, c->running,
 	    c->queued, text_number((double)c->requests, requests), text_number((double)c->tokens, tokens), text_number(rate, per_s));
+	int width = policy_width(p);
+	enum style style = *c->policy == '\0' ? STYLE_DIM : c->candidate ? STYLE_WARN : STYLE_TITLE;
 
-	(void)ui;
+	put(p, y, x, style, "%s%.*s", c->candidate ? ">" : "", width - (c->candidate != 0), *c->policy != '\0' ? c->policy : "active");
+	x += width;
 	if (p->width - x > 10)
 		put_gauge(p, y, x + 2, p->width - x - 4 > 60 ? 60 : p->width - x - 4, STYLE_CURVE, most > 0 ? rate / most : 0);
 }
@@ -73,10 +83,10 @@ draw(struct ui *ui, const struct pane *p)
 	double most = 0;
 
 	list_fit(l, (int)n, p->height - 1);
-	put(p, 0, 0, STYLE_DIM, "%6s %7s %8s %-15s %5s %5s %8s %8s %8s", "id", "uid", "pid", "program", "run", "wait", "requests", "tokens",
+	put(p, 0, 0, STYLE_DIM, "%5s %6s %7s %-13s %4s %4s %5s %6s %8s  policy", "id", "uid", "pid", "program", "run", "wait", "reqs", "tokens",
 	    "tokens/s");
 	if (p->width > 100)
-		put(p, 0, p->width - 18, STYLE_DIM, "sorted by %s", order_name[ui->order]);
+		put(p, 0, p->width - 19, STYLE_DIM, "sorted by %s", order_name[ui->order]);
 	if (n == 0)
 		put(p, 2, 1, STYLE_DIM, "no client is connected");
 	for (uint32_t i = 0; i < n; i++)
@@ -84,7 +94,7 @@ draw(struct ui *ui, const struct pane *p)
 	for (int i = 0; i < l->height && l->top + i < (int)n; i++) {
 		uint32_t c = at[l->top + i];
 
-		draw_row(ui, p, 1 + i, &ui->data.page.client[c], ui->data.client_rate[c], most);
+		draw_row(p, 1 + i, &ui->data.page.client[c], ui->data.client_rate[c], most);
 		if (l->top + i == l->at && !ui->batch)
 			mark(p, 1 + i, 0, p->width, MARK_CURSOR);
 		hit(p, 1 + i, 0, p->width, HIT_ROW, (uint32_t)(l->top + i), 0);

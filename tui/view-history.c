@@ -149,6 +149,37 @@ effect_of(const struct ui *ui, int row, enum series s, double *before, double *a
 	data_effect(&ui->data, neighbour_us(ui, row, 1), ui->history[row].time_us, neighbour_us(ui, row, -1), s, before, after);
 }
 
+enum style
+gain_style(double percent)
+{
+	return percent < -5 ? STYLE_BAD : percent > 5 ? STYLE_GOOD : STYLE_DIM;
+}
+
+static bool
+is_rollout(const struct page_history *h)
+{
+	return strncmp(h->why, "rollout", 7) == 0;
+}
+
+/* What it changed: formats, or the terms of a candidate. */
+void
+history_words(const struct page_history *h, char *buf, size_t len)
+{
+	if (is_rollout(h))
+		snprintf(buf, len, "%s: %s", h->policy, h->change);
+	else
+		snprintf(buf, len, "%s", *h->change != '\0' ? h->change : h->policy);
+}
+
+double
+history_gain(const struct ui *ui, int row)
+{
+	double before, after;
+
+	effect_of(ui, row, SERIES_OUTPUT, &before, &after);
+	return before > 0 && isfinite(after) ? round(fmin(100 * (after - before) / before, 9999)) + 0.0 : NAN; /* no "-0" */
+}
+
 /* "rollback: what the operator said": the verb in its column, the words at the end. */
 static void
 draw_row(struct ui *ui, const struct pane *p, int y, int row)
@@ -156,18 +187,17 @@ draw_row(struct ui *ui, const struct pane *p, int y, int row)
 	const struct page_history *h = &ui->history[row];
 	const char *words = strstr(h->why, ": ");
 	int verb = words != NULL ? (int)(words - h->why) : (int)strlen(h->why), x;
-	char when[NUMBER_TEXT];
-	double before, after;
+	double gain = history_gain(ui, row);
+	char when[NUMBER_TEXT], what[320];
 
+	history_words(h, what, sizeof(what));
 	put_glyph(p, y, 0, h->epoch == ui->data.page.epoch ? STYLE_GOOD : STYLE_DIM, h->epoch == ui->data.page.epoch ? GLYPH_DOT : GLYPH_VLINE);
 	x = put(p, y, 2, is_good(h) ? STYLE_TEXT : STYLE_BAD, "%5" PRIu64 " %s %-13.13s %-9.*s ", h->epoch,
 	    text_date(h->time_us, when) + (p->width > 100 ? 0 : 5), h->program, verb < 9 ? verb : 9, h->why);
-	effect_of(ui, row, SERIES_OUTPUT, &before, &after);
-	if (before > 0 && isfinite(after))
-		put(p, y, x, after < before * 0.95 ? STYLE_BAD : after > before * 1.05 ? STYLE_GOOD : STYLE_DIM, "%+5.0f %%",
-		    round(fmin(100 * (after - before) / before, 9999)) + 0.0); /* no "-0" */
+	if (isfinite(gain))
+		put(p, y, x, gain_style(gain), "%+5.0f %%", gain);
 	if (is_good(h))
-		x = put(p, y, x + 8, STYLE_TEXT, "%s", *h->change != '\0' ? h->change : h->policy);
+		x = put(p, y, x + 8, STYLE_TEXT, "%s", what);
 	else
 		x = put(p, y, x + 8, STYLE_BAD, "%s%s%s", h->result, *h->change != '\0' ? ": " : "", h->change);
 	if (words != NULL)
@@ -211,16 +241,18 @@ draw_foot(struct ui *ui, const struct pane *p, int row)
 {
 	const struct page_history *h = &ui->history[row];
 	struct pane change = pane_part(p, 2, 0, 2, p->width);
-	char title[80], when[NUMBER_TEXT];
+	char title[80], when[NUMBER_TEXT], what[320];
 
 	snprintf(title, sizeof(title), "Epoch %" PRIu64, h->epoch);
 	put_line(p, 0, title);
 	put(p, 1, 1, STYLE_TEXT, "%s UTC: %s; %s, from step %" PRIu64, text_date(h->time_us, when), h->why, h->result, h->step);
-	put_words(&change, 0, 1, STYLE_TITLE, *h->change != '\0' ? h->change : "no change of formats");
+	history_words(h, what, sizeof(what));
+	put_words(&change, 0, 1, STYLE_TITLE, *h->change != '\0' ? what : "no change of formats");
 	draw_effect(ui, p, 4, 1, row, SERIES_OUTPUT, "tokens/s", "");
 	draw_effect(ui, p, 4, p->width / 3, row, SERIES_STEP_P50, "step p50", " ms");
 	draw_effect(ui, p, 4, 2 * p->width / 3, row, SERIES_TTFT_P50, "first token", " ms");
-	put(p, 5, 1, STYLE_TEXT, "by %s, uid %u, pid %u; the policy then: %s", h->program, h->uid, h->pid, h->policy);
+	put(p, 5, 1, STYLE_TEXT, "by %s, uid %u, pid %u; %s: %s", h->program, h->uid, h->pid,
+	    is_rollout(h) ? "the candidate" : "the policy then", h->policy);
 	draw_measured(ui, p, 6, h);
 }
 

@@ -11,6 +11,7 @@
 #define SIDE_FROM 112 /* columns from which the side is shown, */
 #define TWO_FROM 180  /* and a second grid */
 #define FOOT 6
+#define CHANGE_ROWS 3
 #define BATCH_ROWS 32 /* more layers are folded in --batch */
 
 /* ---- words about it ---- */
@@ -74,15 +75,17 @@ text_formats(const struct octet_page *p, uint32_t g, uint32_t l, char *buf, size
 static void
 text_sweep(const struct octet_page *p, uint32_t g, uint32_t l, char *buf, size_t len)
 {
-	char kl[NUMBER_TEXT], us[NUMBER_TEXT], error[NUMBER_TEXT];
-	double saved = (double)p->saved_us[g][l];
+	char kl[NUMBER_TEXT], us[NUMBER_TEXT], error[NUMBER_TEXT], what[48] = "alone";
+	struct measured m;
 
-	if (p->kl[g][l] < 0)
-		snprintf(buf, len, "%s", p->sweep_us != 0 ? "the last sweep did not flip it alone" : "no sweep yet");
+	site_measured(p, g, l, &m);
+	if (m.of > MEASURED_SITE)
+		snprintf(what, sizeof(what), "its %s's %u sites", m.of == MEASURED_LAYER ? "layer" : "group", m.n);
+	if (m.of == MEASURED_NOTHING)
+		snprintf(buf, len, "%s", p->sweep_us != 0 ? "the last sweep did not flip it" : "no sweep yet");
 	else
-		snprintf(buf, len, isnan(saved) ? "alone in %s: KL %s" : "alone in %s: KL %s; a decode step %s +- %s %s", p->sweep_format,
-		    text_kl((double)p->kl[g][l], kl), text_us(fabs(saved), us), text_us((double)p->saved_error_us[g][l], error),
-		    saved < 0 ? "longer" : "shorter");
+		snprintf(buf, len, isnan(m.saved_us) ? "%s in %s: KL %s" : "%s in %s: KL %s; decode step %s +- %s %s", what, p->sweep_format,
+		    text_kl(m.kl, kl), text_us(fabs(m.saved_us), us), text_us(m.saved_error_us, error), m.saved_us < 0 ? "longer" : "shorter");
 }
 
 static void
@@ -169,21 +172,36 @@ side_series(struct ui *ui, const struct pane *p, int y, enum series s, const cha
 	return y + 4;
 }
 
+/* Who and when and what it did to the tokens/s; below, what: words, up to CHANGE_ROWS of them. */
+static int
+side_change(const struct ui *ui, const struct pane *p, int y, int row)
+{
+	const struct page_history *h = &ui->history[row];
+	bool good = strcmp(h->result, "applied") == 0;
+	struct pane what = pane_part(p, y + 1, 0, CHANGE_ROWS, p->width - 1);
+	double gain = history_gain(ui, row);
+	char when[NUMBER_TEXT], words[320];
+	int n;
+
+	put(p, y, 1, !good ? STYLE_BAD : h->epoch == ui->data.page.epoch ? STYLE_TITLE : STYLE_TEXT, "%4" PRIu64 " %s %.15s", h->epoch, text_time(h->time_us, when), h->program);
+	if (isfinite(gain))
+		put(p, y, p->width - 9, gain_style(gain), "%+6.0f %%", gain);
+	history_words(h, words, sizeof(words));
+	n = put_words(&what, 0, 6, good ? STYLE_DIM : STYLE_BAD, !good ? h->result : strcmp(h->why, "start") == 0 ? "start" : words);
+	if (n > what.height)
+		put(&what, what.height - 1, what.width - 4, STYLE_DIM, " ...");
+	return y + 1 + (n < what.height ? n : what.height);
+}
+
 static void
 side_changes(struct ui *ui, const struct pane *p, int y)
 {
-	if (y + 2 > p->height)
+	if (y + 3 > p->height)
 		return;
-	put_line(p, y++, "Changes");
-	for (uint32_t i = 0; i < ui->n_history && y < p->height; i++) {
-		const struct page_history *h = &ui->history[i];
-		char when[NUMBER_TEXT];
-
-		bool good = strcmp(h->result, "applied") == 0;
-
-		put(p, y++, 1, !good ? STYLE_BAD : i == 0 ? STYLE_TEXT : STYLE_DIM, "%4" PRIu64 " %s %.8s %s", h->epoch,
-		    text_time(h->time_us, when), h->program, !good ? h->result : *h->change != '\0' ? h->change : h->why);
-	}
+	put_line(p, y, "Changes");
+	put(p, y++, p->width - 9, STYLE_DIM, " tok/s ");
+	for (int i = 0; i < (int)ui->n_history && y + 2 <= p->height; i++)
+		y = side_change(ui, p, y, i);
 }
 
 static void
@@ -218,13 +236,32 @@ choose_folding(struct ui *ui, int height)
 	g->folded = g->fold >= 0 ? g->fold > 0 : g->shows == SHOWS_FORMAT && (int)ui->data.page.n_layers > height;
 }
 
+/* What stands beside or below the grid: costs, as far as they are known. */
+static enum shows
+other_shows(const struct ui *ui)
+{
+	if (ui->grid.shows != SHOWS_FORMAT)
+		return SHOWS_FORMAT;
+	return ui->data.page.sweep_us != 0 ? SHOWS_KL : SHOWS_ABSMAX;
+}
+
+/* Below the grid, and what is below that, where all of it finds room. */
+static void
+draw_below(struct ui *ui, const struct pane *p, int y, int rows, int width)
+{
+	struct pane more = pane_part(p, y, 0, p->height - y, width);
+
+	if (more.height >= rows + 1)
+		grid_draw(ui, &more, other_shows(ui));
+}
+
 /* Beside the grid what the sites cost, and below where there is room, what that saves and how their inputs fit. */
 static void
 draw_others(struct ui *ui, const struct pane *p, int y, int width)
 {
 	struct pane more = pane_part(p, 0, width / 2 + 1, p->height, width - width / 2 - 1);
 
-	grid_draw(ui, &more, ui->grid.shows == SHOWS_FORMAT ? SHOWS_KL : SHOWS_FORMAT);
+	grid_draw(ui, &more, other_shows(ui));
 	if (y + 2 + y > p->height)
 		return;
 	more = pane_part(p, y + 1, 0, p->height - y - 1, width / 2 - 1);
@@ -256,6 +293,8 @@ draw(struct ui *ui, const struct pane *p)
 		more = pane_part(p, y < p->height - foot ? y : p->height - foot, 0, foot, p->width);
 		draw_foot(ui, &more);
 	}
+	if (!two && !ui->batch)
+		draw_below(ui, p, y + foot + 1, y, width);
 }
 
 /* ---- keys ---- */

@@ -28,7 +28,7 @@ draw_gauge(const struct pane *p, int y, const char *what, double got, double bou
 {
 	double share = bound > 0 ? got / bound : 0;
 	enum style style = share >= 1 ? STYLE_BAD : share > 0.7 ? STYLE_WARN : STYLE_GOOD;
-	int width = p->width > 100 ? 40 : 24;
+	int width = p->width > 100 ? 40 : p->width < 80 ? 18 : 24;
 
 	put(p, y, 1, STYLE_TEXT, "%-10s", what);
 	if (bound > 0) {
@@ -39,12 +39,12 @@ draw_gauge(const struct pane *p, int y, const char *what, double got, double bou
 }
 
 static int
-draw_measured(const struct pane *p, int y, const struct page_shadow *s)
+draw_measured(const struct pane *p, int y, const struct page_shadow *s, bool is_baseline)
 {
 	char kl[NUMBER_TEXT], bound[NUMBER_TEXT], text[96];
 
 	if (s->requests == 0) {
-		put(p, y, 1, STYLE_DIM, "not measured yet");
+		put(p, y, 1, STYLE_DIM, is_baseline ? "it is the baseline: nothing to measure" : "not measured yet");
 		return y + 1;
 	}
 	snprintf(text, sizeof(text), "%s of %s", text_kl(s->kl, kl), s->max_kl > 0 ? text_kl(s->max_kl, bound) : "any");
@@ -69,7 +69,7 @@ draw_shadow(struct ui *ui, const struct pane *p, int y)
 		put(p, y, 1, STYLE_DIM, "off: [shadow] sample in octet.ini(5) is 0");
 		return y + 1;
 	}
-	y = draw_measured(p, y, &d->shadow);
+	y = draw_measured(p, y, &d->shadow, strcmp(d->policy, d->shadow_baseline) == 0);
 	put(p, y, 1, STYLE_DIM, "%.3g %% of the requests are scored: %s so far, %" PRIu64 " wait, %" PRIu64 " dropped", 100 * d->shadow_sample,
 	    text_number((double)d->shadow_scored, a), d->shadow_waiting, d->shadow_dropped);
 	if (d->shadow_cooldown_s > 0)
@@ -85,7 +85,9 @@ draw_pair(const struct pane *p, int y, const char *what, double a, double b, boo
 	double by = a > 0 ? 100 * (b - a) / a : 0;
 	char ta[NUMBER_TEXT], tb[NUMBER_TEXT];
 
-	put(p, y, 1, STYLE_TEXT, "%-18s %10s %10s", what, text_number(a, ta), text_number(b, tb));
+	/* Times of nothing are none. */
+	put(p, y, 1, STYLE_TEXT, "%-18s %10s %10s", what, text_number(more_is_worse && a <= 0 ? NAN : a, ta),
+	    text_number(more_is_worse && b <= 0 ? NAN : b, tb));
 	if (more_is_worse && a > 0 && b > 0)
 		put(p, y, 42, by > 5 ? STYLE_BAD : by < -5 ? STYLE_GOOD : STYLE_DIM, "%+7.1f %%", by);
 }
@@ -127,7 +129,7 @@ draw_rollout(struct ui *ui, const struct pane *p, int y)
 	draw_pair(p, y++, "first token ms p99", a->ttft_ms_p99, b->ttft_ms_p99, true);
 	draw_pair(p, y++, "each token ms p50", a->token_ms_p50, b->token_ms_p50, true);
 	draw_pair(p, y++, "each token ms p99", a->token_ms_p99, b->token_ms_p99, true);
-	y = draw_measured(p, y, &d->candidate_shadow);
+	y = draw_measured(p, y, &d->candidate_shadow, strcmp(d->rollout, d->shadow_baseline) == 0);
 	draw_guard(d, p, y);
 	return y + 1;
 }
