@@ -111,6 +111,8 @@ octetd_server_config(struct octetd *d, const struct conf *c, struct server_confi
 		.policy = request_policy,
 		.finished = request_finished,
 		.plan = known_plan,
+		.reap = d->reap,
+		.awake = &d->awake,
 		.arg = d,
 	};
 }

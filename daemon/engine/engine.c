@@ -161,7 +161,7 @@ take_mail(struct engine *e)
 		e->stats.epoch = e->epoch;
 		e->stats.plan_digest = e->plan->digest;
 		pthread_mutex_unlock(&e->stats_lock);
-		e->cfg.notify(e->cfg.notify_arg);
+		engine_notify(e);
 	}
 	return !stop;
 }
@@ -520,6 +520,12 @@ engine_configure(struct engine *e, const struct engine_config *cfg)
 	e->new_cfg = true;
 	post(e);
 	pthread_mutex_unlock(&e->lock);
+}
+
+bool
+engine_has_news(struct engine *e)
+{
+	return __atomic_load_n(&e->back, __ATOMIC_RELAXED) != 0 && __atomic_exchange_n(&e->back, 0, __ATOMIC_SEQ_CST) != 0;
 }
 
 struct request *

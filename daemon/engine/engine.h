@@ -146,6 +146,8 @@ void engine_kick(struct engine *);          /* a parked reader made room */
 void engine_flip(struct engine *, struct flip *); /* takes effect between two steps */
 void engine_configure(struct engine *, const struct engine_config *); /* live options only */
 
+/* Since the last call there was something to notify of: for a front that looks by itself. */
+bool engine_has_news(struct engine *);
 struct request *engine_reap(struct engine *);  /* list by ->next, or NULL */
 struct flip *engine_reap_flips(struct engine *);
 void engine_stats(struct engine *, struct engine_stats *); /* any thread */
