@@ -199,6 +199,10 @@ note_evidence(struct engine *e)
 	pthread_mutex_unlock(&e->stats_lock);
 }
 
+/* Multiplications of a step that one thread does about as soon as a team: its rounds cost a microsecond each, and the
+ * others' cores may be an app's. */
+#define SMALL_STEP 4e6
+
 /* Returns false when there was nothing to run. */
 bool
 step_run(struct engine *e)
@@ -221,6 +225,7 @@ step_run(struct engine *e)
 		forward_sample(e->forward, e->evidence, (uint32_t)(e->step / e->cfg.evidence_steps % rows));
 	if (e->cfg.device != NULL)
 		tell_device(e);
+	team_set_alone(e->team, (double)(rows + probe_rows) * (double)e->m->weights_bytes / 2 < SMALL_STEP);
 	forward = engine_now_ms();
 	e->logits = forward_run(e->forward, e->row, rows + probe_rows);
 	forward = engine_now_ms() - forward;

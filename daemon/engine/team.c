@@ -18,6 +18,7 @@
  */
 struct team {
 	uint32_t size;
+	bool alone;                     /* caller's */
 	uint32_t spin_us;
 	team_fn fn;
 	void *arg;
@@ -183,9 +184,16 @@ team_set_spin(struct team *t, uint32_t spin_us)
 }
 
 void
+team_set_alone(struct team *t, bool alone)
+{
+	if (t != NULL)
+		t->alone = alone;
+}
+
+void
 team_run(struct team *t, team_fn fn, void *arg)
 {
-	if (t == NULL || t->size == 1) {
+	if (t == NULL || t->size == 1 || t->alone) {
 		fn(arg, 0, 1);
 		return;
 	}
