@@ -4,11 +4,14 @@
 #include <getopt.h>
 #include <jansson.h>
 #include <poll.h>
+#include <sched.h>
 #include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "client/cmd.h"
+
+#define SPIN_MS 0.05 /* without an event, before it sleeps */
 
 struct session {
 	octet *o;
@@ -24,7 +27,7 @@ struct samples {
 
 struct bench {
 	uint64_t clients, requests, prompt_tokens, output_tokens;
-	bool json;
+	bool json, poll;
 	struct session *session;
 	uint32_t *ids;
 	uint64_t sent, done, failed, tokens, rng;
@@ -81,8 +84,8 @@ submit(struct bench *b, struct session *s)
 	}
 }
 
-/* Takes what is there; returns false when the connection is lost. */
-static bool
+/* Takes what is there: the number of events, negative when the connection is lost. */
+static int
 take(struct bench *b, struct session *s)
 {
 	struct octet_event ev[64];
@@ -91,7 +94,7 @@ take(struct bench *b, struct session *s)
 
 	if (n < 0) {
 		snprintf(b->failure, sizeof(b->failure), "%s", octet_error(s->o));
-		return false;
+		return n;
 	}
 	for (int i = 0; i < n; i++) {
 		if (ev[i].kind == OCTET_TOKEN) {
@@ -109,33 +112,52 @@ take(struct bench *b, struct session *s)
 			s->request = -1;
 		}
 	}
-	return true;
+	return n;
+}
+
+/* One turn over all sessions: how many have a request, or negative when a connection is lost. */
+static int64_t
+turn(struct bench *b, double *last_event)
+{
+	int64_t busy = 0;
+
+	for (uint64_t i = 0; i < b->clients; i++) {
+		struct session *s = &b->session[i];
+		int n = s->request >= 0 ? take(b, s) : 0;
+
+		if (n < 0)
+			return n;
+		if (n > 0)
+			*last_event = cmd_now_ms();
+		if (s->request < 0 && b->sent < b->requests)
+			submit(b, s);
+		busy += s->request >= 0;
+	}
+	return busy;
+}
+
+static void
+sleep_on(struct bench *b, struct pollfd *fds)
+{
+	for (uint64_t i = 0; i < b->clients; i++)
+		if (b->session[i].request >= 0 && octet_arm(b->session[i].o) != 0)
+			return;
+	poll(fds, b->clients, 1000);
 }
 
 static bool
 serve(struct bench *b, struct pollfd *fds)
 {
-	uint64_t busy;
+	double last_event = cmd_now_ms();
+	int64_t busy;
 
-	do {
-		bool pending = false;
-
-		busy = 0;
-		for (uint64_t i = 0; i < b->clients; i++) {
-			struct session *s = &b->session[i];
-
-			if (s->request >= 0 && !take(b, s))
-				return false;
-			if (s->request < 0 && b->sent < b->requests)
-				submit(b, s);
-			busy += s->request >= 0;
-			if (s->request >= 0 && octet_arm(s->o) != 0)
-				pending = true;
-		}
-		if (!pending && busy > 0)
-			poll(fds, b->clients, 1000);
-	} while (busy > 0 || b->sent < b->requests);
-	return true;
+	while ((busy = turn(b, &last_event)) > 0 || (busy == 0 && b->sent < b->requests)) {
+		if (b->poll || cmd_now_ms() - last_event < SPIN_MS)
+			sched_yield(); /* the daemon may have no other core */
+		else if (busy > 0)
+			sleep_on(b, fds);
+	}
+	return busy == 0;
 }
 
 static void
@@ -178,7 +200,7 @@ parse(struct bench *b, int argc, char **argv)
 {
 	static const struct option longs[] = {{"clients", required_argument, NULL, 'c'},
 	    {"requests", required_argument, NULL, 'n'}, {"prompt-tokens", required_argument, NULL, 'p'},
-	    {"output-tokens", required_argument, NULL, 'o'}, {"json", no_argument, NULL, 'j'}, {NULL, 0, NULL, 0}};
+	    {"output-tokens", required_argument, NULL, 'o'}, {"json", no_argument, NULL, 'j'}, {"poll", no_argument, NULL, 'P'}, {NULL, 0, NULL, 0}};
 	int rc = 0, ch;
 
 	optind = 1;
@@ -189,6 +211,7 @@ parse(struct bench *b, int argc, char **argv)
 		case 'p': rc = cmd_u64(&cmd_bench, "--prompt-tokens", optarg, 1, 1u << 20, &b->prompt_tokens); break;
 		case 'o': rc = cmd_u64(&cmd_bench, "--output-tokens", optarg, 1, 1u << 20, &b->output_tokens); break;
 		case 'j': b->json = true; break;
+		case 'P': b->poll = true; break;
 		default: return 2;
 		}
 	}
@@ -234,5 +257,5 @@ run(int argc, char **argv, const char *socket)
 }
 
 const struct cmd cmd_bench = {"bench",
-    "[--clients C] [--requests N] [--prompt-tokens P] [--output-tokens O] [--json]",
+    "[--clients C] [--requests N] [--prompt-tokens P] [--output-tokens O] [--poll] [--json]",
     "measures the daemon: requests/s, tokens/s, latencies", run};
