@@ -328,7 +328,7 @@ allocate(struct engine *e, struct err *err)
 	    e->scratch == NULL)
 		return err_set(err, -ENOMEM, "no memory for a batch of %u rows", rows);
 	for (uint32_t i = 0; i < parts; i++)
-		if (sample_scratch_new(&e->scratch[i], e->m->shape.vocab) != 0)
+		if (sample_scratch_new(&e->scratch[i], e->ops, e->m->shape.vocab) != 0)
 			return err_set(err, -ENOMEM, "no memory for sampling");
 	return 0;
 }

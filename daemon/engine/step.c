@@ -19,18 +19,11 @@ sample_part(void *arg, uint32_t part, uint32_t parts)
 		const struct seq *s = e->want[i].seq;
 		struct result *out = &e->result[i];
 		uint32_t next = e->want[i].pos + 1;
-		float sum = 0;
 
-		/* One pass: x * 0 is 0 for finite x, NaN for the rest. */
-		for (uint32_t j = 0; j < vocab; j++)
-			sum += logits[j] * 0.0f;
-		out->bad = !(sum == 0.0f);
-		if (out->bad)
-			continue;
 		if (next < s->n_known)
-			sample_score(logits, vocab, s->token[next], s->req->sampling.top_logprobs, &out->s);
+			out->bad = !sample_score(logits, s->token[next], s->req->sampling.top_logprobs, e->scratch[part], &out->s);
 		else
-			sample_token(logits, vocab, &s->req->sampling, s->token, s->req->n_prompt, s->n_known,
+			out->bad = !sample_token(logits, &s->req->sampling, s->token, s->req->n_prompt, s->n_known,
 			    e->scratch[part], &out->s);
 	}
 }

@@ -7,6 +7,7 @@
  *   checkkernels [--seed N] [--level NAME]   compares
  *   checkkernels --bench [--level NAME]      times every kernel, beside what the machine can do
  */
+#include <float.h>
 #include <getopt.h>
 #include <math.h>
 #include <stdio.h>
@@ -270,6 +271,28 @@ run_divergence(const struct k_ops *o, const float *x, const float *w, uint32_t n
 	memcpy(out, sum, sizeof(sum));
 }
 
+static void
+run_scan(const struct k_ops *o, const float *x, const float *w, uint32_t n, void *out)
+{
+	float *max = out;
+	uint32_t blocks = (n + K_SCAN - 1) / K_SCAN;
+
+	max[2 * blocks] = o->scan(x, n, max);
+	max[2 * blocks + 1] = o->scan(w, n, max + blocks);
+}
+
+static void
+run_weights(const struct k_ops *o, const float *x, const float *w, uint32_t n, void *out)
+{
+	double *p = out, sum;
+	float max = x[0];
+
+	for (uint32_t i = 1; i < n; i++)
+		max = fmaxf(max, x[i]);
+	sum = o->weights(x, n, max, fabsf(w[0]) + 0.1, w[n - 1] > 0 ? 1e-3 : 0, p);
+	memcpy(p + n, &sum, sizeof(sum));
+}
+
 static size_t
 bytes_of(row_fn f, uint32_t n)
 {
@@ -279,6 +302,10 @@ bytes_of(row_fn f, uint32_t n)
 		return pad * sizeof(uint16_t);
 	if (f == run_divergence)
 		return 3 * sizeof(double);
+	if (f == run_scan)
+		return 2 * ((n + K_SCAN - 1) / K_SCAN + 1) * sizeof(float);
+	if (f == run_weights)
+		return (n + 1) * sizeof(double);
 	return f == run_fp8 ? pad * sizeof(uint16_t) + sizeof(float) : n * sizeof(float);
 }
 
@@ -308,6 +335,27 @@ check_rows(const char *name, row_fn f)
 		snprintf(shape, sizeof(shape), "n=%u", n);
 		ok(same, name, shape);
 	}
+}
+
+/* One that is not finite, at any place, is seen. */
+static void
+check_finite(void)
+{
+	static const float odd[] = {INFINITY, -INFINITY, NAN};
+	static float x[300], max[3];
+	bool seen = true;
+
+	for (uint32_t i = 0; i < 300; i++)
+		x[i] = i % 2 ? FLT_MAX : -FLT_MAX;
+	seen &= ops->scan(x, 300, max) && max[0] == FLT_MAX && max[2] == FLT_MAX;
+	for (uint32_t i = 0; i < 300; i++) {
+		float kept = x[i];
+
+		x[i] = odd[i % 3];
+		seen &= !ops->scan(x, 300, max) && !ops->scan(x + i, 1, max);
+		x[i] = kept;
+	}
+	ok(seen, "scan", "not finite");
 }
 
 /* Every magnitude that a BF16 has, and its neighbours, through both encoders. */
@@ -563,6 +611,9 @@ check_level(void)
 	check_rows("rmsnorm", run_norm);
 	check_rows("silu_mul", run_silu);
 	check_rows("divergence", run_divergence);
+	check_rows("scan", run_scan);
+	check_rows("weights", run_weights);
+	check_finite();
 	check_rope();
 	check_linear();
 	check_kv_write();
@@ -749,8 +800,8 @@ static void
 bench_rows(void)
 {
 	static const struct { const char *name; row_fn f; } rows[] = {{"act_bf16", run_bf16}, {"act_fp8", run_fp8},
-	    {"rmsnorm", run_norm}, {"silu_mul", run_silu}, {"divergence", run_divergence}};
-	static float x[4096], w[4096], out[8192];
+	    {"rmsnorm", run_norm}, {"silu_mul", run_silu}, {"divergence", run_divergence}, {"scan", run_scan}, {"weights", run_weights}};
+	static float x[4096], w[4096], out[8200];
 
 	for (size_t i = 0; i < 4096; i++)
 		x[i] = w[i] = ((float)below(2001) - 1e3f) * 1e-3f;
