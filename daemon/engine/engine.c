@@ -2,6 +2,7 @@
 #include "daemon/engine/batch.h"
 
 #include <errno.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
@@ -224,6 +225,7 @@ wait_for_mail(struct engine *e)
 				return;
 			__builtin_ia32_pause();
 		}
+		sched_yield(); /* where cores are few, to the app that is about to post */
 	} while (engine_now_ms() < end);
 	pthread_mutex_lock(&e->lock);
 	e->sleeping = true;

@@ -11,6 +11,9 @@
 
 #include "kernels/kernels.h"
 
+/* Spins of 64 pauses, some 20 us, before others may have the core. */
+#define TURNS_ALONE 10u
+
 /*
  * A round is published by adding one to `round`; a worker that saw it runs its
  * part and adds one to `finished`. Whoever waits spins first: waking an idle
@@ -50,13 +53,15 @@ wait_for_round(struct team *t, uint32_t seen)
 {
 	uint64_t end = now_ns() + 1000u * __atomic_load_n(&t->spin_us, __ATOMIC_RELAXED);
 
-	do {
+	for (uint32_t turn = 0; turn == 0 || now_ns() < end; turn++) {
 		for (int i = 0; i < 64; i++) {
 			if (__atomic_load_n(&t->round, __ATOMIC_ACQUIRE) != seen)
 				return;
 			__builtin_ia32_pause();
 		}
-	} while (now_ns() < end);
+		if (turn > TURNS_ALONE)
+			sched_yield();
+	}
 
 	pthread_mutex_lock(&t->lock);
 	__atomic_add_fetch(&t->sleepers, 1, __ATOMIC_SEQ_CST);
@@ -203,7 +208,7 @@ team_run(struct team *t, team_fn fn, void *arg)
 	fn(arg, 0, t->size);
 	for (uint32_t i = 0; __atomic_load_n(&t->finished, __ATOMIC_ACQUIRE) != t->size - 1; i++) {
 		/* Shared machines: let a worker that lost its core have ours. */
-		if (i > 20000)
+		if (i > 64 * TURNS_ALONE)
 			sched_yield();
 		else
 			__builtin_ia32_pause();
