@@ -137,7 +137,8 @@ take_result(struct engine *e, struct seq *s, uint32_t pos, const struct result *
 }
 
 static void
-note_step(struct engine *e, uint32_t rows, uint32_t probe_rows, double ms, uint32_t prompt_rows, uint32_t tokens)
+note_step(struct engine *e, uint32_t rows, uint32_t probe_rows, double ms, double forward_ms, uint32_t prompt_rows,
+    uint32_t tokens)
 {
 	double per_row = ms / rows;
 
@@ -148,6 +149,7 @@ note_step(struct engine *e, uint32_t rows, uint32_t probe_rows, double ms, uint3
 	e->stats.batch_rows = rows;
 	e->stats.prompt_tokens += prompt_rows;
 	e->stats.output_tokens += tokens;
+	e->stats.forward_s += forward_ms / 1e3;
 	e->step_ms[e->n_step_ms++ % STEP_WINDOW] = (float)ms;
 	pthread_mutex_unlock(&e->stats_lock);
 }
@@ -240,6 +242,6 @@ step_run(struct engine *e)
 	}
 	batch_drop_gone(e);
 	if (rows > 0)
-		note_step(e, rows, probe_rows, engine_now_ms() - start, prompt_rows, tokens);
+		note_step(e, rows, probe_rows, engine_now_ms() - start, forward, prompt_rows, tokens);
 	return true;
 }
