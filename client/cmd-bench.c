@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* octet bench: many sessions in one process, each with one request in flight. */
+/* octet bench: many sessions in one process, each with one request in flight or several. */
 #include <errno.h>
 #include <getopt.h>
 #include <jansson.h>
@@ -13,6 +13,7 @@
 
 #define SPIN_MS 0.05 /* without an event, before it sleeps */
 
+/* A request at a time; those of a session share its handle. */
 struct session {
 	octet *o;
 	int request;         /* -1: none */
@@ -26,7 +27,8 @@ struct samples {
 };
 
 struct bench {
-	uint64_t clients, requests, prompt_tokens, output_tokens;
+	uint64_t clients, in_flight, requests, prompt_tokens, output_tokens;
+	uint64_t n; /* clients * in_flight */
 	bool json, poll;
 	struct session *session;
 	uint32_t *ids;
@@ -121,7 +123,7 @@ turn(struct bench *b, double *last_event)
 {
 	int64_t busy = 0;
 
-	for (uint64_t i = 0; i < b->clients; i++) {
+	for (uint64_t i = 0; i < b->n; i++) {
 		struct session *s = &b->session[i];
 		int n = s->request >= 0 ? take(b, s) : 0;
 
@@ -139,8 +141,8 @@ turn(struct bench *b, double *last_event)
 static void
 sleep_on(struct bench *b, struct pollfd *fds)
 {
-	for (uint64_t i = 0; i < b->clients; i++)
-		if (b->session[i].request >= 0 && octet_arm(b->session[i].o) != 0)
+	for (uint64_t i = 0; i < b->n; i += b->in_flight)
+		if (octet_arm(b->session[i].o) != 0)
 			return;
 	poll(fds, b->clients, 1000);
 }
@@ -198,7 +200,7 @@ report(struct bench *b, double ms)
 static int
 parse(struct bench *b, int argc, char **argv)
 {
-	static const struct option longs[] = {{"clients", required_argument, NULL, 'c'},
+	static const struct option longs[] = {{"clients", required_argument, NULL, 'c'}, {"in-flight", required_argument, NULL, 'f'},
 	    {"requests", required_argument, NULL, 'n'}, {"prompt-tokens", required_argument, NULL, 'p'},
 	    {"output-tokens", required_argument, NULL, 'o'}, {"json", no_argument, NULL, 'j'}, {"poll", no_argument, NULL, 'P'}, {NULL, 0, NULL, 0}};
 	int rc = 0, ch;
@@ -207,6 +209,7 @@ parse(struct bench *b, int argc, char **argv)
 	while (rc == 0 && (ch = getopt_long(argc, argv, "", longs, NULL)) != -1) {
 		switch (ch) {
 		case 'c': rc = cmd_u64(&cmd_bench, "--clients", optarg, 1, 1024, &b->clients); break;
+		case 'f': rc = cmd_u64(&cmd_bench, "--in-flight", optarg, 1, 64, &b->in_flight); break;
 		case 'n': rc = cmd_u64(&cmd_bench, "--requests", optarg, 1, 1u << 30, &b->requests); break;
 		case 'p': rc = cmd_u64(&cmd_bench, "--prompt-tokens", optarg, 1, 1u << 20, &b->prompt_tokens); break;
 		case 'o': rc = cmd_u64(&cmd_bench, "--output-tokens", optarg, 1, 1u << 20, &b->output_tokens); break;
@@ -223,7 +226,7 @@ parse(struct bench *b, int argc, char **argv)
 static int
 run(int argc, char **argv, const char *socket)
 {
-	struct bench b = {.clients = 1, .requests = 100, .prompt_tokens = 50, .output_tokens = 50, .rng = 1};
+	struct bench b = {.clients = 1, .in_flight = 1, .requests = 100, .prompt_tokens = 50, .output_tokens = 50, .rng = 1};
 	struct pollfd *fds = NULL;
 	int rc = parse(&b, argc, argv);
 	bool ok = true;
@@ -231,17 +234,18 @@ run(int argc, char **argv, const char *socket)
 
 	if (rc != 0)
 		return rc;
-	b.session = calloc(b.clients, sizeof(*b.session));
+	b.n = b.clients * b.in_flight;
+	b.session = calloc(b.n, sizeof(*b.session));
 	b.ids = calloc(b.prompt_tokens, sizeof(*b.ids));
 	fds = calloc(b.clients, sizeof(*fds));
 	if (b.session == NULL || b.ids == NULL || fds == NULL)
 		return cmd_fail("out of memory");
-	for (uint64_t i = 0; ok && i < b.clients; i++) {
+	for (uint64_t i = 0; ok && i < b.n; i++) {
 		b.session[i].request = -1;
-		b.session[i].o = cmd_open(socket);
+		b.session[i].o = i % b.in_flight == 0 ? cmd_open(socket) : b.session[i - 1].o;
 		ok = b.session[i].o != NULL;
 		if (ok)
-			fds[i] = (struct pollfd){.fd = octet_fd(b.session[i].o), .events = POLLIN};
+			fds[i / b.in_flight] = (struct pollfd){.fd = octet_fd(b.session[i].o), .events = POLLIN};
 	}
 	if (ok) {
 		start = cmd_now_ms();
@@ -250,12 +254,12 @@ run(int argc, char **argv, const char *socket)
 		if (*b.failure != '\0')
 			cmd_fail("%s", b.failure);
 	}
-	for (uint64_t i = 0; i < b.clients; i++)
+	for (uint64_t i = 0; i < b.n; i += b.in_flight)
 		octet_close(&b.session[i].o);
 	free(b.session), free(b.ids), free(fds), free(b.ttft.v), free(b.gap.v), free(b.total.v);
 	return !ok || b.failed > 0;
 }
 
 const struct cmd cmd_bench = {"bench",
-    "[--clients C] [--requests N] [--prompt-tokens P] [--output-tokens O] [--poll] [--json]",
+    "[--clients C] [--in-flight F] [--requests N] [--prompt-tokens P] [--output-tokens O] [--poll] [--json]",
     "measures the daemon: requests/s, tokens/s, latencies", run};

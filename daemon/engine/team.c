@@ -11,8 +11,9 @@
 
 #include "kernels/kernels.h"
 
-/* Spins of 64 pauses, some 20 us, before others may have the core. */
-#define TURNS_ALONE 10u
+/* Spins of 64 pauses, some 100 us, before others may have the core: sooner helps where only apps compete for it, and
+ * costs a slice of time at each barrier where something else does. */
+#define TURNS_ALONE 50u
 
 /*
  * A round is published by adding one to `round`; a worker that saw it runs its

@@ -17,6 +17,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "daemon/engine/sample.h"
 #include "kernels/kernels.h"
 
 static uint64_t seed = 1, rng;
@@ -812,6 +813,64 @@ bench_rows(void)
 	}
 }
 
+/* A token of a large vocabulary, as it is sampled. */
+struct sample_bench {
+	struct sample_scratch *scratch;
+	struct sampling s;
+	uint32_t vocab, known[1000], position;
+	float *plain, *logits;
+	struct sampled out;
+};
+
+static void
+copy_logits(void *arg)
+{
+	struct sample_bench *b = arg;
+
+	memcpy(b->logits, b->plain, b->vocab * sizeof(*b->logits));
+}
+
+static void
+sample_once(void *arg)
+{
+	struct sample_bench *b = arg;
+
+	copy_logits(arg);
+	sample_token(b->logits, &b->s, b->known, 500, 1000, b->scratch, &b->out);
+	b->s.seed++;
+}
+
+static void
+bench_sampling(void)
+{
+	static const struct { const char *name; struct sampling s; } how[] = {
+	    {"greedy", {.temperature = 0}}, {"temperature 1", {.temperature = 1, .top_p = 1}},
+	    {"top_k 40", {.temperature = 1, .top_p = 1, .top_k = 40}}, {"top_p 0.9", {.temperature = 1, .top_p = 0.9f}},
+	    {"min_p 0.05", {.temperature = 1, .top_p = 1, .min_p = 0.05f}},
+	    {"penalties", {.top_p = 1, .repetition_penalty = 1.1f, .presence_penalty = 0.5f, .frequency_penalty = 0.1f}},
+	    {"top_logprobs 5", {.top_p = 1, .top_logprobs = 5}},
+	    {"all of these", {.temperature = 1, .top_p = 0.9f, .top_k = 40, .min_p = 0.05f, .repetition_penalty = 1.1f, .presence_penalty = 0.5f,
+	                      .top_logprobs = 5}}};
+	struct sample_bench b = {.vocab = 128256};
+
+	b.plain = malloc(b.vocab * sizeof(*b.plain)), b.logits = malloc(b.vocab * sizeof(*b.logits));
+	if (b.plain == NULL || b.logits == NULL || sample_scratch_new(&b.scratch, ops, b.vocab) != 0)
+		abort();
+	for (uint32_t i = 0; i < 1000; i++)
+		b.known[i] = below(b.vocab);
+	for (int flat = 0; flat < 2; flat++) {
+		for (uint32_t i = 0; i < b.vocab; i++) /* a bell, and a few that stand out */
+			b.plain[i] = ((float)below(2001) + (float)below(2001) + (float)below(2001) - 3e3f) * 1e-3f * (flat ? 1 : 4) + (!flat && i % 9001 == 0 ? 9 : 0);
+		for (size_t i = 0; i < sizeof(how) / sizeof(*how); i++) {
+			b.s = how[i].s;
+			printf("%-8s sample     %-14s of 128256, %s %9.1f us\n", ops->name, how[i].name, flat ? "flat:  " : "peaked:",
+			    (time_of(sample_once, &b) - time_of(copy_logits, &b)) * 1e6);
+		}
+	}
+	sample_scratch_free(&b.scratch);
+	free(b.plain), free(b.logits);
+}
+
 /* Seconds a weight. */
 static double
 bench_pack(void)
@@ -850,6 +909,7 @@ bench(void)
 	bench_attentions();
 	bench_kv_writes();
 	bench_rows();
+	bench_sampling();
 }
 
 int
