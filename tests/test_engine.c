@@ -98,6 +98,14 @@ sunk_flush(void *arg)
 	(void)arg;
 }
 
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define SANITIZED
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
+#define SANITIZED
+#endif
+#endif
+
 static void
 notify(void *arg)
 {
@@ -806,6 +814,111 @@ test_pin(void **state)
 	free(s);
 }
 
+/* ---- what a flip of the whole model costs ---- */
+
+struct flipping {
+	struct sunk s; /* first */
+	struct fixture *f;
+	struct plan *plan[2];
+	uint32_t posted;
+};
+
+/* In the middle of each step a flip is posted; it has the step's number with it. */
+static void
+put_and_flip(void *arg, const struct wire_event *ev)
+{
+	struct flipping *p = arg;
+	struct engine_stats st;
+	struct flip *fl;
+
+	sunk_put(&p->s, ev);
+	if (ev->kind != WIRE_EV_TOKEN)
+		return;
+	engine_stats(p->f->e, &st); /* of the step before */
+	fl = calloc(1, sizeof(*fl));
+	fl->plan = plan_ref(p->plan[p->posted % 2]);
+	fl->epoch = ++p->posted + 1;
+	fl->owner = (void *)(uintptr_t)(st.step + 1);
+	engine_flip(p->f->e, fl);
+}
+
+static uint64_t
+resident_kib(void)
+{
+	FILE *f = fopen("/proc/self/smaps_rollup", "r");
+	unsigned long kib = 0;
+	char line[160];
+
+	while (f != NULL && fgets(line, sizeof(line), f) != NULL)
+		if (sscanf(line, "Rss: %lu", &kib) == 1)
+			break;
+	if (f != NULL)
+		fclose(f);
+	return kib;
+}
+
+static uint64_t
+weights_hash(void)
+{
+	const uint64_t *w = (const uint64_t *)(const void *)model->arena;
+	uint64_t h = 1469598103934665603u;
+
+	for (size_t i = 0; i < model->arena_bytes / sizeof(*w); i++)
+		h = (h ^ w[i]) * 1099511628211u;
+	return h;
+}
+
+/* All sites to fp8 and back at every step: the next step runs it, no weight is touched, nothing is kept. */
+static void
+test_flip_cost(void **state)
+{
+	static const struct plan_rule all[] = {{"*", "fp8", 0}};
+	enum { TOKENS = 60 };
+	struct fixture f;
+	struct engine_config cfg = config(&f);
+	struct flipping p = {.f = &f};
+	struct plan *bf16 = NULL, *fp8 = NULL;
+	uint64_t before, kib = 0;
+	uint32_t ids[128];
+	struct flip *fl;
+	struct err err;
+
+	(void)state;
+	assert_int_equal(plan_derive(&bf16, NULL, model->shape.n_layers, NULL, 0, &err), 0);
+	assert_int_equal(plan_derive(&fp8, bf16, model->shape.n_layers, all, 1, &err), 0);
+	p.plan[0] = fp8, p.plan[1] = bf16;
+	start(&f, NULL, 2, &cfg, bf16);
+	before = weights_hash();
+	for (int run = 0; run < 3; run++) {
+		struct request *r = make_request(&p.s, ids, prompt(1, ids), TOKENS, 1);
+		uint32_t n = 0;
+
+		kib = resident_kib();
+		r->sink.put = put_and_flip;
+		assert_int_equal(engine_submit(f.e, r, &err), 0);
+		reap_all(&f, 1);
+		while (n < TOKENS) {
+			struct flip *next;
+
+			if ((fl = engine_reap_flips(f.e)) == NULL)
+				wait_notified(&f);
+			for (; fl != NULL; fl = next, n++) {
+				next = fl->next;
+				assert_int_equal(fl->step, (uintptr_t)fl->owner + 1);
+				plan_unref(&fl->plan);
+				free(fl);
+			}
+		}
+	}
+	assert_true(weights_hash() == before);
+#ifndef SANITIZED
+	assert_true(kib > 0 && resident_kib() <= kib + 64);
+#endif
+	stop(&f);
+	plan_unref(&bf16);
+	plan_unref(&fp8);
+}
+
 struct aborting {
 	struct sunk s; /* first */
 	struct fixture *f;
@@ -1263,6 +1376,7 @@ main(void)
 		cmocka_unit_test(test_sampling),
 		cmocka_unit_test(test_draws),
 		cmocka_unit_test(test_flips),
+		cmocka_unit_test(test_flip_cost),
 		cmocka_unit_test(test_flips_full),
 		cmocka_unit_test(test_preempt),
 		cmocka_unit_test(test_prefix),
