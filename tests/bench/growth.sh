@@ -4,11 +4,11 @@
 #
 # Milliseconds a token behind contexts of more and more positions, KV cache in BF16 and in FP8, and the slope beside the bytes that a
 # position adds; tokens/s of 1 to 64 sequences; tokens/s of requests while 10 and while 10,000 wait. Rounds go in turns; medians.
-# TESTS picks: "context sequences queue". Needs jq. What sampling costs: tests/check/checkkernels --bench.
+# TESTS picks: "context sequences queue"; CONTEXTS has the positions. Needs jq. What sampling costs: tests/check/checkkernels --bench.
 set -eu
 [ $# -ge 2 ] || { sed -n '3,7s/^# \{0,1\}//p' "$0"; exit 2; }
 build=$1 model=$(realpath "$2") rounds=${3-3}
-: "${TESTS=context sequences queue}"
+: "${TESTS=context sequences queue}" "${CONTEXTS=128 512 1024 2048 4096 8000}"
 dir=$(mktemp -d)
 daemon=
 trap 'kill $daemon 2>/dev/null || :; rm -rf "$dir"' EXIT
@@ -44,7 +44,7 @@ contexts() {
 	for format in bf16 fp8; do
 		bytes=$(jq --arg f $format '(.head_dim // (.hidden_size / .num_attention_heads)) as $d |
 		    2 * .num_hidden_layers * .num_key_value_heads * (if $f == "bf16" then 2 * $d else $d + 4 end)' "$config")
-		for n in 128 512 1024 2048 4096 8000; do
+		for n in $CONTEXTS; do
 			[ -f "$dir/context.$format.$n" ] || continue
 			echo "$n $(median <"$dir/context.$format.$n")"
 		done | awk -v f=$format -v b="$bytes" '{ printf "context %5d, KV %s: %s ms a token\n", $1, f, $2
@@ -55,7 +55,7 @@ contexts() {
 }
 for round in $(seq "$rounds"); do
 	case $TESTS in *context*)
-		for n in 128 512 1024 2048 4096 8000; do
+		for n in $CONTEXTS; do
 			for format in bf16 fp8; do
 				"$build/octetctl" set kv_cache=$format >/dev/null 2>&1 || :
 				bench --requests 1 --prompt-tokens "$n" --output-tokens 60 | jq "(.total_ms.p50 - .ttft_ms.p50) / 59" >>"$dir/context.$format.$n"
