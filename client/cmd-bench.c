@@ -1,15 +1,19 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* octet bench: many sessions in one process, each with one request in flight. */
+/* octet bench: many sessions in one process, each with one request in flight or several. */
 #include <errno.h>
 #include <getopt.h>
 #include <jansson.h>
 #include <poll.h>
+#include <sched.h>
 #include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "client/cmd.h"
 
+#define SPIN_MS 0.05 /* without an event, before it sleeps */
+
+/* A request at a time; those of a session share its handle. */
 struct session {
 	octet *o;
 	int request;         /* -1: none */
@@ -23,8 +27,9 @@ struct samples {
 };
 
 struct bench {
-	uint64_t clients, requests, prompt_tokens, output_tokens;
-	bool json;
+	uint64_t clients, in_flight, requests, prompt_tokens, output_tokens;
+	uint64_t n; /* clients * in_flight */
+	bool json, poll;
 	struct session *session;
 	uint32_t *ids;
 	uint64_t sent, done, failed, tokens, rng;
@@ -81,8 +86,8 @@ submit(struct bench *b, struct session *s)
 	}
 }
 
-/* Takes what is there; returns false when the connection is lost. */
-static bool
+/* Takes what is there: the number of events, negative when the connection is lost. */
+static int
 take(struct bench *b, struct session *s)
 {
 	struct octet_event ev[64];
@@ -91,7 +96,7 @@ take(struct bench *b, struct session *s)
 
 	if (n < 0) {
 		snprintf(b->failure, sizeof(b->failure), "%s", octet_error(s->o));
-		return false;
+		return n;
 	}
 	for (int i = 0; i < n; i++) {
 		if (ev[i].kind == OCTET_TOKEN) {
@@ -109,33 +114,52 @@ take(struct bench *b, struct session *s)
 			s->request = -1;
 		}
 	}
-	return true;
+	return n;
+}
+
+/* One turn over all sessions: how many have a request, or negative when a connection is lost. */
+static int64_t
+turn(struct bench *b, double *last_event)
+{
+	int64_t busy = 0;
+
+	for (uint64_t i = 0; i < b->n; i++) {
+		struct session *s = &b->session[i];
+		int n = s->request >= 0 ? take(b, s) : 0;
+
+		if (n < 0)
+			return n;
+		if (n > 0)
+			*last_event = cmd_now_ms();
+		if (s->request < 0 && b->sent < b->requests)
+			submit(b, s);
+		busy += s->request >= 0;
+	}
+	return busy;
+}
+
+static void
+sleep_on(struct bench *b, struct pollfd *fds)
+{
+	for (uint64_t i = 0; i < b->n; i += b->in_flight)
+		if (octet_arm(b->session[i].o) != 0)
+			return;
+	poll(fds, b->clients, 1000);
 }
 
 static bool
 serve(struct bench *b, struct pollfd *fds)
 {
-	uint64_t busy;
+	double last_event = cmd_now_ms();
+	int64_t busy;
 
-	do {
-		bool pending = false;
-
-		busy = 0;
-		for (uint64_t i = 0; i < b->clients; i++) {
-			struct session *s = &b->session[i];
-
-			if (s->request >= 0 && !take(b, s))
-				return false;
-			if (s->request < 0 && b->sent < b->requests)
-				submit(b, s);
-			busy += s->request >= 0;
-			if (s->request >= 0 && octet_arm(s->o) != 0)
-				pending = true;
-		}
-		if (!pending && busy > 0)
-			poll(fds, b->clients, 1000);
-	} while (busy > 0 || b->sent < b->requests);
-	return true;
+	while ((busy = turn(b, &last_event)) > 0 || (busy == 0 && b->sent < b->requests)) {
+		if (b->poll || cmd_now_ms() - last_event < SPIN_MS)
+			sched_yield(); /* the daemon may have no other core */
+		else if (busy > 0)
+			sleep_on(b, fds);
+	}
+	return busy == 0;
 }
 
 static void
@@ -176,19 +200,21 @@ report(struct bench *b, double ms)
 static int
 parse(struct bench *b, int argc, char **argv)
 {
-	static const struct option longs[] = {{"clients", required_argument, NULL, 'c'},
+	static const struct option longs[] = {{"clients", required_argument, NULL, 'c'}, {"in-flight", required_argument, NULL, 'f'},
 	    {"requests", required_argument, NULL, 'n'}, {"prompt-tokens", required_argument, NULL, 'p'},
-	    {"output-tokens", required_argument, NULL, 'o'}, {"json", no_argument, NULL, 'j'}, {NULL, 0, NULL, 0}};
+	    {"output-tokens", required_argument, NULL, 'o'}, {"json", no_argument, NULL, 'j'}, {"poll", no_argument, NULL, 'P'}, {NULL, 0, NULL, 0}};
 	int rc = 0, ch;
 
 	optind = 1;
 	while (rc == 0 && (ch = getopt_long(argc, argv, "", longs, NULL)) != -1) {
 		switch (ch) {
 		case 'c': rc = cmd_u64(&cmd_bench, "--clients", optarg, 1, 1024, &b->clients); break;
+		case 'f': rc = cmd_u64(&cmd_bench, "--in-flight", optarg, 1, 64, &b->in_flight); break;
 		case 'n': rc = cmd_u64(&cmd_bench, "--requests", optarg, 1, 1u << 30, &b->requests); break;
 		case 'p': rc = cmd_u64(&cmd_bench, "--prompt-tokens", optarg, 1, 1u << 20, &b->prompt_tokens); break;
 		case 'o': rc = cmd_u64(&cmd_bench, "--output-tokens", optarg, 1, 1u << 20, &b->output_tokens); break;
 		case 'j': b->json = true; break;
+		case 'P': b->poll = true; break;
 		default: return 2;
 		}
 	}
@@ -200,7 +226,7 @@ parse(struct bench *b, int argc, char **argv)
 static int
 run(int argc, char **argv, const char *socket)
 {
-	struct bench b = {.clients = 1, .requests = 100, .prompt_tokens = 50, .output_tokens = 50, .rng = 1};
+	struct bench b = {.clients = 1, .in_flight = 1, .requests = 100, .prompt_tokens = 50, .output_tokens = 50, .rng = 1};
 	struct pollfd *fds = NULL;
 	int rc = parse(&b, argc, argv);
 	bool ok = true;
@@ -208,17 +234,18 @@ run(int argc, char **argv, const char *socket)
 
 	if (rc != 0)
 		return rc;
-	b.session = calloc(b.clients, sizeof(*b.session));
+	b.n = b.clients * b.in_flight;
+	b.session = calloc(b.n, sizeof(*b.session));
 	b.ids = calloc(b.prompt_tokens, sizeof(*b.ids));
 	fds = calloc(b.clients, sizeof(*fds));
 	if (b.session == NULL || b.ids == NULL || fds == NULL)
 		return cmd_fail("out of memory");
-	for (uint64_t i = 0; ok && i < b.clients; i++) {
+	for (uint64_t i = 0; ok && i < b.n; i++) {
 		b.session[i].request = -1;
-		b.session[i].o = cmd_open(socket);
+		b.session[i].o = i % b.in_flight == 0 ? cmd_open(socket) : b.session[i - 1].o;
 		ok = b.session[i].o != NULL;
 		if (ok)
-			fds[i] = (struct pollfd){.fd = octet_fd(b.session[i].o), .events = POLLIN};
+			fds[i / b.in_flight] = (struct pollfd){.fd = octet_fd(b.session[i].o), .events = POLLIN};
 	}
 	if (ok) {
 		start = cmd_now_ms();
@@ -227,12 +254,12 @@ run(int argc, char **argv, const char *socket)
 		if (*b.failure != '\0')
 			cmd_fail("%s", b.failure);
 	}
-	for (uint64_t i = 0; i < b.clients; i++)
+	for (uint64_t i = 0; i < b.n; i += b.in_flight)
 		octet_close(&b.session[i].o);
 	free(b.session), free(b.ids), free(fds), free(b.ttft.v), free(b.gap.v), free(b.total.v);
 	return !ok || b.failed > 0;
 }
 
 const struct cmd cmd_bench = {"bench",
-    "[--clients C] [--requests N] [--prompt-tokens P] [--output-tokens O] [--json]",
+    "[--clients C] [--in-flight F] [--requests N] [--prompt-tokens P] [--output-tokens O] [--poll] [--json]",
     "measures the daemon: requests/s, tokens/s, latencies", run};

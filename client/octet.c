@@ -25,6 +25,7 @@
 
 #define HANDSHAKE_MS 5000
 #define SPIN_NS 50000
+#define LOOK_NS 1000000 /* who only polls looks at the socket so often: octetd may be gone */
 #define MAX_MAP (1ull << 32)
 
 struct slot {
@@ -46,6 +47,9 @@ struct octet {
 	uint32_t desc_end[WIRE_SQ]; /* prompt_tail after each descriptor in flight */
 	struct slot slot[WIRE_SLOTS];
 	uint32_t n_used, serial;
+	bool armed;               /* app_sleeps is set */
+	bool rung;                /* and was since the socket was last read: bells may be there */
+	int64_t looked;           /* at the socket, ns */
 	bool dead;
 	char error[256];
 };
@@ -359,10 +363,31 @@ take_bells(octet *o)
 	char buf[8];
 	ssize_t n;
 
+	o->rung = false;
 	while ((n = recv(o->fd, buf, sizeof(buf), MSG_DONTWAIT)) > 0)
 		;
 	if (n == 0 || (errno != EAGAIN && errno != EINTR))
 		o->dead = true;
+}
+
+static void
+arm(octet *o)
+{
+	if (o->rung)
+		take_bells(o);
+	o->armed = o->rung = true;
+	__atomic_store_n(&o->shm->app_sleeps, 1, __ATOMIC_RELAXED);
+	__atomic_thread_fence(__ATOMIC_SEQ_CST);
+}
+
+/* Awake: whoever reads needs no bell, and octetd sends none. */
+static void
+disarm(octet *o)
+{
+	if (!o->armed)
+		return;
+	o->armed = false;
+	__atomic_store_n(&o->shm->app_sleeps, 0, __ATOMIC_RELAXED);
 }
 
 /* ---- requests ---- */
@@ -683,13 +708,11 @@ wait_events(octet *o, int slot, int timeout_ms)
 		struct pollfd p = {.fd = o->fd, .events = POLLIN};
 		int rc;
 
-		take_bells(o);
-		__atomic_store_n(&o->shm->app_sleeps, 1, __ATOMIC_RELAXED);
-		__atomic_thread_fence(__ATOMIC_SEQ_CST);
+		arm(o);
 		rc = any_events(o, slot) ? 1 : o->dead ? -EPIPE : 0;
 		if (rc == 0 && end > now)
 			rc = poll(&p, 1, timeout_ms < 0 ? -1 : (int)((end - now + 999999) / 1000000)) < 0 ? -errno : 0;
-		__atomic_store_n(&o->shm->app_sleeps, 0, __ATOMIC_RELAXED);
+		disarm(o);
 		if (rc != 0)
 			return rc == -EPIPE ? fail(o, rc, "octetd is gone: the connection is closed") : rc;
 		if (any_events(o, slot))
@@ -700,6 +723,18 @@ wait_events(octet *o, int slot, int timeout_ms)
 			return any_events(o, slot) ? 1 : o->dead ? fail(o, -EPIPE, "octetd is gone: the connection is closed") : 0;
 		}
 	}
+}
+
+/* Nothing was there. A bell may have brought us here, or octetd's end. */
+static void
+look(octet *o)
+{
+	int64_t now = now_ns();
+
+	if (!o->rung && now - o->looked < LOOK_NS)
+		return;
+	o->looked = now;
+	take_bells(o);
 }
 
 int
@@ -713,12 +748,13 @@ octet_read(octet *o, int request, struct octet_event *ev, size_t n, int timeout_
 		return 0;
 	if (ev == NULL)
 		return fail(o, -EINVAL, "octet_read: ev is NULL");
+	disarm(o);
 	for (;;) {
 		rc = read_now(o, request, ev, n);
 		if (rc != 0)
 			return rc;
 		if (timeout_ms == 0 && !o->dead)
-			take_bells(o);
+			look(o);
 		if (timeout_ms == 0 && has_events(o, (uint32_t)request))
 			continue;
 		if (o->dead)
@@ -740,9 +776,7 @@ octet_wait(octet *o, int timeout_ms)
 int
 octet_arm(octet *o)
 {
-	take_bells(o);
-	__atomic_store_n(&o->shm->app_sleeps, 1, __ATOMIC_RELAXED);
-	__atomic_thread_fence(__ATOMIC_SEQ_CST);
+	arm(o);
 	return any_events(o, -1) || o->dead;
 }
 

@@ -102,7 +102,8 @@ int octet_cancel(octet *o, int request);
 
 /* For poll loops: readable when events may have come. Before poll() call
  * octet_arm(): 1 means events are there already (do not sleep), 0 that a bell
- * will ring the descriptor. The descriptor stays the handle's. */
+ * will ring the descriptor; octet_read() ends that. The descriptor stays the
+ * handle's. */
 int octet_fd(const octet *o);
 int octet_arm(octet *o);
 /* Waits until any request has events: 1, 0 on timeout, -EPIPE. */

@@ -393,15 +393,21 @@ open_journal(struct daemon *m, struct first_plan *f, struct err *err)
 static void
 wake_loop(void *arg)
 {
-	uv_async_send(&((struct daemon *)arg)->reap);
+	struct daemon *m = arg;
+
+	__atomic_thread_fence(__ATOMIC_SEQ_CST);
+	if (!__atomic_load_n(&m->d.awake, __ATOMIC_RELAXED))
+		uv_async_send(&m->reap);
 }
 
-static void
-on_reap(uv_async_t *h)
+static bool
+reap(void *arg)
 {
-	struct octetd *d = h->data;
-
+	struct octetd *d = arg;
 	struct request *mine = NULL, **end = &mine;
+
+	if (!engine_has_news(d->engine))
+		return false;
 
 	for (struct flip *f = engine_reap_flips(d->engine), *next; f != NULL; f = next) {
 		next = f->next;
@@ -426,6 +432,13 @@ on_reap(uv_async_t *h)
 		next = p->next;
 		owner->done(owner, p);
 	}
+	return true;
+}
+
+static void
+on_reap(uv_async_t *h)
+{
+	reap(h->data);
 }
 
 static void
@@ -518,6 +531,7 @@ serve(struct daemon *m, const struct first_plan *f, struct err *err)
 
 	start_handles(m);
 	d->notify = wake_loop;
+	d->reap = reap;
 	octetd_engine_config(d, d->conf, &engine);
 	octetd_server_config(d, d->conf, &server);
 	if ((rc = engine_new(&d->engine, d->model, d->ops, d->team, &engine, f->plan, f->epoch, err)) != 0)

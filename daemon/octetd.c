@@ -133,6 +133,8 @@ octetd_server_config(struct octetd *d, const struct conf *c, struct server_confi
 		.client_policy = shown_policy,
 		.finished = request_finished,
 		.plan = known_plan,
+		.reap = d->reap,
+		.awake = &d->awake,
 		.arg = d,
 	};
 }

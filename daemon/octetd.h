@@ -50,6 +50,8 @@ struct octetd {
 	struct rollout *rollout;
 	uint32_t measuring;         /* probes and requests of evals that the engine has */
 	void (*notify)(void *);     /* engine thread: wakes the loop; gets struct octetd */
+	bool (*reap)(void *);       /* takes what the engine gave back; gets struct octetd */
+	uint32_t awake;             /* atomic: the loop thread looks for that by itself */
 	int64_t started_us;         /* Unix time */
 	bool draining;              /* stopping */
 	bool drained;               /* by an operator: no new requests until resume */

@@ -4,6 +4,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <math.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -15,6 +16,7 @@
 #include "daemon/log.h"
 
 #define BELLS_PER_WAKE 32
+#define SPIN_SLICE_NS 50000u
 /* Words: the prompts of some requests, and all else that a request may carry. */
 #define PROMPT_RING_MIN 65536u
 
@@ -553,13 +555,15 @@ set_sleeps(struct server *v, uint32_t sleeps)
 	for (struct session *s = v->sessions; s != NULL; s = s->next)
 		if (s->state == SESSION_OPEN)
 			__atomic_store_n(&s->shm->daemon_sleeps, sleeps, __ATOMIC_RELAXED);
+	if (v->cfg.awake != NULL)
+		__atomic_store_n(v->cfg.awake, !sleeps, __ATOMIC_RELAXED);
 	__atomic_thread_fence(__ATOMIC_SEQ_CST);
 }
 
 static bool
 take_all(struct server *v)
 {
-	bool any = false;
+	bool any = v->cfg.reap != NULL && v->cfg.reap(v->cfg.arg);
 
 	for (struct session *s = v->sessions, *next; s != NULL; s = next) {
 		next = s->next;
@@ -569,18 +573,26 @@ take_all(struct server *v)
 	return any;
 }
 
+/* Not through libuv each time, which asks the kernel for what is ready; but now and then. */
 static void
 on_spin(uv_idle_t *h)
 {
 	struct server *v = h->data;
+	uint64_t now = uv_hrtime(), back = now + SPIN_SLICE_NS;
 
-	if (take_all(v))
-		v->spin_until = uv_hrtime() + 1000ull * v->cfg.spin_us;
-	if (uv_hrtime() < v->spin_until)
+	while (now < v->spin_until && now < back) {
+		if (take_all(v))
+			v->spin_until = now + 1000ull * v->cfg.spin_us;
+		else
+			sched_yield(); /* where cores are few, to those who work */
+		now = uv_hrtime();
+	}
+	if (now < v->spin_until)
 		return;
 	set_sleeps(v, 1);
 	if (take_all(v)) { /* somebody published before they could see it */
 		set_sleeps(v, 0);
+		v->spin_until = now + 1000ull * v->cfg.spin_us;
 		return;
 	}
 	v->spinning = false;
@@ -939,6 +951,8 @@ server_free(struct server **vp)
 		}
 		uv_run(v->loop, UV_RUN_NOWAIT);
 	}
+	if (v->cfg.awake != NULL)
+		__atomic_store_n(v->cfg.awake, 0, __ATOMIC_SEQ_CST);
 	listen_close(&v->listener);
 	close(v->tok_fd);
 	v->next_id = 3;

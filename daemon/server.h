@@ -36,7 +36,10 @@ struct server_config {
 	void (*finished)(void *arg, const struct request *);
 	/* A plan that once ran, for a replay; NULL if it is not known. A reference. */
 	struct plan *(*plan)(void *arg, uint64_t digest);
-	void *arg;                             /* fixed after server_new(), like the three above */
+	/* Called again and again while the loop thread spins: takes what the engine gave back. True: there was something. */
+	bool (*reap)(void *arg);
+	uint32_t *awake;                       /* atomic: set while it spins; what reap takes needs no other wake-up */
+	void *arg;                             /* fixed after server_new(), like those above */
 };
 /* Borrows loop, model, engine and the tokenizer blob. */
 int server_new(struct server **, uv_loop_t *, const struct server_config *, const struct model *,

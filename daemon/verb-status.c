@@ -137,6 +137,7 @@ exec_status(struct octetd *d, struct call *call, const json_t *request, json_t *
 	json_object_set_new(r, "step_ms", json_pack("{s:f,s:f,s:f,s:f}", "p50", st.step_ms_p50, "p90", st.step_ms_p90,
 	    "p99", st.step_ms_p99, "max", st.step_ms_max));
 	json_object_set_new(r, "step", number(st.step));
+	json_object_set_new(r, "forward_s", json_real(st.forward_s));
 	epoch = flipper_unconfirmed(d->flips, &left);
 	json_object_set_new(r, "unconfirmed", epoch == 0 ? json_null() : json_pack("{s:o,s:i}", "epoch", number(epoch),
 	    "seconds_left", (int)left));

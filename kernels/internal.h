@@ -75,6 +75,10 @@ k_heads_end(const struct k_attention *a, uint32_t h, uint32_t most)
 
 void divergence_avx2(const float *a, const float *b, uint32_t n, float max_a, float max_b, double out[3]);
 void divergence_avx512(const float *a, const float *b, uint32_t n, float max_a, float max_b, double out[3]);
+double weights_avx2(const float *x, uint32_t n, float max, double temperature, double least, double *p);
+double weights_avx512(const float *x, uint32_t n, float max, double temperature, double least, double *p);
+bool scan_avx2(const float *x, uint32_t n, float *max);
+bool scan_avx512(const float *x, uint32_t n, float *max);
 
 bool amx_agrees(void); /* with ref on a block; in a thread after kernels_thread_init() */
 

@@ -25,6 +25,7 @@ k_is_w8a8(enum k_format f)
 }
 
 #define K_BLOCK 32u /* inputs per block of a sum; positions per KV page */
+#define K_SCAN 128u /* logits that scan() takes together */
 #define K_PANEL 32u /* output channels per panel of packed weights */
 
 /* ---- number formats (kernels/nested.c) ---- */
@@ -163,6 +164,11 @@ struct k_ops {
 	/* Of two rows of logits [n] with x = a - max_a <= 0 and y = b - max_b <= 0, in FP64: the sums of exp(x), of exp(y)
 	 * and of exp(x) * (x - y). One that is not finite makes a sum that is not. */
 	void (*divergence)(const float *a, const float *b, uint32_t n, float max_a, float max_b, double out[3]);
+	/* Of a row of logits [n]: the largest of each K_SCAN, max [n / K_SCAN rounded up]. False: one is not finite. */
+	bool (*scan)(const float *x, uint32_t n, float *max);
+	/* p [n] = exp((x - max) / temperature) in FP64, x <= max, or 0 if that is less than `least`; returns their sum,
+	 * element i in lane i % 8, lanes folded in pairs. */
+	double (*weights)(const float *x, uint32_t n, float max, double temperature, double least, double *p);
 };
 
 /* The best level of this machine, or the named one ("ref", "avx2", "avx512", "amx").

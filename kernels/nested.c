@@ -403,9 +403,20 @@ k_unpack(const struct k_weight *w, uint32_t row, uint32_t col)
 	return (uint16_t)((uint16_t)(c & 0x80) << 8 | out);
 }
 
+/* Nearly all are a normal code and a normal master: integers only, as in split(). */
 void
 k_unpack_row(const struct k_weight *w, uint32_t row, float *y)
 {
-	for (uint32_t i = 0; i < w->k; i++)
-		y[i] = k_bf16_to_float(k_unpack(w, row, i));
+	int32_t down = ((int32_t)(bits_of(w->scale[row]) >> 23) - 127) * 128;
+
+	for (uint32_t i = 0; i < w->k; i++) {
+		uint32_t block = block_of(w, row, i);
+		size_t at = (size_t)block * K_PANEL * K_BLOCK + index_in_block(row % K_PANEL, i % K_BLOCK);
+		int32_t c = w->hi[at] & 0x7f, mag = ((c + (120 << 3)) << 4) + w->lo[at] + down;
+
+		if (c < 8 || mag < 0x80 || w->flag[block])
+			y[i] = k_bf16_to_float(k_unpack(w, row, i));
+		else
+			y[i] = float_of((uint32_t)(w->hi[at] & 0x80) << 24 | (uint32_t)mag << 16);
+	}
 }

@@ -58,6 +58,22 @@ wait "$long"
 is "a flip lands inside a request" "$(tail -1 "$scratch/long" | jq '.output_tokens == 400 and (.segments|length) == 2')" true
 
 is "bench runs" "$(octet bench --clients 4 --requests 16 --prompt-tokens 20 --output-tokens 8 --json | jq -c '[.requests,.failed,.tokens]')" "[16,0,128]"
+
+# An app that polls, and the daemon's calls meanwhile but for those by which its threads wait for each other.
+calls() { # tokens
+	strace -f -c -e trace='!futex,sched_yield' -o "$scratch/calls" -p "$daemon" 2>"$scratch/strace" &
+	tracer=$!
+	wait_for 20 grep -q attached "$scratch/strace" || return 1
+	octet bench --requests 1 --prompt-tokens 4 --output-tokens "$1" --poll >/dev/null
+	kill -INT "$tracer"
+	wait "$tracer"
+	awk '$NF == "total" { n = $4 } END { print n + 0 }' "$scratch/calls"
+}
+if [ -z "${SANITIZE-}" ] && few=$(calls 20) && many=$(calls 480); then
+	ok "no system call for a token: $few for 20, $many for 480" test $((many - few)) -lt 230
+else
+	skip "no system call for a token" "strace is missing, may not attach, or a sanitizer makes calls"
+fi
 has "the console prints its grid" "$("$builddir/octet-console" --batch)" 'fp8'
 ok "SIGTERM drains and ends with 0" stop
 ok "the sockets are gone" test ! -e "$OCTET_SOCKET"

@@ -17,6 +17,7 @@
 #include <time.h>
 
 #include "daemon/engine/engine.h"
+#include "daemon/engine/sample.h"
 #include "daemon/engine/forward.h"
 #include "daemon/engine/probe.h"
 #include "daemon/engine/sched.h"
@@ -96,6 +97,14 @@ sunk_flush(void *arg)
 {
 	(void)arg;
 }
+
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define SANITIZED
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
+#define SANITIZED
+#endif
+#endif
 
 static void
 notify(void *arg)
@@ -293,6 +302,103 @@ test_levels(void **state)
 	run_many(best, 2, 64, 3, true, mixed, NULL, got);
 	assert_memory_equal(want, got, sizeof(want));
 	print_message("ref and %s agree\n", best);
+}
+
+/* ---- sampling, against the definition: all weights, one sort ---- */
+
+struct candidate {
+	double p;
+	uint32_t id;
+};
+
+static int
+by_probability(const void *pa, const void *pb)
+{
+	const struct candidate *a = pa, *b = pb;
+
+	if (a->p != b->p)
+		return a->p > b->p ? -1 : 1;
+	return a->id < b->id ? -1 : a->id > b->id;
+}
+
+static uint32_t
+plain_draw(const float *logits, uint32_t vocab, const struct sampling *s, uint32_t position)
+{
+	struct candidate *cand = malloc(vocab * sizeof(*cand));
+	double sum = 0, kept = 0, u;
+	float max = logits[0];
+	uint32_t n = 0, i, got;
+
+	for (i = 1; i < vocab; i++)
+		max = fmaxf(max, logits[i]);
+	for (i = 0; i < vocab; i++) {
+		double p = exp(((double)logits[i] - max) / s->temperature);
+
+		if (p >= s->min_p)
+			cand[n++] = (struct candidate){p, i};
+	}
+	if (s->top_k != 0 || s->top_p < 1.0f)
+		qsort(cand, n, sizeof(*cand), by_probability);
+	if (s->top_k != 0 && s->top_k < n)
+		n = s->top_k;
+	for (i = 0; i < n; i++)
+		sum += cand[i].p;
+	if (s->top_p < 1.0f) {
+		for (i = 0; i < n && kept < (double)s->top_p * sum; i++)
+			kept += cand[i].p;
+		n = i > 0 ? i : 1;
+		for (i = 0, sum = 0; i < n; i++)
+			sum += cand[i].p;
+	}
+	u = sample_uniform(s->seed, position) * sum;
+	for (i = 0; i < n && (u -= cand[i].p) >= 0; i++)
+		;
+	got = cand[i < n ? i : n - 1].id;
+	free(cand);
+	return got;
+}
+
+static void
+fill_logits(float *logits, uint32_t vocab, uint32_t kind, uint64_t seed)
+{
+	static const float spread[] = {0.01f, 1, 6, 40};
+
+	for (uint32_t i = 0; i < vocab; i++) {
+		double u = sample_uniform(seed, 2 * i), v = sample_uniform(seed, 2 * i + 1);
+
+		logits[i] = kind % 5 == 4 ? (float)(int)(4 * u) - 2 : (float)(sqrt(-2 * log(u + 1e-18)) * cos(6.283185307 * v)) * spread[kind % 5];
+	}
+	logits[(uint32_t)(sample_uniform(seed, 1u << 31) * vocab)] += kind % 3 == 0 ? 9 : 0;
+}
+
+static void
+test_draws(void **state)
+{
+	static const uint32_t vocabs[] = {1, 2, 127, 128, 129, 1024, 5003, 128256}, ks[] = {0, 1, 3, 40, 2000};
+	static const float ts[] = {0.3f, 1, 2.5f}, ps[] = {1, 0.9f, 0.3f, 0.999f}, ms[] = {0, 0, 0.05f, 1};
+	struct sample_scratch *c;
+	struct sampled got;
+
+	(void)state;
+	for (size_t v = 0; v < sizeof(vocabs) / sizeof(*vocabs); v++) {
+		uint32_t vocab = vocabs[v], cases = vocab > 100000 ? 60 : 1000;
+		float *logits = malloc(vocab * sizeof(*logits));
+
+		assert_int_equal(sample_scratch_new(&c, kernels_select(NULL, NULL, 0), vocab), 0);
+		for (uint32_t i = 0; i < cases; i++) {
+			struct sampling s = {.max_tokens = 1, .seed = i, .temperature = ts[i % 3], .top_k = ks[i / 2 % 5], .top_p = ps[i / 3 % 4],
+			    .min_p = ms[i / 7 % 4]};
+			uint32_t want;
+
+			fill_logits(logits, vocab, i, i + 1);
+			want = plain_draw(logits, vocab, &s, i);
+			assert_true(sample_token(logits, &s, NULL, 0, i, c, &got));
+			if (got.token != want)
+				fail_msg("vocab %u, case %u: token %u, not %u", vocab, i, got.token, want);
+		}
+		sample_scratch_free(&c);
+		free(logits);
+	}
 }
 
 static void
@@ -706,6 +812,111 @@ test_pin(void **state)
 	}
 	stop(&f);
 	free(s);
+}
+
+/* ---- what a flip of the whole model costs ---- */
+
+struct flipping {
+	struct sunk s; /* first */
+	struct fixture *f;
+	struct plan *plan[2];
+	uint32_t posted;
+};
+
+/* In the middle of each step a flip is posted; it has the step's number with it. */
+static void
+put_and_flip(void *arg, const struct wire_event *ev)
+{
+	struct flipping *p = arg;
+	struct engine_stats st;
+	struct flip *fl;
+
+	sunk_put(&p->s, ev);
+	if (ev->kind != WIRE_EV_TOKEN)
+		return;
+	engine_stats(p->f->e, &st); /* of the step before */
+	fl = calloc(1, sizeof(*fl));
+	fl->plan = plan_ref(p->plan[p->posted % 2]);
+	fl->epoch = ++p->posted + 1;
+	fl->owner = (void *)(uintptr_t)(st.step + 1);
+	engine_flip(p->f->e, fl);
+}
+
+static uint64_t
+resident_kib(void)
+{
+	FILE *f = fopen("/proc/self/smaps_rollup", "r");
+	unsigned long kib = 0;
+	char line[160];
+
+	while (f != NULL && fgets(line, sizeof(line), f) != NULL)
+		if (sscanf(line, "Rss: %lu", &kib) == 1)
+			break;
+	if (f != NULL)
+		fclose(f);
+	return kib;
+}
+
+static uint64_t
+weights_hash(void)
+{
+	const uint64_t *w = (const uint64_t *)(const void *)model->arena;
+	uint64_t h = 1469598103934665603u;
+
+	for (size_t i = 0; i < model->arena_bytes / sizeof(*w); i++)
+		h = (h ^ w[i]) * 1099511628211u;
+	return h;
+}
+
+/* All sites to fp8 and back at every step: the next step runs it, no weight is touched, nothing is kept. */
+static void
+test_flip_cost(void **state)
+{
+	static const struct plan_rule all[] = {{"*", "fp8", 0}};
+	enum { TOKENS = 60 };
+	struct fixture f;
+	struct engine_config cfg = config(&f);
+	struct flipping p = {.f = &f};
+	struct plan *bf16 = NULL, *fp8 = NULL;
+	uint64_t before, kib = 0;
+	uint32_t ids[128];
+	struct flip *fl;
+	struct err err;
+
+	(void)state;
+	assert_int_equal(plan_derive(&bf16, NULL, model->shape.n_layers, NULL, 0, &err), 0);
+	assert_int_equal(plan_derive(&fp8, bf16, model->shape.n_layers, all, 1, &err), 0);
+	p.plan[0] = fp8, p.plan[1] = bf16;
+	start(&f, NULL, 2, &cfg, bf16);
+	before = weights_hash();
+	for (int run = 0; run < 3; run++) {
+		struct request *r = make_request(&p.s, ids, prompt(1, ids), TOKENS, 1);
+		uint32_t n = 0;
+
+		kib = resident_kib();
+		r->sink.put = put_and_flip;
+		assert_int_equal(engine_submit(f.e, r, &err), 0);
+		reap_all(&f, 1);
+		while (n < TOKENS) {
+			struct flip *next;
+
+			if ((fl = engine_reap_flips(f.e)) == NULL)
+				wait_notified(&f);
+			for (; fl != NULL; fl = next, n++) {
+				next = fl->next;
+				assert_int_equal(fl->step, (uintptr_t)fl->owner + 1);
+				plan_unref(&fl->plan);
+				free(fl);
+			}
+		}
+	}
+	assert_true(weights_hash() == before);
+#ifndef SANITIZED
+	assert_true(kib > 0 && resident_kib() <= kib + 64);
+#endif
+	stop(&f);
+	plan_unref(&bf16);
+	plan_unref(&fp8);
 }
 
 struct aborting {
@@ -1163,7 +1374,9 @@ main(void)
 		cmocka_unit_test(test_company),
 		cmocka_unit_test(test_levels),
 		cmocka_unit_test(test_sampling),
+		cmocka_unit_test(test_draws),
 		cmocka_unit_test(test_flips),
+		cmocka_unit_test(test_flip_cost),
 		cmocka_unit_test(test_flips_full),
 		cmocka_unit_test(test_preempt),
 		cmocka_unit_test(test_prefix),

@@ -58,7 +58,7 @@ batch_finish(struct engine *e, struct request *r, enum wire_finish how, uint64_t
 	*e->finished_end = r;
 	e->finished_end = &r->next;
 	pthread_mutex_unlock(&e->lock);
-	e->cfg.notify(e->cfg.notify_arg);
+	engine_notify(e);
 }
 
 void

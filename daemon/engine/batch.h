@@ -61,6 +61,7 @@ struct engine {
 	uint32_t n_queued;          /* atomic: posted or waiting */
 	uint32_t cancels;           /* atomic: calls of engine_cancel() */
 	uint64_t order;
+	uint32_t back;              /* atomic: something is to be reaped */
 
 	/* Engine thread. */
 	struct plan *plan;
@@ -100,6 +101,14 @@ engine_now_ms(void)
 
 	clock_gettime(CLOCK_MONOTONIC, &ts);
 	return (double)ts.tv_sec * 1e3 + (double)ts.tv_nsec / 1e6;
+}
+
+/* Tells the front that something is to be reaped. */
+static inline void
+engine_notify(struct engine *e)
+{
+	__atomic_store_n(&e->back, 1, __ATOMIC_SEQ_CST);
+	e->cfg.notify(e->cfg.notify_arg);
 }
 
 /* ---- a sequence (batch.c) ---- */

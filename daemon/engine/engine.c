@@ -2,6 +2,7 @@
 #include "daemon/engine/batch.h"
 
 #include <errno.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
@@ -161,7 +162,7 @@ take_mail(struct engine *e)
 		e->stats.epoch = e->epoch;
 		e->stats.plan_digest = e->plan->digest;
 		pthread_mutex_unlock(&e->stats_lock);
-		e->cfg.notify(e->cfg.notify_arg);
+		engine_notify(e);
 	}
 	return !stop;
 }
@@ -224,6 +225,7 @@ wait_for_mail(struct engine *e)
 				return;
 			__builtin_ia32_pause();
 		}
+		sched_yield(); /* where cores are few, to the app that is about to post */
 	} while (engine_now_ms() < end);
 	pthread_mutex_lock(&e->lock);
 	e->sleeping = true;
@@ -328,7 +330,7 @@ allocate(struct engine *e, struct err *err)
 	    e->scratch == NULL)
 		return err_set(err, -ENOMEM, "no memory for a batch of %u rows", rows);
 	for (uint32_t i = 0; i < parts; i++)
-		if (sample_scratch_new(&e->scratch[i], e->m->shape.vocab) != 0)
+		if (sample_scratch_new(&e->scratch[i], e->ops, e->m->shape.vocab) != 0)
 			return err_set(err, -ENOMEM, "no memory for sampling");
 	return 0;
 }
@@ -520,6 +522,12 @@ engine_configure(struct engine *e, const struct engine_config *cfg)
 	e->new_cfg = true;
 	post(e);
 	pthread_mutex_unlock(&e->lock);
+}
+
+bool
+engine_has_news(struct engine *e)
+{
+	return __atomic_load_n(&e->back, __ATOMIC_RELAXED) != 0 && __atomic_exchange_n(&e->back, 0, __ATOMIC_SEQ_CST) != 0;
 }
 
 struct request *

@@ -126,6 +126,7 @@ struct engine_stats {
 	double queue_ms;                  /* how long the oldest waits that does not run */
 	uint64_t kv_bytes;
 	double step_ms_p50, step_ms_p90, step_ms_p99, step_ms_max; /* last 1024 steps */
+	double forward_s;                 /* in forward passes, ever */
 	uint64_t epoch, plan_digest;      /* what the last step ran */
 };
 
@@ -146,6 +147,8 @@ void engine_kick(struct engine *);          /* a parked reader made room */
 void engine_flip(struct engine *, struct flip *); /* takes effect between two steps */
 void engine_configure(struct engine *, const struct engine_config *); /* live options only */
 
+/* Since the last call there was something to notify of: for a front that looks by itself. */
+bool engine_has_news(struct engine *);
 struct request *engine_reap(struct engine *);  /* list by ->next, or NULL */
 struct flip *engine_reap_flips(struct engine *);
 void engine_stats(struct engine *, struct engine_stats *); /* any thread */

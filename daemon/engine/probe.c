@@ -256,7 +256,7 @@ finish(struct engine *e, struct probe **pp, int error)
 	*e->probes_done_end = p;
 	e->probes_done_end = &p->next;
 	pthread_mutex_unlock(&e->lock);
-	e->cfg.notify(e->cfg.notify_arg);
+	engine_notify(e);
 }
 
 void

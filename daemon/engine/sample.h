@@ -6,11 +6,13 @@
  * tokens before it, (seed, position) and the request's settings, so the company
  * of a batch cannot change it. Any thread with its own scratch.
  */
+#include <stdbool.h>
 #include <stdint.h>
 #include "daemon/engine/engine.h"
+#include "kernels/kernels.h"
 
 struct sample_scratch;
-int sample_scratch_new(struct sample_scratch **, uint32_t vocab);
+int sample_scratch_new(struct sample_scratch **, const struct k_ops *, uint32_t vocab);
 void sample_scratch_free(struct sample_scratch **);
 
 struct sampled {
@@ -20,15 +22,15 @@ struct sampled {
 	struct logit_bias top[WIRE_MAX_TOP]; /* ids and log-probabilities, highest first */
 };
 
-/* logits [vocab], all finite; changed in place. Draws the token of position
+/* logits [vocab] of the scratch; changed in place. False: one is not finite. Draws the token of position
  * n_known from what follows token [n_known], of which the first n_prompt are the
  * prompt. Ties go to the lowest id. Penalties as in the CTRL paper (Keskar et
  * al., 2019; prompt and output) and OpenAI's API (output only); min_p as in
  * Nguyen et al., 2024. */
-void sample_token(float *logits, uint32_t vocab, const struct sampling *, const uint32_t *token, uint32_t n_prompt,
-    uint32_t n_known, struct sample_scratch *, struct sampled *);
-/* The log-probability of a known token, and the alternatives. */
-void sample_score(const float *logits, uint32_t vocab, uint32_t token, uint32_t n_top, struct sampled *);
+bool sample_token(float *logits, const struct sampling *, const uint32_t *token, uint32_t n_prompt, uint32_t n_known,
+    struct sample_scratch *, struct sampled *);
+/* The log-probability of a known token, and the alternatives. False: as above. */
+bool sample_score(const float *logits, uint32_t token, uint32_t n_top, struct sample_scratch *, struct sampled *);
 
 /* Philox4x32-10 (Salmon et al., SC 2011): the first word of the block at
  * counter `position` under key `seed`, as a double in [0, 1). */

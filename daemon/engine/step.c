@@ -19,18 +19,11 @@ sample_part(void *arg, uint32_t part, uint32_t parts)
 		const struct seq *s = e->want[i].seq;
 		struct result *out = &e->result[i];
 		uint32_t next = e->want[i].pos + 1;
-		float sum = 0;
 
-		/* One pass: x * 0 is 0 for finite x, NaN for the rest. */
-		for (uint32_t j = 0; j < vocab; j++)
-			sum += logits[j] * 0.0f;
-		out->bad = !(sum == 0.0f);
-		if (out->bad)
-			continue;
 		if (next < s->n_known)
-			sample_score(logits, vocab, s->token[next], s->req->sampling.top_logprobs, &out->s);
+			out->bad = !sample_score(logits, s->token[next], s->req->sampling.top_logprobs, e->scratch[part], &out->s);
 		else
-			sample_token(logits, vocab, &s->req->sampling, s->token, s->req->n_prompt, s->n_known,
+			out->bad = !sample_token(logits, &s->req->sampling, s->token, s->req->n_prompt, s->n_known,
 			    e->scratch[part], &out->s);
 	}
 }
@@ -144,7 +137,8 @@ take_result(struct engine *e, struct seq *s, uint32_t pos, const struct result *
 }
 
 static void
-note_step(struct engine *e, uint32_t rows, uint32_t probe_rows, double ms, uint32_t prompt_rows, uint32_t tokens)
+note_step(struct engine *e, uint32_t rows, uint32_t probe_rows, double ms, double forward_ms, uint32_t prompt_rows,
+    uint32_t tokens)
 {
 	double per_row = ms / rows;
 
@@ -155,6 +149,7 @@ note_step(struct engine *e, uint32_t rows, uint32_t probe_rows, double ms, uint3
 	e->stats.batch_rows = rows;
 	e->stats.prompt_tokens += prompt_rows;
 	e->stats.output_tokens += tokens;
+	e->stats.forward_s += forward_ms / 1e3;
 	e->step_ms[e->n_step_ms++ % STEP_WINDOW] = (float)ms;
 	pthread_mutex_unlock(&e->stats_lock);
 }
@@ -199,6 +194,10 @@ note_evidence(struct engine *e)
 	pthread_mutex_unlock(&e->stats_lock);
 }
 
+/* Multiplications of a step that one thread does about as soon as a team: its rounds cost a microsecond each, and the
+ * others' cores may be an app's. */
+#define SMALL_STEP 4e6
+
 /* Returns false when there was nothing to run. */
 bool
 step_run(struct engine *e)
@@ -221,6 +220,7 @@ step_run(struct engine *e)
 		forward_sample(e->forward, e->evidence, (uint32_t)(e->step / e->cfg.evidence_steps % rows));
 	if (e->cfg.device != NULL)
 		tell_device(e);
+	team_set_alone(e->team, (double)(rows + probe_rows) * (double)e->m->weights_bytes / 2 < SMALL_STEP);
 	forward = engine_now_ms();
 	e->logits = forward_run(e->forward, e->row, rows + probe_rows);
 	forward = engine_now_ms() - forward;
@@ -242,6 +242,6 @@ step_run(struct engine *e)
 	}
 	batch_drop_gone(e);
 	if (rows > 0)
-		note_step(e, rows, probe_rows, engine_now_ms() - start, prompt_rows, tokens);
+		note_step(e, rows, probe_rows, engine_now_ms() - start, forward, prompt_rows, tokens);
 	return true;
 }

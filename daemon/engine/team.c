@@ -11,6 +11,10 @@
 
 #include "kernels/kernels.h"
 
+/* Spins of 64 pauses, some 100 us, before others may have the core: sooner helps where only apps compete for it, and
+ * costs a slice of time at each barrier where something else does. */
+#define TURNS_ALONE 50u
+
 /*
  * A round is published by adding one to `round`; a worker that saw it runs its
  * part and adds one to `finished`. Whoever waits spins first: waking an idle
@@ -18,6 +22,7 @@
  */
 struct team {
 	uint32_t size;
+	bool alone;                     /* caller's */
 	uint32_t spin_us;
 	team_fn fn;
 	void *arg;
@@ -49,13 +54,15 @@ wait_for_round(struct team *t, uint32_t seen)
 {
 	uint64_t end = now_ns() + 1000u * __atomic_load_n(&t->spin_us, __ATOMIC_RELAXED);
 
-	do {
+	for (uint32_t turn = 0; turn == 0 || now_ns() < end; turn++) {
 		for (int i = 0; i < 64; i++) {
 			if (__atomic_load_n(&t->round, __ATOMIC_ACQUIRE) != seen)
 				return;
 			__builtin_ia32_pause();
 		}
-	} while (now_ns() < end);
+		if (turn > TURNS_ALONE)
+			sched_yield();
+	}
 
 	pthread_mutex_lock(&t->lock);
 	__atomic_add_fetch(&t->sleepers, 1, __ATOMIC_SEQ_CST);
@@ -183,9 +190,16 @@ team_set_spin(struct team *t, uint32_t spin_us)
 }
 
 void
+team_set_alone(struct team *t, bool alone)
+{
+	if (t != NULL)
+		t->alone = alone;
+}
+
+void
 team_run(struct team *t, team_fn fn, void *arg)
 {
-	if (t == NULL || t->size == 1) {
+	if (t == NULL || t->size == 1 || t->alone) {
 		fn(arg, 0, 1);
 		return;
 	}
@@ -195,7 +209,7 @@ team_run(struct team *t, team_fn fn, void *arg)
 	fn(arg, 0, t->size);
 	for (uint32_t i = 0; __atomic_load_n(&t->finished, __ATOMIC_ACQUIRE) != t->size - 1; i++) {
 		/* Shared machines: let a worker that lost its core have ours. */
-		if (i > 20000)
+		if (i > 64 * TURNS_ALONE)
 			sched_yield();
 		else
 			__builtin_ia32_pause();

@@ -6,6 +6,7 @@
  * together, over a spin-then-sleep barrier. One caller at a time. Workers
  * sleep when nothing runs, and have FTZ/DAZ set.
  */
+#include <stdbool.h>
 #include <stdint.h>
 struct team;
 /* part 0 is the caller. Each part does its share of the work. */
@@ -15,6 +16,9 @@ int team_new(struct team **, uint32_t n, uint32_t spin_us);
 void team_free(struct team **);
 uint32_t team_size(const struct team *);
 void team_set_spin(struct team *, uint32_t spin_us);
+/* For the rounds that follow: the caller alone. What takes less than waking and
+ * waiting for the others is not worth sharing. */
+void team_set_alone(struct team *, bool);
 /* Runs fn on all parts and returns when all are done. team NULL: alone. */
 void team_run(struct team *, team_fn, void *arg);
 /* The share [*from, *to) of n items that part has. */

@@ -215,6 +215,12 @@ exp64_ref(double x)
 	return p;
 }
 
+static double
+fold8(const double *l)
+{
+	return ((l[0] + l[1]) + (l[2] + l[3])) + ((l[4] + l[5]) + (l[6] + l[7]));
+}
+
 /* Element i goes to lane i % 8; lanes fold in pairs. */
 static void
 divergence_ref(const float *a, const float *b, uint32_t n, float max_a, float max_b, double out[3])
@@ -228,11 +234,36 @@ divergence_ref(const float *a, const float *b, uint32_t n, float max_a, float ma
 		lane[1][i % 8] += exp64_ref(y);
 		lane[2][i % 8] += p * (x - y);
 	}
-	for (int s = 0; s < 3; s++) {
-		const double *l = lane[s];
+	for (int s = 0; s < 3; s++)
+		out[s] = fold8(lane[s]);
+}
 
-		out[s] = ((l[0] + l[1]) + (l[2] + l[3])) + ((l[4] + l[5]) + (l[6] + l[7]));
+static bool
+scan_ref(const float *x, uint32_t n, float *max)
+{
+	bool finite = true;
+
+	for (uint32_t i = 0; i < n; i++) {
+		float *m = &max[i / K_SCAN];
+
+		finite &= x[i] - x[i] == 0;
+		if (i % K_SCAN == 0 || x[i] > *m)
+			*m = x[i] + 0.0f; /* no -0: the order of lanes would show */
 	}
+	return finite;
+}
+
+static double
+weights_ref(const float *x, uint32_t n, float max, double temperature, double least, double *p)
+{
+	double lane[8] = {0};
+
+	for (uint32_t i = 0; i < n; i++) {
+		p[i] = exp64_ref(((double)x[i] - max) / temperature);
+		p[i] = p[i] >= least ? p[i] : 0;
+		lane[i % 8] += p[i];
+	}
+	return fold8(lane);
 }
 
 /* Where element d of a position lies in a head's K, in its V. */
@@ -429,5 +460,5 @@ void
 kernels_fill_ref(struct k_ops *ops)
 {
 	*ops = (struct k_ops){"ref", linear_ref, act_bf16_ref, act_fp8_ref, rmsnorm_ref, rope_ref, silu_mul_ref,
-	    kv_write_ref, attention_ref, probe_read_ref, probe_fma_ref, divergence_ref};
+	    kv_write_ref, attention_ref, probe_read_ref, probe_fma_ref, divergence_ref, scan_ref, weights_ref};
 }

@@ -945,4 +945,6 @@ kernels_fill_avx2(struct k_ops *ops)
 	ops->probe_read = probe_read_avx2;
 	ops->probe_fma = probe_fma_avx2;
 	ops->divergence = divergence_avx2;
+	ops->scan = scan_avx2;
+	ops->weights = weights_avx2;
 }

@@ -1225,4 +1225,6 @@ kernels_fill_avx512(struct k_ops *ops)
 	ops->probe_read = probe_read_avx512;
 	ops->probe_fma = probe_fma_avx512;
 	ops->divergence = divergence_avx512;
+	ops->scan = scan_avx512;
+	ops->weights = weights_avx512;
 }

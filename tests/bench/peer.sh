@@ -5,31 +5,53 @@
 # MODEL_DIR holds model.safetensors and model-bf16.gguf of the same weights; model-F16.gguf and model-Q8_0.gguf, made from the latter
 # by llama-quantize, are measured too where they are. A round runs every test once with each program and each type, one after the
 # other; medians over the rounds, and medians of the ratios within a round, are printed: machines change their speed meanwhile.
-# TESTS picks: "prefill 512" "decode 32" and so on. The 8-bit rows have every linear layer and lm_head in 8 bits, the KV cache in 16.
-# Builds nothing. Needs jq.
+# TESTS picks: "prefill 512" "decode 32" and so on; "requests 32" is requests/s of 50 tokens in and 50 out from so many clients of a
+# daemon, beside so many sequences of llama-batched-bench, which serves nobody. The 8-bit rows have every linear layer and lm_head in 8
+# bits, the KV cache in 16. Builds nothing. Needs jq.
 set -eu
-[ $# -ge 3 ] || { sed -n '3,10s/^# \{0,1\}//p' "$0"; exit 2; }
+[ $# -ge 3 ] || { sed -n '3,12s/^# \{0,1\}//p' "$0"; exit 2; }
 build=$1 llama=$2 model=$3 rounds=${4-5}
 : "${TESTS=prefill 128,prefill 512,prefill 2048,decode 1,decode 4,decode 8,decode 16,decode 32}"
 threads=$(nproc)
 dir=$(mktemp -d)
-trap 'rm -rf "$dir"' EXIT
+daemon=
+trap 'kill $daemon 2>/dev/null || :; rm -rf "$dir"' EXIT
 trap 'exit 1' INT TERM
 
 note() { echo "$3" >>"$dir/$1.$2"; } # type, test (no blanks), tokens/s
 
-octet_runs() { # prefill|decode N
+serve() { # format, clients
+	export OCTET_SOCKET="$dir/s" OCTET_CONTROL_SOCKET="$dir/c"
+	printf '[daemon]\nsocket = %s\ncontrol_socket = %s\nstate_dir = %s/state\nlog_level = warn\n[model]\npath = %s\n[engine]\nprefix_cache = off\n[precision]\npolicy = all\n[policy all]\n* = %s\n' \
+	    "$dir/s" "$dir/c" "$dir" "$(realpath "$model")" "$1" >"$dir/octet.ini"
+	"$build/octetd" --config "$dir/octet.ini" 2>"$dir/log" &
+	daemon=$!
+	until "$build/octet" tokenize x >/dev/null 2>&1; do kill -0 "$daemon" || { cat "$dir/log"; exit 1; }; sleep 0.05; done
+	"$build/octet" bench --json --clients "$2" --requests $(($2 * 2)) | jq .requests_per_s
+	kill "$daemon"
+	wait "$daemon" || :
+	daemon=
+}
+
+octet_runs() { # prefill|decode|requests N
+	if [ "$1" = requests ]; then
+		for format in bf16 fp8 fp8w; do note "$format" "$1-$2" "$(serve "$format" "$2")"; done
+		return
+	fi
 	"$build/octetd" --bench "$model" --rounds 1 --only "$1 $2" --json >"$dir/json"
 	for format in bf16 fp8 fp8w; do
 		note "$format" "$1-$2" "$(jq -r ".results[] | select(.format == \"$format\") | .tokens_s" "$dir/json")"
 	done
 }
 
-peer_runs() { # prefill|decode N
+peer_runs() { # prefill|decode|requests N
 	for gguf in "$model"/model-*.gguf; do
 		type=${gguf##*/model-} type=${type%.gguf}
 		if [ "$1" = prefill ]; then
 			value=$("$llama/llama-bench" -m "$gguf" -t "$threads" -p "$2" -n 0 -r 1 -o json 2>/dev/null | jq '.[0].avg_ts')
+		elif [ "$1" = requests ]; then
+			value=$("$llama/llama-batched-bench" -m "$gguf" -t "$threads" -tb "$threads" -c $((128 * $2)) -b 2048 -ub 512 -npp 50 -ntg 50 \
+			    -npl "$2" --output-format jsonl 2>/dev/null | jq -s --argjson n "$2" '[.[] | .t // empty][0] | $n / .')
 		else
 			value=$("$llama/llama-batched-bench" -m "$gguf" -t "$threads" -tb "$threads" -c $((160 * $2)) -b 2048 -ub 512 -npp 128 -pps \
 			    -ntg 16 -npl "$2" --output-format jsonl 2>/dev/null | jq -s '[.[] | .speed_tg // empty][0]')
@@ -57,7 +79,7 @@ done
 
 "$build/octetd" --version
 "$llama/llama-bench" --version 2>&1 | head -1
-echo "$threads threads, $rounds rounds, medians, tokens/s"
+echo "$threads threads, $rounds rounds, medians, tokens/s or requests/s"
 IFS=,
 for test in $TESTS; do
 	IFS=$old_ifs

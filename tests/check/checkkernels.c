@@ -7,6 +7,7 @@
  *   checkkernels [--seed N] [--level NAME]   compares
  *   checkkernels --bench [--level NAME]      times every kernel, beside what the machine can do
  */
+#include <float.h>
 #include <getopt.h>
 #include <math.h>
 #include <stdio.h>
@@ -16,6 +17,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "daemon/engine/sample.h"
 #include "kernels/kernels.h"
 
 static uint64_t seed = 1, rng;
@@ -270,6 +272,28 @@ run_divergence(const struct k_ops *o, const float *x, const float *w, uint32_t n
 	memcpy(out, sum, sizeof(sum));
 }
 
+static void
+run_scan(const struct k_ops *o, const float *x, const float *w, uint32_t n, void *out)
+{
+	float *max = out;
+	uint32_t blocks = (n + K_SCAN - 1) / K_SCAN;
+
+	max[2 * blocks] = o->scan(x, n, max);
+	max[2 * blocks + 1] = o->scan(w, n, max + blocks);
+}
+
+static void
+run_weights(const struct k_ops *o, const float *x, const float *w, uint32_t n, void *out)
+{
+	double *p = out, sum;
+	float max = x[0];
+
+	for (uint32_t i = 1; i < n; i++)
+		max = fmaxf(max, x[i]);
+	sum = o->weights(x, n, max, fabsf(w[0]) + 0.1, w[n - 1] > 0 ? 1e-3 : 0, p);
+	memcpy(p + n, &sum, sizeof(sum));
+}
+
 static size_t
 bytes_of(row_fn f, uint32_t n)
 {
@@ -279,6 +303,10 @@ bytes_of(row_fn f, uint32_t n)
 		return pad * sizeof(uint16_t);
 	if (f == run_divergence)
 		return 3 * sizeof(double);
+	if (f == run_scan)
+		return 2 * ((n + K_SCAN - 1) / K_SCAN + 1) * sizeof(float);
+	if (f == run_weights)
+		return (n + 1) * sizeof(double);
 	return f == run_fp8 ? pad * sizeof(uint16_t) + sizeof(float) : n * sizeof(float);
 }
 
@@ -308,6 +336,27 @@ check_rows(const char *name, row_fn f)
 		snprintf(shape, sizeof(shape), "n=%u", n);
 		ok(same, name, shape);
 	}
+}
+
+/* One that is not finite, at any place, is seen. */
+static void
+check_finite(void)
+{
+	static const float odd[] = {INFINITY, -INFINITY, NAN};
+	static float x[300], max[3];
+	bool seen = true;
+
+	for (uint32_t i = 0; i < 300; i++)
+		x[i] = i % 2 ? FLT_MAX : -FLT_MAX;
+	seen &= ops->scan(x, 300, max) && max[0] == FLT_MAX && max[2] == FLT_MAX;
+	for (uint32_t i = 0; i < 300; i++) {
+		float kept = x[i];
+
+		x[i] = odd[i % 3];
+		seen &= !ops->scan(x, 300, max) && !ops->scan(x + i, 1, max);
+		x[i] = kept;
+	}
+	ok(seen, "scan", "not finite");
 }
 
 /* Every magnitude that a BF16 has, and its neighbours, through both encoders. */
@@ -563,6 +612,9 @@ check_level(void)
 	check_rows("rmsnorm", run_norm);
 	check_rows("silu_mul", run_silu);
 	check_rows("divergence", run_divergence);
+	check_rows("scan", run_scan);
+	check_rows("weights", run_weights);
+	check_finite();
 	check_rope();
 	check_linear();
 	check_kv_write();
@@ -571,12 +623,13 @@ check_level(void)
 
 /* ---- bench ---- */
 
+/* CPU time: one thread does all of this, and others may want the core. */
 static double
 now(void)
 {
 	struct timespec ts;
 
-	clock_gettime(CLOCK_MONOTONIC, &ts);
+	clock_gettime(CLOCK_THREAD_CPUTIME_ID, &ts);
 	return (double)ts.tv_sec + (double)ts.tv_nsec * 1e-9;
 }
 
@@ -749,8 +802,8 @@ static void
 bench_rows(void)
 {
 	static const struct { const char *name; row_fn f; } rows[] = {{"act_bf16", run_bf16}, {"act_fp8", run_fp8},
-	    {"rmsnorm", run_norm}, {"silu_mul", run_silu}, {"divergence", run_divergence}};
-	static float x[4096], w[4096], out[8192];
+	    {"rmsnorm", run_norm}, {"silu_mul", run_silu}, {"divergence", run_divergence}, {"scan", run_scan}, {"weights", run_weights}};
+	static float x[4096], w[4096], out[8200];
 
 	for (size_t i = 0; i < 4096; i++)
 		x[i] = w[i] = ((float)below(2001) - 1e3f) * 1e-3f;
@@ -759,6 +812,64 @@ bench_rows(void)
 
 		printf("%-8s %-10s n=4096 %9.3f us\n", ops->name, rows[i].name, time_of(bench_row, &b) * 1e6);
 	}
+}
+
+/* A token of a large vocabulary, as it is sampled. */
+struct sample_bench {
+	struct sample_scratch *scratch;
+	struct sampling s;
+	uint32_t vocab, known[1000], position;
+	float *plain, *logits;
+	struct sampled out;
+};
+
+static void
+copy_logits(void *arg)
+{
+	struct sample_bench *b = arg;
+
+	memcpy(b->logits, b->plain, b->vocab * sizeof(*b->logits));
+}
+
+static void
+sample_once(void *arg)
+{
+	struct sample_bench *b = arg;
+
+	copy_logits(arg);
+	sample_token(b->logits, &b->s, b->known, 500, 1000, b->scratch, &b->out);
+	b->s.seed++;
+}
+
+static void
+bench_sampling(void)
+{
+	static const struct { const char *name; struct sampling s; } how[] = {
+	    {"greedy", {.temperature = 0}}, {"temperature 1", {.temperature = 1, .top_p = 1}},
+	    {"top_k 40", {.temperature = 1, .top_p = 1, .top_k = 40}}, {"top_p 0.9", {.temperature = 1, .top_p = 0.9f}},
+	    {"min_p 0.05", {.temperature = 1, .top_p = 1, .min_p = 0.05f}},
+	    {"penalties", {.top_p = 1, .repetition_penalty = 1.1f, .presence_penalty = 0.5f, .frequency_penalty = 0.1f}},
+	    {"top_logprobs 5", {.top_p = 1, .top_logprobs = 5}},
+	    {"all of these", {.temperature = 1, .top_p = 0.9f, .top_k = 40, .min_p = 0.05f, .repetition_penalty = 1.1f, .presence_penalty = 0.5f,
+	                      .top_logprobs = 5}}};
+	struct sample_bench b = {.vocab = 128256};
+
+	b.plain = malloc(b.vocab * sizeof(*b.plain)), b.logits = malloc(b.vocab * sizeof(*b.logits));
+	if (b.plain == NULL || b.logits == NULL || sample_scratch_new(&b.scratch, ops, b.vocab) != 0)
+		abort();
+	for (uint32_t i = 0; i < 1000; i++)
+		b.known[i] = below(b.vocab);
+	for (int flat = 0; flat < 2; flat++) {
+		for (uint32_t i = 0; i < b.vocab; i++) /* a bell, and a few that stand out */
+			b.plain[i] = ((float)below(2001) + (float)below(2001) + (float)below(2001) - 3e3f) * 1e-3f * (flat ? 1 : 4) + (!flat && i % 9001 == 0 ? 9 : 0);
+		for (size_t i = 0; i < sizeof(how) / sizeof(*how); i++) {
+			b.s = how[i].s;
+			printf("%-8s sample     %-14s of 128256, %s %9.1f us\n", ops->name, how[i].name, flat ? "flat:  " : "peaked:",
+			    (time_of(sample_once, &b) - time_of(copy_logits, &b)) * 1e6);
+		}
+	}
+	sample_scratch_free(&b.scratch);
+	free(b.plain), free(b.logits);
 }
 
 /* Seconds a weight. */
@@ -799,6 +910,7 @@ bench(void)
 	bench_attentions();
 	bench_kv_writes();
 	bench_rows();
+	bench_sampling();
 }
 
 int

@@ -539,7 +539,7 @@ check_sample(uint32_t vocab, uint32_t cases)
 	uint32_t differ = 0, tops = 0;
 	char name[96];
 
-	if (sample_scratch_new(&scratch, vocab) != 0)
+	if (sample_scratch_new(&scratch, ref, vocab) != 0)
 		abort();
 	for (uint32_t c = 0; c < cases; c++) {
 		static const float temperatures[] = {0, 0.7f, 1, 3}, ps[] = {1, 0.9f, 0.3f};
@@ -569,8 +569,7 @@ check_sample(uint32_t vocab, uint32_t cases)
 		memcpy(plain, l, vocab * 4);
 		cu_sample(dl, vocab, vocab, dw, de, 1, dx, dr, NULL);
 		from_device(&r, dr, sizeof(r));
-		sample_token(l, vocab, &s, known, 3, 8, scratch, &want);
-		differ += r.bad || r.token != want.token || (w.logprob && fabsf(r.logprob - want.logprob) > 1e-5f);
+		differ += !sample_token(l, &s, known, 3, 8, scratch, &want) || r.bad || r.token != want.token || (w.logprob && fabsf(r.logprob - want.logprob) > 1e-5f);
 		tops += r.n_top != want.n_top;
 		for (uint32_t i = 0; i < want.n_top && i < r.n_top; i++)
 			tops += r.top_id[i] != want.top[i].id || fabsf(r.top_logprob[i] - want.top[i].value) > 1e-5f;

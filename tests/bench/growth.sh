@@ -1,0 +1,85 @@
+#!/bin/sh
+# SPDX-License-Identifier: Apache-2.0
+# tests/bench/growth.sh BUILD_DIR MODEL_DIR [ROUNDS]: how cost grows, with a daemon of its own.
+#
+# Milliseconds a token behind contexts of more and more positions, KV cache in BF16 and in FP8, and the slope beside the bytes that a
+# position adds; tokens/s of 1 to 64 sequences; tokens/s of requests while 10 and while 10,000 wait. Rounds go in turns; medians.
+# TESTS picks: "context sequences queue"; CONTEXTS has the positions. Needs jq. What sampling costs: tests/check/checkkernels --bench.
+set -eu
+[ $# -ge 2 ] || { sed -n '3,7s/^# \{0,1\}//p' "$0"; exit 2; }
+build=$1 model=$(realpath "$2") rounds=${3-3}
+: "${TESTS=context sequences queue}" "${CONTEXTS=128 512 1024 2048 4096 8000}"
+dir=$(mktemp -d)
+daemon=
+trap 'kill $daemon 2>/dev/null || :; rm -rf "$dir"' EXIT
+trap 'exit 1' INT TERM
+export OCTET_SOCKET="$dir/s" OCTET_CONTROL_SOCKET="$dir/c"
+cat >"$dir/octet.ini" <<END
+[daemon]
+socket = $OCTET_SOCKET
+control_socket = $OCTET_CONTROL_SOCKET
+state_dir = $dir/state
+log_level = warn
+max_queue = 20000
+max_clients = 400
+max_clients_per_uid = 400
+max_requests = 64
+max_requests_per_uid = 20000
+[model]
+path = $model
+[engine]
+kv_cache_bytes = 1G
+prefix_cache = off
+END
+"$build/octetd" --config "$dir/octet.ini" 2>"$dir/log" &
+daemon=$!
+until "$build/octet" tokenize x >/dev/null 2>&1; do kill -0 "$daemon" || { cat "$dir/log"; exit 1; }; sleep 0.05; done
+
+bench() { "$build/octet" bench --json "$@"; }
+median() { sort -g | awk '{ v[NR] = $1 } END { printf "%.4g", NR % 2 ? v[(NR + 1) / 2] : (v[NR / 2] + v[NR / 2 + 1]) / 2 }'; }
+
+# Least squares of the medians; a position has K and V of every layer, in FP8 with two scales a head.
+contexts() {
+	config=$model/config.json
+	for format in bf16 fp8; do
+		bytes=$(jq --arg f $format '(.head_dim // (.hidden_size / .num_attention_heads)) as $d |
+		    2 * .num_hidden_layers * .num_key_value_heads * (if $f == "bf16" then 2 * $d else $d + 4 end)' "$config")
+		for n in $CONTEXTS; do
+			[ -f "$dir/context.$format.$n" ] || continue
+			echo "$n $(median <"$dir/context.$format.$n")"
+		done | awk -v f=$format -v b="$bytes" '{ printf "context %5d, KV %s: %s ms a token\n", $1, f, $2
+			n++; x += $1; y += $2; xx += $1 * $1; xy += $1 * $2 }
+			END { s = (n * xy - x * y) / (n * xx - x * x); i = (y - s * x) / n
+			printf "KV %s: %.4g ms + %.4g us a position of %d bytes: %.1f GB/s\n", f, i, s * 1e3, b, b / s / 1e6 }'
+	done
+}
+for round in $(seq "$rounds"); do
+	case $TESTS in *context*)
+		for n in $CONTEXTS; do
+			for format in bf16 fp8; do
+				"$build/octetctl" set kv_cache=$format >/dev/null 2>&1 || :
+				bench --requests 1 --prompt-tokens "$n" --output-tokens 60 | jq "(.total_ms.p50 - .ttft_ms.p50) / 59" >>"$dir/context.$format.$n"
+			done
+		done
+		"$build/octetctl" set kv_cache=bf16 >/dev/null 2>&1 || : ;;
+	esac
+	case $TESTS in *sequences*)
+		for n in 1 2 4 8 16 32 64; do
+			bench --clients "$n" --requests "$n" --prompt-tokens 8 --output-tokens 64 | jq --argjson n "$n" '63e3 * $n / (.total_ms.p50 - .ttft_ms.p50)' >>"$dir/sequences.$n"
+		done ;;
+	esac
+	case $TESTS in *queue*)
+		for n in 10 10000; do # 64 run
+			clients=$(((n + 64) / 37))
+			bench --clients $clients --in-flight 37 --requests $((n + 64 > 2000 ? n + 64 : 2000)) --prompt-tokens 4 --output-tokens 60 |
+			    jq .output_tokens_per_s >>"$dir/queue.$n"
+		done ;;
+	esac
+done
+kill "$daemon"
+wait "$daemon" || :
+daemon=
+case $TESTS in *context*) contexts ;; esac
+for f in "$dir"/sequences.* "$dir"/queue.*; do
+	[ ! -f "$f" ] || echo "${f##*.} $(median <"$f")" | sed "s/^/$(basename "${f%.*}") /"
+done | sort -k1,1 -k2,2n | awk '{ print $1 == "queue" ? $2 " requests wait:" : $2 " sequences:", $3, "tokens/s" }'
