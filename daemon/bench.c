@@ -303,7 +303,7 @@ fill_result(struct bench *b, const struct test *t, int format, double seconds, s
 	double chunks = t->decode ? 1 : (t->n + CHUNK - 1) / CHUNK, rows = t->n;
 	double context = t->decode ? b->context + DECODE_ROOM / 2 : t->n / 2.0, kv_rows = t->decode ? rows : 0;
 	double kv = 4.0 * s->n_kv_heads * s->head_dim * s->n_layers * context;
-	double bytes = (chunks * linear + head) * (format == K_BF16 ? 2 : 1) + kv_rows * kv;
+	double bytes = (chunks * linear + head) * (format == K_BF16 || format == K_FP8B ? 2 : 1) + kv_rows * kv;
 	double flops = 2 * (linear * rows + head * (t->decode ? rows : 1)) +
 	    4.0 * s->n_heads * s->head_dim * s->n_layers * context * rows;
 

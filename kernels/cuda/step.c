@@ -25,7 +25,9 @@ now_us(void)
 static enum k_format
 format_at(const struct kd_device *d, const uint8_t *plan, uint32_t group, uint32_t layer)
 {
-	return (enum k_format)plan[(size_t)group * d->m.n_layers + (group == KD_LM_HEAD ? 0 : layer)];
+	enum k_format f = (enum k_format)plan[(size_t)group * d->m.n_layers + (group == KD_LM_HEAD ? 0 : layer)];
+
+	return f == K_FP8B ? K_BF16 : f; /* as executes() says */
 }
 
 /* ---- linear layers ---- */
