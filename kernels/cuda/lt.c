@@ -202,19 +202,27 @@ set(struct plan *p, cublasLtMatmulDescAttributes_t a, const void *v, size_t n)
 }
 
 static bool
+has_scales(const struct key *k)
+{
+	return k->kind == LT_FP8_OUTER || k->kind == LT_FP8_SQUARES;
+}
+
+static bool
 describe(const struct lt *lt, struct plan *p)
 {
 	const struct key *k = &p->key;
 	cudaDataType_t in = k->kind == LT_BF16 ? CUDA_R_16BF : CUDA_R_8F_E4M3;
 	cublasOperation_t yes = CUBLAS_OP_T, no = CUBLAS_OP_N;
-	int32_t mode = CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F;
+	bool outer = k->kind == LT_FP8_OUTER;
+	int32_t a_mode = outer ? CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F : CUBLASLT_MATMUL_MATRIX_SCALE_BLK128x128_32F;
+	int32_t b_mode = outer ? CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F : CUBLASLT_MATMUL_MATRIX_SCALE_VEC128_32F;
 	int8_t fast = lt->fast;
 
 	return cublasLtMatmulDescCreate(&p->desc, CUBLAS_COMPUTE_32F, CUDA_R_32F) == CUBLAS_STATUS_SUCCESS &&
 	    set(p, CUBLASLT_MATMUL_DESC_TRANSA, &yes, sizeof(yes)) && set(p, CUBLASLT_MATMUL_DESC_TRANSB, &no, sizeof(no)) &&
 	    (k->kind == LT_BF16 || set(p, CUBLASLT_MATMUL_DESC_FAST_ACCUM, &fast, sizeof(fast))) &&
-	    (k->kind != LT_FP8_OUTER || (set(p, CUBLASLT_MATMUL_DESC_A_SCALE_MODE, &mode, sizeof(mode)) &&
-	        set(p, CUBLASLT_MATMUL_DESC_B_SCALE_MODE, &mode, sizeof(mode)))) &&
+	    (!has_scales(k) || (set(p, CUBLASLT_MATMUL_DESC_A_SCALE_MODE, &a_mode, sizeof(a_mode)) &&
+	        set(p, CUBLASLT_MATMUL_DESC_B_SCALE_MODE, &b_mode, sizeof(b_mode)))) &&
 	    cublasLtMatrixLayoutCreate(&p->a, in, k->k, k->n, k->k) == CUBLAS_STATUS_SUCCESS &&
 	    cublasLtMatrixLayoutCreate(&p->b, in, k->k, k->t, k->ldx) == CUBLAS_STATUS_SUCCESS &&
 	    cublasLtMatrixLayoutCreate(&p->c, CUDA_R_32F, k->n, k->t, k->ldy) == CUBLAS_STATUS_SUCCESS;
@@ -232,7 +240,7 @@ multiply(const struct lt *lt, struct plan *p, const struct operands *o)
 {
 	float one = 1, beta = p->key.add ? 1 : 0;
 
-	if (p->key.kind == LT_FP8_OUTER && (!set(p, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, &o->w_scale, sizeof(o->w_scale)) ||
+	if (has_scales(&p->key) && (!set(p, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, &o->w_scale, sizeof(o->w_scale)) ||
 	    !set(p, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, &o->x_scale, sizeof(o->x_scale))))
 		return false;
 	return cublasLtMatmul(lt->handle, p->desc, &one, o->w, p->a, o->x, p->b, &beta, o->y, p->c, o->y, p->c, &p->algo,
@@ -366,6 +374,8 @@ run(struct lt *lt, const struct key *key, const struct operands *o, bool tune)
 {
 	struct plan *p;
 
+	if (key->kind == LT_FP8_SQUARES && (key->n % K_SQUARE != 0 || key->k % K_SQUARE != 0))
+		return -ENOTSUP;
 	if (key->k % 16 != 0 || key->n % 8 != 0 || key->t % 16 != 0 || key->ldy % 4 != 0 || (uintptr_t)o->w % 16 != 0 ||
 	    (uintptr_t)o->x % 16 != 0 || (uintptr_t)o->y % 16 != 0 || (uintptr_t)o->w_scale % 16 != 0 || (uintptr_t)o->x_scale % 16 != 0)
 		return -ENOTSUP;

@@ -173,7 +173,7 @@ static enum k_format
 plugin_executes(const struct kd_device *d, uint32_t group, uint32_t layer, enum k_format f)
 {
 	(void)d, (void)group, (void)layer; /* own kernels take what cuBLASLt does not */
-	return f == K_FP8B ? K_BF16 : f;
+	return f;
 }
 
 static void
@@ -189,6 +189,8 @@ plugin_kernel_name(const struct kd_device *d, uint32_t group, uint32_t layer, en
 		    d->m.residency == KD_NESTED ? " of unpacked planes" : "");
 	else if (f == K_FP8W)
 		snprintf(out, len, "gemv/mma e4m3 x bf16 to 64 rows, then cuBLASLt bf16 of unpacked codes");
+	else if (f == K_FP8B)
+		snprintf(out, len, "e4m3 of masters each time: mma with squares' scales to 64 rows, then cuBLASLt e4m3 blk128x128");
 	else
 		snprintf(out, len, "gemv/mma e4m3 to 64 rows, then cuBLASLt e4m3 %s", f == K_FP8T ? "rescaled" : "outer-vector");
 }

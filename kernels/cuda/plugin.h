@@ -24,6 +24,8 @@ struct bundle {
 	uint8_t *hi;            /* [n_all, ld] */
 	int8_t *lo;             /* [n_all, ld]; NULL: not nested */
 	float *scale, *tscale;  /* [n_all] */
+	float *square;          /* [rows of squares of all parts, ld_square]: fp8b */
+	uint32_t ld_square, square_at[3];
 	float *bias;            /* [n_all] or NULL */
 	struct cu_exceptions exc[3];
 	bool head;
@@ -39,12 +41,12 @@ struct layer {
 
 #define LT_WORKSPACE ((size_t)32 << 20)
 
-enum lt_kind { LT_BF16, LT_FP8_OUTER, LT_FP8_SCALAR, N_LT_KINDS };
+enum lt_kind { LT_BF16, LT_FP8_OUTER, LT_FP8_SCALAR, LT_FP8_SQUARES };
 struct lt;
 int lt_new(struct lt **, const char *cache_dir, const char *device, bool fast, char *why, size_t why_len);
 void lt_free(struct lt **);
-/* y [t, ldy] FP32 = x [t, ldx] w [n, k]^T, + y if add. Scales as LT_FP8_OUTER has them, [n] and [t]; else NULL. -ENOTSUP: this
- * shape is not to be had. */
+/* y [t, ldy] FP32 = x [t, ldx] w [n, k]^T, + y if add. Scales as LT_FP8_OUTER has them, [n] and [t]; as LT_FP8_SQUARES,
+ * [n / 128, k / 128 up to a multiple of 4] and [k / 128, t]; else NULL. -ENOTSUP: this shape is not to be had. */
 int lt_run(struct lt *, enum lt_kind, const void *w, const void *x, size_t ldx, float *y, size_t ldy, uint32_t n, uint32_t k,
     uint32_t t, bool add, const float *w_scale, const float *x_scale, cudaStream_t);
 /* The same, and the best of eight algorithms is chosen by timing; y is overwritten. */
@@ -109,8 +111,10 @@ struct kd_device {
 	void *buffers;
 	float *x, *qkv, *attn, *gu, *part, *logits, *xs;
 	uint16_t *q, *xb;
-	uint8_t *xq;
-	size_t ldx;             /* of xb and xq */
+	uint8_t *xq, *xqb;
+	size_t ldx;             /* of xb, xq and xqb */
+	float *xsb, *xsb_t;     /* [max_rows, ldb], and turned round for cuBLASLt */
+	size_t ldb;
 	uint64_t *weight;       /* of sampling, [max_rows, vocab] */
 	void *scratch;          /* a layer's weights unpacked */
 	size_t scratch_bytes;

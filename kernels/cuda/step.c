@@ -25,9 +25,7 @@ now_us(void)
 static enum k_format
 format_at(const struct kd_device *d, const uint8_t *plan, uint32_t group, uint32_t layer)
 {
-	enum k_format f = (enum k_format)plan[(size_t)group * d->m.n_layers + (group == KD_LM_HEAD ? 0 : layer)];
-
-	return f == K_FP8B ? K_BF16 : f; /* as executes() says */
+	return (enum k_format)plan[(size_t)group * d->m.n_layers + (group == KD_LM_HEAD ? 0 : layer)];
 }
 
 /* ---- linear layers ---- */
@@ -49,14 +47,15 @@ linear_of(const struct kd_device *d, const struct call *c)
 	const struct bundle *b = c->b;
 	uint32_t at = b->at[c->part0], n = b->at[c->part1 - 1] + b->n[c->part1 - 1] - at;
 	size_t to = (size_t)at * b->ld;
-	bool bf16 = c->format == K_BF16;
+	bool squares = c->format == K_FP8B, masters = c->format == K_BF16 || squares;
 
-	return (struct cu_linear){.kind = !bf16 ? (c->format == K_FP8T ? CU_W_E4M3T : CU_W_E4M3) :
+	return (struct cu_linear){.kind = squares ? CU_W_E4M3B : !masters ? (c->format == K_FP8T ? CU_W_E4M3T : CU_W_E4M3) :
 	    b->bf16 != NULL ? CU_W_BF16 : CU_W_NESTED, .w8a8 = k_is_w8a8(c->format),
-	    .bf16 = b->bf16 != NULL ? b->bf16 + to : NULL, .hi = b->hi + to, .lo = b->lo != NULL && bf16 ? b->lo + to : NULL,
-	    .scale = b->scale + at, .tscale = b->tscale + at, .n = n, .k = b->k, .ld = b->ld, .xb = d->xb + c->row0 * d->ldx,
-	    .xq = d->xq + c->row0 * d->ldx, .xs = d->xs + c->row0, .ldx = d->ldx, .rows = c->rows,
-	    .y = c->y + c->row0 * c->ldy + at, .ldy = c->ldy, .add = c->add};
+	    .bf16 = b->bf16 != NULL ? b->bf16 + to : NULL, .hi = b->hi + to, .lo = b->lo != NULL && masters ? b->lo + to : NULL,
+	    .scale = b->scale + at, .tscale = b->tscale + at, .square = b->square + (size_t)b->square_at[c->part0] * b->ld_square,
+	    .ld_square = b->ld_square, .n = n, .k = b->k, .ld = b->ld, .xb = d->xb + c->row0 * d->ldx,
+	    .xq = (squares ? d->xqb : d->xq) + c->row0 * d->ldx, .xs = squares ? d->xsb + c->row0 * d->ldb : d->xs + c->row0,
+	    .ldx = d->ldx, .ldxs = squares ? d->ldb : 1, .rows = c->rows, .y = c->y + c->row0 * c->ldy + at, .ldy = c->ldy, .add = c->add};
 }
 
 static struct cu_linear
@@ -64,7 +63,7 @@ rows_of(const struct cu_linear *a, uint32_t from, uint32_t rows)
 {
 	struct cu_linear r = *a;
 
-	r.xb += from * a->ldx, r.xq += from * a->ldx, r.xs += from, r.y += from * a->ldy, r.rows = rows;
+	r.xb += from * a->ldx, r.xq += from * a->ldx, r.xs += from * a->ldxs, r.y += from * a->ldy, r.rows = rows;
 	return r;
 }
 
@@ -112,6 +111,9 @@ run_lt(struct kd_device *d, const struct call *c, const struct cu_linear *a, uin
 	const uint16_t *w = a->bf16;
 
 	switch (a->kind) {
+	case CU_W_E4M3B:
+		cu_square_inputs(a, t, d->xsb_t, d->stream);
+		return lt(d->lt, LT_FP8_SQUARES, a->hi, a->xq, a->ldx, a->y, a->ldy, a->n, a->ld, t, a->add, a->square, d->xsb_t, d->stream);
 	case CU_W_E4M3T:
 		if (!fits)
 			return -ENOTSUP;
@@ -149,12 +151,33 @@ own_is_better(const struct kd_device *d, const struct cu_linear *a, uint32_t t)
 	    a->w8a8 ? (const void *)a->xq : a->xb, a->ldx, a->y, a->ldy, a->n, a->ld, t, a->add);
 }
 
+/* The codes of fp8b take the place of the high plane. */
+static void
+make_squares(struct kd_device *d, const struct call *c, struct cu_linear *a)
+{
+	uint8_t *codes = d->scratch;
+
+	for (uint32_t p = c->part0; p < c->part1; p++) {
+		uint32_t at = c->b->at[p] - c->b->at[c->part0];
+		struct cu_linear part = *a;
+
+		part.n = c->b->n[p], part.hi += (size_t)at * a->ld, part.scale += at;
+		part.lo = a->lo != NULL ? a->lo + (size_t)at * a->ld : NULL;
+		part.bf16 = a->bf16 != NULL ? a->bf16 + (size_t)at * a->ld : NULL;
+		part.square = c->b->square + (size_t)c->b->square_at[p] * a->ld_square;
+		cu_square_codes(&part, &c->b->exc[p], codes + (size_t)at * a->ld, d->stream);
+	}
+	a->hi = codes;
+}
+
 static void
 run_call(struct kd_device *d, const struct call *c)
 {
 	struct cu_linear a = linear_of(d, c), rest;
 	uint32_t whole = c->last ? (a.rows + 15) & ~15u : a.rows & ~15u;
 
+	if (a.kind == CU_W_E4M3B)
+		make_squares(d, c, &a);
 	if (a.rows <= CU_SKINNY && own_is_better(d, &a, whole)) {
 		run_skinny(d, c, &a);
 		return;
@@ -178,10 +201,13 @@ run_bundle(struct kd_device *d, const struct bundle *b, uint32_t layer, const st
 	for (uint32_t p = 0, p1; p < b->parts; p = p1) {
 		bool same = true;
 
-		/* Parts go together where they agree for all rows. */
+		/* Parts go together where they agree for all rows, and where squares end with a part. */
 		for (p1 = p + 1; p1 < b->parts && same; p1 += same)
-			for (uint32_t i = 0; i < n_ranges; i++)
-				same = same && format_at(d, range[i].plan, b->group[p1], layer) == format_at(d, range[i].plan, b->group[p], layer);
+			for (uint32_t i = 0; i < n_ranges; i++) {
+				enum k_format f = format_at(d, range[i].plan, b->group[p], layer);
+
+				same = same && format_at(d, range[i].plan, b->group[p1], layer) == f && (f != K_FP8B || b->n[p1 - 1] % K_SQUARE == 0);
+			}
 		for (uint32_t i = 0, j; i < n_ranges; i = j) {
 			enum k_format f = format_at(d, range[i].plan, b->group[p], layer);
 			uint32_t end;
@@ -203,11 +229,15 @@ run_bundle(struct kd_device *d, const struct bundle *b, uint32_t layer, const st
 static struct cu_encoded
 encoding(const struct kd_device *d, const struct bundle *b, uint32_t layer, const struct range *range, uint32_t n)
 {
-	struct cu_encoded e = {NULL, NULL, NULL, d->ldx};
+	struct cu_encoded e = {.ld = d->ldx, .ldb = d->ldb};
 
 	for (uint32_t i = 0; i < n; i++)
 		for (uint32_t p = 0; p < b->parts; p++) {
-			if (k_is_w8a8(format_at(d, range[i].plan, b->group[p], layer)))
+			enum k_format f = format_at(d, range[i].plan, b->group[p], layer);
+
+			if (f == K_FP8B)
+				e.xqb = d->xqb, e.xsb = d->xsb;
+			else if (k_is_w8a8(f))
 				e.xq = d->xq, e.xs = d->xs;
 			else
 				e.xb = d->xb;

@@ -28,7 +28,7 @@ up(uint32_t n, uint32_t to)
 static void
 set_bundle(struct bundle *b, const struct kd_model *m, enum bundle_name name)
 {
-	uint32_t q = m->n_heads * m->head_dim, kv = m->n_kv_heads * m->head_dim;
+	uint32_t q = m->n_heads * m->head_dim, kv = m->n_kv_heads * m->head_dim, squares = 0;
 
 	memset(b, 0, sizeof(*b));
 	switch (name) {
@@ -42,8 +42,11 @@ set_bundle(struct bundle *b, const struct kd_model *m, enum bundle_name name)
 	for (uint32_t p = 0; p < b->parts; p++) {
 		b->at[p] = b->n_all;
 		b->n_all += b->n[p];
+		b->square_at[p] = squares;
+		squares += k_squares(b->n[p]);
 	}
 	b->ld = up(b->k, CU_LD);
+	b->ld_square = up(k_squares(b->ld), 4);
 }
 
 /* Places things in one allocation; base NULL: sizes only. */
@@ -73,6 +76,7 @@ place_bundle(struct arena *a, struct bundle *b, enum kd_residency how, bool bias
 		b->bf16 = take(a, plane * 2);
 	b->scale = take(a, b->n_all * sizeof(float));
 	b->tscale = take(a, b->n_all * sizeof(float));
+	b->square = take(a, (size_t)(b->square_at[b->parts - 1] + k_squares(b->n[b->parts - 1])) * b->ld_square * sizeof(float));
 	if (bias)
 		b->bias = take(a, b->n_all * sizeof(float));
 }
@@ -162,6 +166,10 @@ place_buffers(struct kd_device *d, const struct kd_model *m, char *base)
 	d->q = take(&a, rows * q * sizeof(uint16_t));
 	d->xb = take(&a, rows * d->ldx * sizeof(uint16_t));
 	d->xq = take(&a, rows * d->ldx);
+	d->xqb = take(&a, rows * d->ldx);
+	d->ldb = up(k_squares((uint32_t)d->ldx), 4);
+	d->xsb = take(&a, rows * d->ldb * sizeof(float));
+	d->xsb_t = take(&a, rows * d->ldb * sizeof(float));
 	d->scratch = take(&a, big);
 	d->scratch_bytes = big;
 	d->scalar_n = largest_n(m);
@@ -336,6 +344,23 @@ load_planes(struct loader *x, const struct k_weight *w, struct bundle *b, uint32
 	}
 }
 
+/* One row of scales for four panels. */
+static void
+load_squares(struct loader *x, const struct k_weight *w, const struct bundle *b, uint32_t part)
+{
+	uint32_t n = k_squares(w->n), wide = k_squares(w->k);
+	float *all = calloc((size_t)n * b->ld_square, sizeof(*all));
+
+	if (all == NULL) {
+		x->rc = -ENOMEM, snprintf(x->why, x->why_len, "out of memory");
+		return;
+	}
+	for (uint32_t i = 0; i < n; i++)
+		memcpy(all + (size_t)i * b->ld_square, w->square + (size_t)i * (K_SQUARE / K_PANEL) * wide, wide * sizeof(*all));
+	copy(x, b->square + (size_t)b->square_at[part] * b->ld_square, all, (size_t)n * b->ld_square * sizeof(*all));
+	free(all);
+}
+
 static void
 load_site(struct loader *x, const struct k_weight *w, struct bundle *b, uint32_t part, const float *bias)
 {
@@ -353,6 +378,7 @@ load_site(struct loader *x, const struct k_weight *w, struct bundle *b, uint32_t
 	if (b->bias != NULL)
 		copy(x, b->bias + b->at[part], bias != NULL ? bias : t, w->n * sizeof(float));
 	free(t);
+	load_squares(x, w, b, part);
 	load_planes(x, w, b, part);
 	if (w->n_exc == 0 || x->rc != 0)
 		return;
