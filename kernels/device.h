@@ -15,7 +15,7 @@
 #include <stdint.h>
 #include "kernels/kernels.h"
 
-#define KD_ABI 1u
+#define KD_ABI 2u
 #define KD_SYMBOL "octet_device_api"
 #define KD_LM_HEAD 7u   /* groups below are the linear layers of a layer */
 #define KD_KV_CACHE 8u
@@ -32,7 +32,7 @@ struct kd_layer {
 	bool no_rope;
 };
 
-enum kd_residency { KD_BOTH, KD_NESTED };
+enum kd_residency { KD_BOTH, KD_NESTED, KD_RESIDENCIES };
 
 /* Everything is copied by load(); the masters may go after it. */
 struct kd_model {
@@ -43,7 +43,7 @@ struct kd_model {
 	const uint16_t *embed;               /* [vocab, hidden] BF16; NULL: lm_head's BF16 */
 	const float *final_norm;             /* [hidden] */
 	const float *rope_cos, *rope_sin;    /* [max_context, head_dim / 2] */
-	enum kd_residency residency;
+	const uint8_t *residency;            /* [KD_GROUPS][n_layers] enum kd_residency, lm_head at layer 0; NULL: both */
 	uint32_t max_rows;                   /* of a step */
 	uint32_t n_pages;                    /* of the KV cache, [n_kv_heads * hd_pad * 32] 16-bit values each */
 	const char *cache_dir;               /* where found plans of cuBLASLt are kept; NULL: nowhere */
@@ -53,6 +53,8 @@ struct kd_model {
 
 struct kd_memory {
 	uint64_t weights, kv, buffers, free, total; /* bytes; free and total of the device */
+	uint64_t group[KD_LM_HEAD + 1];  /* of the weights: what the planes of a group's sites take */
+	uint64_t group_as[KD_RESIDENCIES][KD_LM_HEAD + 1]; /* what they would, if all were so */
 };
 
 /* Pages of one layer's block, as the engine's struct kv_block; UINT32_MAX: none. */

@@ -31,7 +31,7 @@ answers() {
 			tail -1 | jq -c '[.tokens, .prompt_tokens]' >>"$scratch/$1.drawn"
 	done
 	octetctl use bf16 >/dev/null 2>&1
-	[ "$2" = nested ] || octetctl eval --candidate fp8 --text "$scratch/text" --json >"$scratch/$1.eval"
+	[ "$2" != both ] || octetctl eval --candidate fp8 --text "$scratch/text" --json >"$scratch/$1.eval"
 }
 near() { jq -en "($1 - $2 | if . < 0 then -. else . end) <= $3"; }
 
@@ -92,11 +92,13 @@ max_batch_tokens = 16' config </dev/null
 	rm -rf "$scratch/state"
 fi
 OCTET_PLUGIN=$plugin
-for residency in both nested; do
+for residency in both sites nested; do
 	rm -rf "$scratch/state"
 	rm -f "$scratch"/gpu.*
+	options="residency = $residency"
+	[ $residency != sites ] || options="nested_sites = attention.k_proj mlp.up_proj@0-1 lm_head"
 	engine_options="backend = cuda
-residency = $residency" config <<END
+$options" config <<END
 $policies
 END
 	ok "$residency: start" start
@@ -106,7 +108,16 @@ END
 		is "$residency: greedy tokens under $plan are the CPU's" "$(cat "$scratch/gpu.$plan")" "$(cat "$scratch/cpu.$plan")"
 	done
 	is "$residency: so are drawn ones" "$(cat "$scratch/gpu.drawn")" "$(cat "$scratch/cpu.drawn")"
-	[ $residency = both ] || break
+	case $residency in
+	nested) break ;;
+	sites)
+		is "sites: told before loading" "$(sed -n 's/.*device.weights group=\([^ ]*\) takes="\(.*\)" both="\(.*\)" nested="\(.*\)"/\1|\2|\3|\4/p' "$scratch/log" | tail -8 |
+			awk -F'|' '{ print $1, ($2 == $4) + 2 * ($2 == $3) }' | tr '\n' ' ')" "attention.q_proj 2 attention.k_proj 1 attention.v_proj 2 attention.o_proj 2 mlp.gate_proj 2 mlp.up_proj 0 mlp.down_proj 2 lm_head 1 "
+		has "sites: as their kernels say" "$(octetctl --json status | jq -r '.groups[] | select(.name == "mlp.up_proj") | .kernels | tostring')" "nested.*plain|plain.*nested"
+		stop
+		continue
+		;;
+	esac
 	ppl=$(jq .text.perplexity.baseline "$scratch/cpu.eval") got=$(jq .text.perplexity.baseline "$scratch/gpu.eval")
 	ok "perplexity: $got, the CPU's $ppl" near "$got" "$ppl" "$ppl * 0.005"
 	ppl=$(jq .text.kl.mean "$scratch/cpu.eval") got=$(jq .text.kl.mean "$scratch/gpu.eval")

@@ -21,14 +21,15 @@ const char *device_name(const struct device *);    /* "cuda" */
 
 struct device_options {
 	bool nested;              /* residency */
+	const char *nested_sites; /* selectors, spaces between: nested in any case; NULL: none */
 	const char *cache_dir;    /* NULL: none */
 	void (*progress)(void *, int percent);
 	void *progress_arg;
 };
 
-/* What the model and a KV cache of so many bytes will take there, and what is free. */
-void device_memory(const struct device *, const struct model_shape *, uint64_t kv_bytes, uint32_t max_rows,
-    const struct device_options *, struct kd_memory *);
+/* What the model and a KV cache of so many bytes will take there, and what is free. -EINVAL: a selector that matches nothing. */
+int device_memory(const struct device *, const struct model_shape *, uint64_t kv_bytes, uint32_t max_rows,
+    const struct device_options *, struct kd_memory *, struct err *);
 /* Copies the model. The pool's pages get their twins on the device; once. */
 int device_load(struct device *, const struct model *, const struct kv_pool *, uint32_t max_rows,
     const struct device_options *, struct err *);

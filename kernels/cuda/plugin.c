@@ -181,12 +181,14 @@ plugin_kernel_name(const struct kd_device *d, uint32_t group, uint32_t layer, en
 {
 	bool any = (d->m.head_dim != 64 && d->m.head_dim != 128) || d->m.n_heads / (d->m.n_kv_heads + !d->m.n_kv_heads) > 16;
 
-	(void)layer;
+	uint32_t part = 0;
+	bool nested = group <= KD_LM_HEAD && d->layer != NULL && weights_of(d, group, layer, &part)->lo[part] != NULL;
+
 	if (group == KD_KV_CACHE)
 		snprintf(out, len, "%s, %s pages", any ? "attend_any" : "attend (mma)", f == K_FP8 ? "E4M3" : "BF16");
 	else if (f == K_BF16)
-		snprintf(out, len, "gemv/mma bf16 %s to 64 rows, then cuBLASLt bf16%s", d->m.residency == KD_NESTED ? "nested" : "plain",
-		    d->m.residency == KD_NESTED ? " of unpacked planes" : "");
+		snprintf(out, len, "gemv/mma bf16 %s to 64 rows, then cuBLASLt bf16%s", nested ? "nested" : "plain",
+		    nested ? " of unpacked planes" : "");
 	else if (f == K_FP8W)
 		snprintf(out, len, "gemv/mma e4m3 x bf16 to 64 rows, then cuBLASLt bf16 of unpacked codes");
 	else if (f == K_FP8B)

@@ -20,9 +20,11 @@ enum bundle_name { B_QKV, B_O, B_GU, B_DOWN, N_BUNDLES };
 struct bundle {
 	uint32_t parts, group[3], n[3], at[3]; /* at: first output channel */
 	uint32_t n_all, k, ld;
-	uint16_t *bf16;         /* [n_all, ld]; NULL: nested */
+	/* Of each part, [n, ld]: BF16, or the low plane where it is nested; the other is NULL. Neighbours of one residency
+	 * lie one after the other. */
+	uint16_t *bf16[3];
+	int8_t *lo[3];
 	uint8_t *hi;            /* [n_all, ld] */
-	int8_t *lo;             /* [n_all, ld]; NULL: not nested */
 	float *scale, *tscale;  /* [n_all] */
 	float *square;          /* [rows of squares of all parts, ld_square]: fp8b */
 	uint32_t ld_square, square_at[3];
@@ -138,6 +140,8 @@ struct kd_device {
 	char failure[128];
 };
 
+/* Where a group's weights are; its part of that. */
+const struct bundle *weights_of(const struct kd_device *, uint32_t group, uint32_t layer, uint32_t *part);
 int weights_load(struct kd_device *, const struct kd_model *, char *why, size_t why_len);
 void weights_free(struct kd_device *);
 void weights_memory(struct kd_device *, const struct kd_model *, struct kd_memory *);

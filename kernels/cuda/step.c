@@ -50,8 +50,8 @@ linear_of(const struct kd_device *d, const struct call *c)
 	bool squares = c->format == K_FP8B, masters = c->format == K_BF16 || squares;
 
 	return (struct cu_linear){.kind = squares ? CU_W_E4M3B : !masters ? (c->format == K_FP8T ? CU_W_E4M3T : CU_W_E4M3) :
-	    b->bf16 != NULL ? CU_W_BF16 : CU_W_NESTED, .w8a8 = k_is_w8a8(c->format),
-	    .bf16 = b->bf16 != NULL ? b->bf16 + to : NULL, .hi = b->hi + to, .lo = b->lo != NULL && masters ? b->lo + to : NULL,
+	    b->bf16[c->part0] != NULL ? CU_W_BF16 : CU_W_NESTED, .w8a8 = k_is_w8a8(c->format),
+	    .bf16 = b->bf16[c->part0], .hi = b->hi + to, .lo = masters ? b->lo[c->part0] : NULL,
 	    .scale = b->scale + at, .tscale = b->tscale + at, .square = b->square + (size_t)b->square_at[c->part0] * b->ld_square,
 	    .ld_square = b->ld_square, .n = n, .k = b->k, .ld = b->ld, .xb = d->xb + c->row0 * d->ldx,
 	    .xq = (squares ? d->xqb : d->xq) + c->row0 * d->ldx, .xs = squares ? d->xsb + c->row0 * d->ldb : d->xs + c->row0,
@@ -191,6 +191,14 @@ run_call(struct kd_device *d, const struct call *c)
 		run_skinny(d, c, &rest);
 }
 
+/* Can part p of a bundle be in one product with the part before it? fp8b: squares end with a part. */
+static bool
+go_together(const struct bundle *b, uint32_t p, enum k_format f)
+{
+	return (f != K_FP8B || b->n[p - 1] % K_SQUARE == 0) &&
+	    ((f != K_BF16 && f != K_FP8B) || (b->bf16[p] != NULL) == (b->bf16[p - 1] != NULL));
+}
+
 /* ranges: of the rows that the inputs are for. */
 static void
 run_bundle(struct kd_device *d, const struct bundle *b, uint32_t layer, const struct range *range, uint32_t n_ranges,
@@ -201,12 +209,12 @@ run_bundle(struct kd_device *d, const struct bundle *b, uint32_t layer, const st
 	for (uint32_t p = 0, p1; p < b->parts; p = p1) {
 		bool same = true;
 
-		/* Parts go together where they agree for all rows, and where squares end with a part. */
+		/* Parts go together where they agree for all rows and one product can have them. */
 		for (p1 = p + 1; p1 < b->parts && same; p1 += same)
 			for (uint32_t i = 0; i < n_ranges; i++) {
 				enum k_format f = format_at(d, range[i].plan, b->group[p], layer);
 
-				same = same && format_at(d, range[i].plan, b->group[p1], layer) == f && (f != K_FP8B || b->n[p1 - 1] % K_SQUARE == 0);
+				same = same && format_at(d, range[i].plan, b->group[p1], layer) == f && go_together(b, p1, f);
 			}
 		for (uint32_t i = 0, j; i < n_ranges; i = j) {
 			enum k_format f = format_at(d, range[i].plan, b->group[p], layer);
@@ -306,7 +314,7 @@ static void
 run_layers(struct kd_device *d, const struct shape *s)
 {
 	const struct kd_model *m = &d->m;
-	struct cu_linear table = {.hi = d->head.hi, .lo = d->head.lo, .scale = d->head.scale, .ld = d->head.ld};
+	struct cu_linear table = {.hi = d->head.hi, .lo = d->head.lo[0], .scale = d->head.scale, .ld = d->head.ld};
 	struct range range[MAX_RANGES];
 	struct cu_encoded e;
 	uint32_t n;
