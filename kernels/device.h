@@ -66,6 +66,7 @@ struct kd_block {
 struct kd_row {
 	uint32_t token, pos;
 	const struct kd_block *table;        /* [pos / 32 + 1][n_layers] */
+	uint64_t table_id;                   /* not 0. While it stays the same, blocks that were shown change only at the end */
 	const uint8_t *plan;                 /* [KD_GROUPS][n_layers] enum k_format */
 	uint64_t digest;                     /* equal plans have equal digests */
 	bool wants;                          /* logits */
@@ -122,10 +123,12 @@ struct kd_api {
 	/* The bytes load() would take, by kd_model's sizes alone. */
 	void (*plan_memory)(struct kd_device *, const struct kd_model *, struct kd_memory *);
 	int (*load)(struct kd_device *, const struct kd_model *, char *why, size_t why_len);
-	/* Runs rows [0, n). want [n_wanted] may be NULL: then all logits are copied. logits: [n_wanted, vocab], the
+	/* Starts rows [0, n). want [n_wanted] may be NULL: then all logits are copied. logits: [n_wanted, vocab], the
 	 * rows of kind KD_LOGITS are written; result [n_wanted], the others. -EIO: the device failed, for good. */
-	int (*run)(struct kd_device *, const struct kd_row *, uint32_t n, const struct kd_want *, float *logits,
+	int (*submit)(struct kd_device *, const struct kd_row *, uint32_t n, const struct kd_want *, float *logits,
 	    struct kd_result *, char *why, size_t why_len);
+	/* Until what was started is done; what submit() was given may be used again. -EIO as there. */
+	int (*wait)(struct kd_device *, char *why, size_t why_len);
 	/* One row again, to find where it first goes non-finite: 1 found, 0 not. */
 	int (*find_nonfinite)(struct kd_device *, const struct kd_row *, uint32_t *group, uint32_t *layer);
 	/* Any thread. The format that runs at a site where `format` is wanted, and in words the kernel that decodes one

@@ -27,6 +27,8 @@ struct device {
 	struct kd_want *want;      /* [max_rows]; the first n_want were asked for, those after are KD_LOGITS */
 	struct kd_result *result;  /* [max_rows] */
 	uint32_t n_want;
+	uint32_t n_wanted;         /* of the step that was submitted, and where logits go */
+	float *logits;
 	struct kd_edit *edit;      /* [cap_edit] of all wants of a step, one after the other */
 	uint32_t n_edit, cap_edit;
 	uint32_t *at;              /* [vocab] place in edit + 1 of a token of the want that is made; 0: none */
@@ -293,7 +295,7 @@ device_result(const struct device *d, uint32_t i, struct sampled *out)
 static struct kd_row
 row_of(const struct forward_row *r)
 {
-	return (struct kd_row){.token = r->token, .pos = r->pos, .table = (const struct kd_block *)(const void *)r->kv->block,
+	return (struct kd_row){.token = r->token, .pos = r->pos, .table = (const struct kd_block *)(const void *)r->kv->block, .table_id = r->kv->uid,
 	    .plan = r->plan->format, .digest = r->plan->digest, .wants = r->wants_logits};
 }
 
@@ -308,7 +310,7 @@ give_up(struct device *d, uint32_t n_wanted, float *logits)
 }
 
 void
-device_run(struct device *d, const struct forward_row *row, uint32_t n, float *logits)
+device_submit(struct device *d, const struct forward_row *row, uint32_t n, float *logits)
 {
 	uint32_t n_wanted = 0, at = 0;
 	char why[256];
@@ -323,8 +325,18 @@ device_run(struct device *d, const struct forward_row *row, uint32_t n, float *l
 	}
 	for (uint32_t i = d->n_want; i < n_wanted; i++)
 		d->want[i] = (struct kd_want){.kind = KD_LOGITS};
-	if (d->failed || d->api->run(d->dev, d->row, n, d->want, logits, d->result, why, sizeof(why)) != 0)
-		give_up(d, n_wanted, logits);
+	d->n_wanted = n_wanted, d->logits = logits;
+	if (!d->failed)
+		d->failed = d->api->submit(d->dev, d->row, n, d->want, logits, d->result, why, sizeof(why)) != 0;
+}
+
+void
+device_wait(struct device *d)
+{
+	char why[256];
+
+	if (d->failed || d->api->wait(d->dev, why, sizeof(why)) != 0)
+		give_up(d, d->n_wanted, d->logits);
 	d->n_want = d->n_edit = 0;
 }
 

@@ -28,6 +28,7 @@ struct forward {
 	struct team *team;
 	struct kv_pool *kv;
 	struct device *device; /* NULL: the CPU runs it */
+	bool started;          /* forward_start() went before */
 	uint32_t max_rows;
 
 	float *x;         /* [max_rows, hidden] residual */
@@ -546,13 +547,25 @@ keep_wanted(struct forward *f, uint32_t n)
 	return kept;
 }
 
+void
+forward_start(struct forward *f, const struct forward_row *row, uint32_t n)
+{
+	if (f->device == NULL)
+		return;
+	device_submit(f->device, row, n, f->logits);
+	f->started = true;
+}
+
 float *
 forward_run(struct forward *f, const struct forward_row *row, uint32_t n)
 {
 	uint32_t wanted;
 
 	if (f->device != NULL) {
-		device_run(f->device, row, n, f->logits);
+		if (!f->started)
+			forward_start(f, row, n);
+		f->started = false;
+		device_wait(f->device);
 		return f->logits;
 	}
 	f->row = row;

@@ -17,6 +17,13 @@ extern "C" {
 #define CU_SKINNY 64u       /* rows that own kernels take at most */
 #define CU_NONE UINT32_MAX
 
+/* Entries [from, from + n) of what a step sends go to entries at .. of the tables. */
+struct cu_patch {
+	uint32_t at, from, n;
+	uint32_t row;       /* the host's */
+};
+void cu_patch_tables(const struct cu_patch *, uint32_t n, const struct kd_block *from, struct kd_block *tables, cudaStream_t);
+
 struct cu_tile {
 	uint32_t row, n; /* rows of one sequence, in a row */
 };

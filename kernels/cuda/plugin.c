@@ -225,7 +225,7 @@ plugin_status(struct kd_device *d, struct kd_status *out)
 }
 
 static const struct kd_api api = {KD_ABI, sizeof(struct kd_api), "cuda", plugin_open, plugin_close, plugin_has_fp8,
-    weights_memory, plugin_load, step_run, step_find_nonfinite, plugin_executes, plugin_kernel_name, plugin_status};
+    weights_memory, plugin_load, step_submit, step_wait, step_find_nonfinite, plugin_executes, plugin_kernel_name, plugin_status};
 
 __attribute__((visibility("default"))) extern const struct kd_api *const octet_device_api;
 const struct kd_api *const octet_device_api = &api;

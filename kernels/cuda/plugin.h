@@ -84,9 +84,28 @@ struct staged {
 	uint32_t *token, *pos, *first, *from; /* [max_rows] each; from: the rows that want logits */
 	struct cu_tile *tile;   /* [max_rows] */
 	struct cu_want *want;   /* [max_rows] */
+	struct cu_patch *patch; /* [max_rows] */
 	size_t bytes;           /* of all these */
 	struct kd_edit *edit; size_t cap_edit;    /* grow */
-	struct kd_block *table; size_t cap_table; /* entries */
+};
+
+/* Page tables (tables.c). */
+struct tables {
+	struct kd_block *dev;   /* [cap] */
+	size_t cap, used;       /* entries */
+	struct table *slot;     /* [n_slots] by number */
+	uint32_t n_slots, n_tables;
+	struct kd_block *host_new, *dev_new; /* what a step sends */
+	size_t cap_new, n_new;
+	uint32_t n_patches;
+};
+
+/* A step that was submitted. */
+struct pending {
+	bool any;
+	uint32_t n_wanted;
+	struct kd_result *result; /* where its results go; NULL: nowhere */
+	double host_us;
 };
 
 struct kd_device {
@@ -127,6 +146,8 @@ struct kd_device {
 	uint32_t max_part;      /* rows * splits that part has room for */
 
 	struct staged host, dev;
+	struct tables tables;
+	struct pending pending;
 	struct range range[MAX_RANGES];
 	uint32_t n_ranges;
 	struct graph graph[MAX_GRAPHS];
@@ -145,8 +166,15 @@ const struct bundle *weights_of(const struct kd_device *, uint32_t group, uint32
 int weights_load(struct kd_device *, const struct kd_model *, char *why, size_t why_len);
 void weights_free(struct kd_device *);
 void weights_memory(struct kd_device *, const struct kd_model *, struct kd_memory *);
-int step_run(struct kd_device *, const struct kd_row *, uint32_t n, const struct kd_want *, float *logits, struct kd_result *,
+int step_submit(struct kd_device *, const struct kd_row *, uint32_t n, const struct kd_want *, float *logits, struct kd_result *,
     char *why, size_t why_len);
+int step_wait(struct kd_device *, char *why, size_t why_len);
+/* Memory of both sides that grows: for at least so many of a size. What was in it is lost. */
+int step_grow(struct kd_device *, void **host, void **dev, size_t *cap, size_t want, size_t size, char *why, size_t why_len);
+int tables_new(struct tables *, uint32_t max_rows);
+void tables_free(struct tables *);
+int tables_stage(struct kd_device *, const struct kd_row *, uint32_t n, char *why, size_t why_len);
+void tables_send(struct kd_device *);
 int step_find_nonfinite(struct kd_device *, const struct kd_row *, uint32_t *group, uint32_t *layer);
 void step_tune(struct kd_device *); /* once, after loading: plans for the shapes of this model */
 void step_free_graphs(struct kd_device *);

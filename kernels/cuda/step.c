@@ -268,7 +268,7 @@ run_layer(struct kd_device *d, uint32_t l, const struct shape *s)
 	const struct layer *layer = &d->layer[l];
 	const struct bundle *b = layer->b;
 	uint32_t q = m->n_heads * m->head_dim, kv = m->n_kv_heads * m->head_dim;
-	struct cu_attention a = {.kv = d->kv, .table = d->dev.table, .first = d->dev.first, .pos = d->dev.pos,
+	struct cu_attention a = {.kv = d->kv, .table = d->tables.dev, .first = d->dev.first, .pos = d->dev.pos,
 	    .n_layers = m->n_layers, .layer = l, .n_heads = m->n_heads, .hd = m->head_dim, .window = m->window, .eps = m->rms_eps,
 	    .rows = s->rows, .qkv = d->qkv, .q = d->q, .q_norm = layer->q_norm, .k_norm = layer->k_norm,
 	    .cos = layer->no_rope ? NULL : d->cos, .sin = d->sin, .tile = d->dev.tile, .n_tiles = s->n_tiles, .splits = s->splits,
@@ -337,8 +337,8 @@ run_layers(struct kd_device *d, const struct shape *s)
 
 /* ---- what the engine asks for, laid out ---- */
 
-static int
-grow(struct kd_device *d, void **host, void **dev, size_t *cap, size_t want, size_t size, char *why, size_t why_len)
+int
+step_grow(struct kd_device *d, void **host, void **dev, size_t *cap, size_t want, size_t size, char *why, size_t why_len)
 {
 	size_t n = *cap == 0 ? 4096 : *cap;
 	int rc;
@@ -350,8 +350,8 @@ grow(struct kd_device *d, void **host, void **dev, size_t *cap, size_t want, siz
 	step_free_graphs(d); /* they know the old address */
 	cudaFreeHost(*host), cudaFree(*dev);
 	*host = *dev = NULL, *cap = 0;
-	if ((rc = cu_failed(cudaMallocHost(host, n * size), "pinned memory for page tables", why, why_len)) != 0 ||
-	    (rc = cu_failed(cudaMalloc(dev, n * size), "memory for page tables", why, why_len)) != 0)
+	if ((rc = cu_failed(cudaMallocHost(host, n * size), "pinned memory for a step", why, why_len)) != 0 ||
+	    (rc = cu_failed(cudaMalloc(dev, n * size), "memory for a step", why, why_len)) != 0)
 		return rc;
 	*cap = n;
 	return 0;
@@ -363,44 +363,6 @@ blocks_of(const struct kd_row *r)
 	return r->pos / K_BLOCK + 1;
 }
 
-/* Rows whose tables are one; the last of them needs the most of it. */
-static uint32_t
-same_table(const struct kd_row *row, uint32_t i, uint32_t n)
-{
-	uint32_t end = i + 1;
-
-	while (end < n && row[end].table == row[i].table)
-		end++;
-	return end;
-}
-
-static int
-stage_tables(struct kd_device *d, const struct kd_row *row, uint32_t n, size_t *entries, char *why, size_t why_len)
-{
-	size_t at = 0, want = 0;
-	int rc;
-
-	for (uint32_t i = 0, end; i < n; i = end) {
-		end = same_table(row, i, n);
-		want += (size_t)blocks_of(&row[end - 1]) * d->m.n_layers;
-	}
-	if ((rc = grow(d, (void **)&d->host.table, (void **)&d->dev.table, &d->host.cap_table, want, sizeof(*row->table), why,
-	    why_len)) != 0)
-		return rc;
-	for (uint32_t i = 0, end; i < n; i = end) {
-		size_t len;
-
-		end = same_table(row, i, n);
-		len = (size_t)blocks_of(&row[end - 1]) * d->m.n_layers;
-		memcpy(d->host.table + at, row[i].table, len * sizeof(*row->table));
-		for (uint32_t r = i; r < end; r++)
-			d->host.first[r] = (uint32_t)at;
-		at += len;
-	}
-	*entries = at;
-	return 0;
-}
-
 /* Tiles hold neighbouring positions of one sequence. */
 static uint32_t
 stage_tiles(struct kd_device *d, const struct kd_row *row, uint32_t n, uint32_t padded)
@@ -408,7 +370,7 @@ stage_tiles(struct kd_device *d, const struct kd_row *row, uint32_t n, uint32_t 
 	uint32_t most = cu_attention_tile_rows(d->m.n_heads, d->m.n_kv_heads, d->m.head_dim), tiles = 0;
 
 	for (uint32_t i = 0, end; i < n; i = end) {
-		for (end = i + 1; end < n && end - i < most && row[end].table == row[i].table && row[end].pos == row[end - 1].pos + 1;)
+		for (end = i + 1; end < n && end - i < most && row[end].table_id == row[i].table_id && row[end].pos == row[end - 1].pos + 1;)
 			end++;
 		d->host.tile[tiles++] = (struct cu_tile){i, end - i};
 	}
@@ -428,7 +390,7 @@ stage_wants(struct kd_device *d, const struct kd_row *row, uint32_t n, const str
 	for (uint32_t i = 0; i < n; i++)
 		if (row[i].wants)
 			edits += want != NULL ? want[w].n_edit : 0, d->host.from[w++] = i;
-	if ((rc = grow(d, (void **)&d->host.edit, (void **)&d->dev.edit, &d->host.cap_edit, edits > 0 ? edits : 1,
+	if ((rc = step_grow(d, (void **)&d->host.edit, (void **)&d->dev.edit, &d->host.cap_edit, edits > 0 ? edits : 1,
 	    sizeof(struct kd_edit), why, why_len)) != 0)
 		return rc;
 	edits = 0;
@@ -483,7 +445,7 @@ is_decode(const struct kd_device *d, const struct kd_row *row, uint32_t n, const
 	if (d->n_ranges != 1 || want == NULL)
 		return false;
 	for (uint32_t i = 0; i < n; i++)
-		if (!row[i].wants || want[i].kind == KD_LOGITS || (i > 0 && row[i].table == row[i - 1].table))
+		if (!row[i].wants || want[i].kind == KD_LOGITS || (i > 0 && row[i].table_id == row[i - 1].table_id))
 			return false;
 	return true;
 }
@@ -578,27 +540,27 @@ give_up(struct kd_device *d, const char *why)
 }
 
 static void
-copy_in(struct kd_device *d, size_t entries, size_t edits)
+copy_in(struct kd_device *d, size_t edits)
 {
 	cudaMemcpyAsync(d->dev.token, d->host.token, d->host.bytes, cudaMemcpyHostToDevice, d->stream);
-	cudaMemcpyAsync(d->dev.table, d->host.table, entries * sizeof(*d->host.table), cudaMemcpyHostToDevice, d->stream);
+	tables_send(d);
 	if (edits > 0)
 		cudaMemcpyAsync(d->dev.edit, d->host.edit, edits * sizeof(*d->host.edit), cudaMemcpyHostToDevice, d->stream);
 }
 
+/* Lays a step out and puts it on the stream. */
 static int
-run_some(struct kd_device *d, const struct kd_row *row, uint32_t n, const struct kd_want *want, float *logits,
+start_some(struct kd_device *d, const struct kd_row *row, uint32_t n, const struct kd_want *want, float *logits,
     struct kd_result *result, uint32_t *n_wanted, char *why, size_t why_len)
 {
-	double start = now_us(), launched;
-	size_t entries, edits, vocab = d->m.vocab;
+	double start = now_us();
+	size_t edits, vocab = d->m.vocab;
 	struct shape s = {.rows = n};
 	uint32_t context = 0;
-	float ms = 0;
 	bool decode;
 	int rc;
 
-	if ((rc = stage_tables(d, row, n, &entries, why, why_len)) != 0 ||
+	if ((rc = tables_stage(d, row, n, why, why_len)) != 0 ||
 	    (rc = stage_wants(d, row, n, want, n_wanted, &edits, why, why_len)) != 0)
 		return rc;
 	decode = !d->trace && is_decode(d, row, n, want);
@@ -617,27 +579,40 @@ run_some(struct kd_device *d, const struct kd_row *row, uint32_t n, const struct
 	s.n_tiles = stage_tiles(d, row, n, s.rows);
 	s.prefill = s.n_tiles * d->m.n_kv_heads >= 4 * d->sm_count && s.n_tiles < n;
 	s.splits = s.prefill ? 1 : splits_for(d, s.n_tiles, s.rows, context);
-	copy_in(d, entries, edits);
+	copy_in(d, edits);
 	cudaEventRecord(d->begin, d->stream);
 	launch(d, row[0].digest, &s, decode);
 	cudaEventRecord(d->end, d->stream);
 	for (uint32_t i = 0; i < *n_wanted; i++)
 		if (!d->trace && d->host.want[i].kind == KD_LOGITS)
 			cudaMemcpyAsync(logits + i * vocab, d->logits + i * vocab, vocab * sizeof(float), cudaMemcpyDeviceToHost, d->stream);
-	launched = now_us();
+	d->pending = (struct pending){true, *n_wanted, result, now_us() - start};
+	return 0;
+}
+
+/* The one synchronisation of a step. */
+static int
+finish_some(struct kd_device *d, char *why, size_t why_len)
+{
+	float ms = 0;
+	int rc;
+
+	if (!d->pending.any)
+		return 0;
+	d->pending.any = false;
 	if ((rc = cu_failed(cudaStreamSynchronize(d->stream), "a step", why, why_len)) != 0 ||
 	    (rc = cu_failed(cudaGetLastError(), "a step", why, why_len)) != 0)
 		return rc;
-	if (result != NULL)
-		memcpy(result, d->host_result, *n_wanted * sizeof(*result));
+	if (d->pending.result != NULL)
+		memcpy(d->pending.result, d->host_result, d->pending.n_wanted * sizeof(*d->host_result));
 	cudaEventElapsedTime(&ms, d->begin, d->end);
 	__atomic_store_n(&d->device_us, (uint32_t)(ms * 1e3f), __ATOMIC_RELAXED);
-	__atomic_store_n(&d->host_us, (uint32_t)(launched - start), __ATOMIC_RELAXED);
+	__atomic_store_n(&d->host_us, (uint32_t)d->pending.host_us, __ATOMIC_RELAXED);
 	return 0;
 }
 
 int
-step_run(struct kd_device *d, const struct kd_row *row, uint32_t n, const struct kd_want *want, float *logits,
+step_submit(struct kd_device *d, const struct kd_row *row, uint32_t n, const struct kd_want *want, float *logits,
     struct kd_result *result, char *why, size_t why_len)
 {
 	uint32_t done = 0, wanted = 0, got;
@@ -648,16 +623,23 @@ step_run(struct kd_device *d, const struct kd_row *row, uint32_t n, const struct
 	while (done < n) {
 		uint32_t some = n - done;
 
-		/* Very many plans in one batch: in several passes. */
+		/* Very many plans in one batch: in several passes. Only the last is not waited for. */
 		while (!find_ranges(d, row + done, some))
 			some = (some + 1) / 2;
-		if (run_some(d, row + done, some, want != NULL ? want + wanted : NULL, logits + (size_t)wanted * d->m.vocab,
+		if (finish_some(d, why, why_len) != 0 ||
+		    start_some(d, row + done, some, want != NULL ? want + wanted : NULL, logits + (size_t)wanted * d->m.vocab,
 		    result != NULL ? result + wanted : NULL, &got, why, why_len) != 0)
 			return give_up(d, why);
 		done += some;
 		wanted += got;
 	}
 	return 0;
+}
+
+int
+step_wait(struct kd_device *d, char *why, size_t why_len)
+{
+	return finish_some(d, why, why_len) != 0 ? give_up(d, why) : 0;
 }
 
 int
@@ -673,7 +655,7 @@ step_find_nonfinite(struct kd_device *d, const struct kd_row *row, uint32_t *gro
 	find_ranges(d, row, 1);
 	d->trace = true;
 	cudaMemsetAsync(d->first_bad, 0xff, sizeof(bad), d->stream);
-	if (run_some(d, row, 1, NULL, NULL, NULL, &got, why, sizeof(why)) != 0)
+	if (start_some(d, row, 1, NULL, NULL, NULL, &got, why, sizeof(why)) != 0 || finish_some(d, why, sizeof(why)) != 0)
 		give_up(d, why);
 	else
 		cudaMemcpy(&bad, d->first_bad, sizeof(bad), cudaMemcpyDeviceToHost);

@@ -502,6 +502,7 @@ place_staged(struct staged *s, uint32_t rows, char *base)
 	s->from = take(&a, rows * sizeof(*s->from));
 	s->tile = take(&a, rows * sizeof(*s->tile));
 	s->want = take(&a, rows * sizeof(*s->want));
+	s->patch = take(&a, rows * sizeof(*s->patch));
 	return s->bytes = a.at;
 }
 
@@ -527,7 +528,7 @@ allocate(struct loader *x, const struct kd_model *m)
 	size_t pages = m->n_pages;
 
 	d->layer = calloc(m->n_layers, sizeof(*d->layer));
-	if (d->layer == NULL) {
+	if (d->layer == NULL || tables_new(&d->tables, rows) != 0) {
 		x->rc = -ENOMEM, snprintf(x->why, x->why_len, "out of memory");
 		return;
 	}
@@ -596,10 +597,9 @@ weights_free(struct kd_device *d)
 	cudaFree(d->kv.scale);
 	cudaFree(d->dev.token);
 	cudaFree(d->dev.edit);
-	cudaFree(d->dev.table);
 	cudaFreeHost(d->host.token);
 	cudaFreeHost(d->host.edit);
-	cudaFreeHost(d->host.table);
+	tables_free(&d->tables);
 	cudaFreeHost(d->host_result);
 	free(d->layer);
 }
