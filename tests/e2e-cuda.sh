@@ -132,6 +132,13 @@ END
 	wait $bench
 	is "flips under load fail no request" "$(jq -c '[.failed, .tokens]' "$scratch/bench")" "[0,24]"
 	is "graphs were captured" "$(octetctl --json status | jq '.device.graphs > 0 and .device.graph_launches > 0')" true
+	before=$(octetctl --json status | jq .device.graphs)
+	octet complete --policy fp8 --ignore-eos --max-tokens 40 "She go" >"$scratch/other" &
+	other=$!
+	octet complete --ignore-eos --max-tokens 40 "She go" >/dev/null
+	wait $other
+	ok "rows of two plans get a graph" [ "$(octetctl --json status | jq .device.graphs)" -gt "$before" ]
+	is "and the same tokens" "$(cat "$scratch/other")" "$(octet complete --policy fp8 --ignore-eos --max-tokens 40 "She go")"
 	is "each site names its kernel" "$(octetctl --json status | jq '[.groups[] | .kernels | length > 0] | all')" true
 	stop
 done

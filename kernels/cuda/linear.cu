@@ -279,10 +279,12 @@ cu_linear_skinny(const struct cu_linear *a, cudaStream_t stream)
 
 /* ---- weights that do not fit the planes ---- */
 
+/* Rows go to grid.x here and everywhere: y and z end at 65,535. */
+
 __global__ void
 exceptions(struct cu_linear a, struct cu_exceptions e)
 {
-	uint32_t i = blockIdx.x * blockDim.x + threadIdx.x, r = blockIdx.y;
+	uint32_t i = blockIdx.y * blockDim.x + threadIdx.x, r = blockIdx.x;
 	float sum = 0;
 
 	if (i >= e.n_rows)
@@ -296,7 +298,7 @@ extern "C" void
 cu_exceptions_add(const struct cu_linear *a, const struct cu_exceptions *e, cudaStream_t stream)
 {
 	if (e->n_rows > 0)
-		CU_LAUNCH(exceptions, dim3((e->n_rows + 127) / 128, a->rows), 128, 0, stream, *a, *e);
+		CU_LAUNCH(exceptions, dim3(a->rows, (e->n_rows + 127) / 128), 128, 0, stream, *a, *e);
 }
 
 /* ---- weights as cuBLASLt wants them ---- */
@@ -435,7 +437,7 @@ cu_square_inputs(const struct cu_linear *a, uint32_t t, float *out, cudaStream_t
 __global__ void
 apply_scales(struct cu_linear a, const float *t, size_t ldt, bool tensor)
 {
-	uint32_t c = blockIdx.x * blockDim.x + threadIdx.x, r = blockIdx.y;
+	uint32_t c = blockIdx.y * blockDim.x + threadIdx.x, r = blockIdx.x;
 
 	if (c < a.n)
 		write_y(a, true, r, c, t[r * ldt + c], tensor ? a.tscale[c] : a.scale[c]);
@@ -444,20 +446,20 @@ apply_scales(struct cu_linear a, const float *t, size_t ldt, bool tensor)
 extern "C" void
 cu_apply_scales(const struct cu_linear *a, const float *t, size_t ldt, cudaStream_t stream)
 {
-	CU_LAUNCH(apply_scales, dim3((a->n + 255) / 256, a->rows), 256, 0, stream, *a, t, ldt, a->kind == CU_W_E4M3T);
+	CU_LAUNCH(apply_scales, dim3(a->rows, (a->n + 255) / 256), 256, 0, stream, *a, t, ldt, a->kind == CU_W_E4M3T);
 }
 
 __global__ void
 add_bias(float *y, size_t ldy, uint32_t n, const float *bias)
 {
-	uint32_t c = blockIdx.x * blockDim.x + threadIdx.x;
+	uint32_t c = blockIdx.y * blockDim.x + threadIdx.x;
 
 	if (c < n)
-		y[blockIdx.y * ldy + c] += bias[c];
+		y[blockIdx.x * ldy + c] += bias[c];
 }
 
 extern "C" void
 cu_add_bias(float *y, size_t ldy, uint32_t rows, uint32_t n, const float *bias, cudaStream_t stream)
 {
-	CU_LAUNCH(add_bias, dim3((n + 255) / 256, rows), 256, 0, stream, y, ldy, n, bias);
+	CU_LAUNCH(add_bias, dim3(rows, (n + 255) / 256), 256, 0, stream, y, ldy, n, bias);
 }

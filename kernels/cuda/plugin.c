@@ -8,6 +8,8 @@
 
 #include "kernels/cuda/plugin.h"
 
+static uint32_t opened[256]; /* of each card: by this process */
+
 #define FP8_CAPABILITY 89u /* Ada, then Hopper and what follows */
 
 int
@@ -86,6 +88,7 @@ find_card(struct kd_device *d, char *why, size_t why_len)
 	if ((rc = cu_failed(cudaSetDevice(d->index), "choosing the card", why, why_len)) != 0 ||
 	    (rc = cu_failed(cudaGetDeviceProperties(&prop, d->index), "asking the card", why, why_len)) != 0)
 		return rc;
+	opened[d->index]++, d->counted = true;
 	cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, d->index);
 	cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, d->index);
 	cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, d->index);
@@ -116,6 +119,9 @@ plugin_close(struct kd_device **dp)
 		cudaEventDestroy(d->end);
 	if (d->stream != NULL)
 		cudaStreamDestroy(d->stream);
+	/* The context holds some hundred MB of the card, which a daemon that fell back to its CPU has no use for. */
+	if (d->counted && --opened[d->index] == 0)
+		cudaDeviceReset();
 	free(d);
 	*dp = NULL;
 }
@@ -130,6 +136,10 @@ plugin_open(struct kd_device **out, uint32_t index, char *why, size_t why_len)
 	if (d == NULL)
 		return snprintf(why, why_len, "out of memory"), -ENOMEM;
 	d->index = (int)index;
+	if (index >= sizeof(opened) / sizeof(*opened)) {
+		free(d);
+		return snprintf(why, why_len, "device = %u: there are not so many", index), -ENODEV;
+	}
 	if ((rc = find_card(d, why, why_len)) != 0 ||
 	    (rc = cu_failed(cudaStreamCreateWithFlags(&d->stream, cudaStreamNonBlocking), "a stream", why, why_len)) != 0 ||
 	    (rc = cu_failed(cudaEventCreate(&d->begin), "an event", why, why_len)) != 0 ||

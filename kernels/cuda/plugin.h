@@ -65,10 +65,11 @@ void lt_save(struct lt *); /* what lt_tune() found */
 
 #define MAX_GRAPHS 64u
 #define MAX_RANGES 64u
+#define MIXED_SEEN 4u   /* requests come and go: most mixtures of plans do not last */
 
 struct graph {
-	uint64_t digest, used;
-	uint32_t rows, splits;
+	uint64_t plans, used;   /* plans: of all rows, as mixed() has it */
+	uint32_t rows, splits, seen;
 	bool tried;             /* to capture it */
 	cudaGraphExec_t exec;   /* NULL: runs eagerly */
 };
@@ -110,6 +111,7 @@ struct pending {
 
 struct kd_device {
 	int index;
+	bool counted;           /* among those that use this card */
 	uint32_t sm_count, capability; /* 90: 9.0 */
 	char name[64], kernels[128];
 	cudaStream_t stream;

@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * A step: what the engine asks for is laid out in pinned memory, copied, and the kernels of all layers follow on one
- * stream; results come back in one copy, with one synchronisation. Steps that only decode under one plan are padded up to
- * a bucket of rows; the second such step of a (bucket, plan, splits) is captured as a graph, and those after it replay
- * that. A flip is a new plan: its first step runs eagerly.
+ * stream; results come back in one copy, with one synchronisation. Steps that only decode are padded up to a bucket of
+ * rows; the second such step of a (bucket, plan, splits) is captured as a graph, and those after it replay that. A flip is
+ * a new plan: its first step runs eagerly. Where rows are of several plans, so many of each, the fifth is captured.
  */
 #include <errno.h>
 #include <math.h>
@@ -438,11 +438,11 @@ bucket_of(uint32_t rows)
 	return rows <= 2 ? rows : rows <= 4 ? 4 : rows <= 8 ? 8 : rows <= 64 ? (rows + 15) / 16 * 16 : (rows + 31) / 32 * 32;
 }
 
-/* One row each, all of one plan, all to be sampled: nearly every step of a busy server. */
+/* One row each, all to be sampled: nearly every step of a busy server. */
 static bool
-is_decode(const struct kd_device *d, const struct kd_row *row, uint32_t n, const struct kd_want *want)
+is_decode(const struct kd_row *row, uint32_t n, const struct kd_want *want)
 {
-	if (d->n_ranges != 1 || want == NULL)
+	if (want == NULL)
 		return false;
 	for (uint32_t i = 0; i < n; i++)
 		if (!row[i].wants || want[i].kind == KD_LOGITS || (i > 0 && row[i].table_id == row[i - 1].table_id))
@@ -462,15 +462,28 @@ splits_for(const struct kd_device *d, uint32_t tiles, uint32_t rows, uint32_t co
 	return s;
 }
 
+/* Which rows are of which plan: one plan's digest is as good as itself. */
+static uint64_t
+mixed(const struct kd_device *d, const struct kd_row *row)
+{
+	uint64_t h = row[0].digest;
+
+	for (uint32_t i = 1; i < d->n_ranges; i++) {
+		h = (h ^ d->range[i - 1].n) * 0x9E3779B97F4A7C15u;
+		h = (h ^ h >> 29 ^ row[d->range[i].row].digest) * 0xBF58476D1CE4E5B9u;
+	}
+	return h;
+}
+
 static struct graph *
-find_graph(struct kd_device *d, uint64_t digest, const struct shape *s)
+find_graph(struct kd_device *d, uint64_t plans, const struct shape *s)
 {
 	struct graph *oldest = &d->graph[0];
 
 	for (uint32_t i = 0; i < d->n_graphs; i++) {
 		struct graph *g = &d->graph[i];
 
-		if (g->digest == digest && g->rows == s->rows && g->splits == s->splits)
+		if (g->plans == plans && g->rows == s->rows && g->splits == s->splits)
 			return g;
 		oldest = g->used < oldest->used ? g : oldest;
 	}
@@ -478,7 +491,7 @@ find_graph(struct kd_device *d, uint64_t digest, const struct shape *s)
 		oldest = &d->graph[d->n_graphs++];
 	else if (oldest->exec != NULL)
 		cudaGraphExecDestroy(oldest->exec);
-	*oldest = (struct graph){.digest = digest, .rows = s->rows, .splits = s->splits};
+	*oldest = (struct graph){.plans = plans, .rows = s->rows, .splits = s->splits};
 	return oldest;
 }
 
@@ -512,11 +525,11 @@ capture(struct kd_device *d, struct graph *g, const struct shape *s)
 }
 
 static void
-launch(struct kd_device *d, uint64_t digest, const struct shape *s, bool decode)
+launch(struct kd_device *d, uint64_t plans, const struct shape *s, bool decode)
 {
-	struct graph *g = decode ? find_graph(d, digest, s) : NULL;
+	struct graph *g = decode ? find_graph(d, plans, s) : NULL;
 
-	if (g != NULL && !g->tried && g->used != 0)
+	if (g != NULL && !g->tried && g->seen++ >= (d->n_ranges == 1 ? 1u : MIXED_SEEN))
 		capture(d, g, s);
 	if (g != NULL)
 		g->used = ++d->clock;
@@ -563,7 +576,7 @@ start_some(struct kd_device *d, const struct kd_row *row, uint32_t n, const stru
 	if ((rc = tables_stage(d, row, n, why, why_len)) != 0 ||
 	    (rc = stage_wants(d, row, n, want, n_wanted, &edits, why, why_len)) != 0)
 		return rc;
-	decode = !d->trace && is_decode(d, row, n, want);
+	decode = !d->trace && is_decode(row, n, want);
 	if (decode && bucket_of(n) <= ((d->m.max_rows + 15) & ~15u))
 		s.rows = bucket_of(n);
 	for (uint32_t i = 0; i < n; i++) {
@@ -574,14 +587,14 @@ start_some(struct kd_device *d, const struct kd_row *row, uint32_t n, const stru
 	for (uint32_t i = n; i < s.rows; i++) {
 		d->host.token[i] = d->host.pos[i] = 0, d->host.first[i] = CU_NONE;
 		d->host.want[i].kind = CU_NONE, d->host.from[i] = i;
-		d->range[0].n++;
+		d->range[d->n_ranges - 1].n++;
 	}
 	s.n_tiles = stage_tiles(d, row, n, s.rows);
 	s.prefill = s.n_tiles * d->m.n_kv_heads >= 4 * d->sm_count && s.n_tiles < n;
 	s.splits = s.prefill ? 1 : splits_for(d, s.n_tiles, s.rows, context);
 	copy_in(d, edits);
 	cudaEventRecord(d->begin, d->stream);
-	launch(d, row[0].digest, &s, decode);
+	launch(d, mixed(d, row), &s, decode);
 	cudaEventRecord(d->end, d->stream);
 	for (uint32_t i = 0; i < *n_wanted; i++)
 		if (!d->trace && d->host.want[i].kind == KD_LOGITS)

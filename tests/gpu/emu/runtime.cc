@@ -147,6 +147,13 @@ cudaDriverGetVersion(int *v)
 }
 cudaError_t cudaRuntimeGetVersion(int *v) { *v = 13000; return cudaSuccess; }
 cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+cudaError_t
+cudaDeviceReset(void)
+{
+	if (!blocks.empty())
+		die("cudaDeviceReset() with memory that was not given back");
+	return cudaSuccess;
+}
 cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *p, int) { strcpy(p->name, "emulation"); return cudaSuccess; }
 cudaError_t
 cudaDeviceGetAttribute(int *v, enum cudaDeviceAttr a, int)
