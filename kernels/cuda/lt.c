@@ -419,6 +419,12 @@ lt_tune(struct lt *lt, enum lt_kind kind, const void *w, const void *x, size_t l
 	return run(lt, &key, &o, true);
 }
 
+enum lt_kind
+lt_ran(const struct lt *lt)
+{
+	return (enum lt_kind)lt->last->key.kind;
+}
+
 bool
 lt_timed(const struct lt *lt)
 {

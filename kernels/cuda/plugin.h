@@ -54,6 +54,7 @@ int lt_run(struct lt *, enum lt_kind, const void *w, const void *x, size_t ldx, 
 /* The same, and the best of eight algorithms is chosen by timing; y is overwritten. */
 int lt_tune(struct lt *, enum lt_kind, const void *w, const void *x, size_t ldx, float *y, size_t ldy, uint32_t n, uint32_t k,
     uint32_t t, bool add, const float *w_scale, const float *x_scale, cudaStream_t);
+enum lt_kind lt_ran(const struct lt *); /* what ran last */
 /* Whether lt_tune() has a time now; what an own kernel took for the same; whether the library did better. */
 bool lt_timed(const struct lt *);
 void lt_against(struct lt *, float us);
@@ -65,6 +66,7 @@ void lt_save(struct lt *); /* what lt_tune() found */
 
 #define MAX_GRAPHS 64u
 #define MAX_RANGES 64u
+#define TOOK_NONE 255u
 #define MIXED_SEEN 4u   /* requests come and go: most mixtures of plans do not last */
 
 struct graph {
@@ -152,6 +154,7 @@ struct kd_device {
 	struct pending pending;
 	struct range range[MAX_RANGES];
 	uint32_t n_ranges;
+	uint8_t took[N_BUNDLES + 1][K_N_FORMATS]; /* 0: not asked; 1 + enum lt_kind that has many rows; TOOK_NONE */
 	struct graph graph[MAX_GRAPHS];
 	uint32_t n_graphs;
 	uint64_t clock;

@@ -699,31 +699,47 @@ time_own(struct kd_device *d, const struct call *c, const struct cu_linear *a)
 	return ms * 1e3f / RUNS;
 }
 
+/* A product of so many rows: tuned, and what takes it noted. fp8b's, for comparing only, is not worth the time. */
+static void
+tune(struct kd_device *d, int bundle, enum k_format f, uint32_t rows)
+{
+	const struct bundle *w = bundle == N_BUNDLES ? &d->head : &d->layer[0].b[bundle];
+	bool add = bundle == B_O || bundle == B_DOWN;
+	float *y = bundle == B_QKV ? d->qkv : bundle == B_GU ? d->gu : bundle == N_BUNDLES ? d->logits : d->x;
+	struct call c = {w, 0, w->parts, 0, rows, f, y, add ? d->m.hidden : w->n_all, add, true};
+	struct cu_linear a = linear_of(d, &c);
+	bool ok;
+
+	for (uint32_t p = 1; p < w->parts; p++)
+		if (!go_together(w, p, f))
+			c.part1 = 1;
+	a = linear_of(d, &c);
+	if (f == K_FP8B)
+		make_squares(d, &c, &a);
+	ok = run_lt(d, &c, &a, rows, f == K_FP8B ? lt_run : lt_tune) == 0;
+	d->took[bundle][f] = ok ? (uint8_t)(1 + lt_ran(d->lt)) : TOOK_NONE;
+	if (ok && f != K_FP8B && rows <= CU_SKINNY && lt_timed(d->lt))
+		lt_against(d->lt, time_own(d, &c, &a));
+}
+
 void
 step_tune(struct kd_device *d)
 {
 	static const uint32_t rows[] = {16, 32, 48, 64, 96, 128, 160, 192, 256, 384, 512, 1024, 2048};
-	static const enum k_format formats[] = {K_BF16, K_FP8};
 
 	/* On numbers, since a card is faster on zeros: E4M3 1.5, BF16 and FP32 0.0115. */
 	cudaMemsetAsync(d->xb, 0x3c, (size_t)d->m.max_rows * d->ldx * sizeof(*d->xb), d->stream);
 	cudaMemsetAsync(d->xq, 0x3c, (size_t)d->m.max_rows * d->ldx, d->stream);
 	cudaMemsetAsync(d->xs, 0x3c, d->m.max_rows * sizeof(*d->xs), d->stream);
-	for (size_t i = 0; i < sizeof(rows) / sizeof(*rows); i++)
-		for (int b = 0; b <= N_BUNDLES && rows[i] <= d->m.max_rows; b++)
-			for (size_t f = 0; f < 2; f++) {
-				const struct bundle *w = b == N_BUNDLES ? &d->head : &d->layer[0].b[b];
-				bool add = b == B_O || b == B_DOWN;
-				float *y = b == B_QKV ? d->qkv : b == B_GU ? d->gu : b == N_BUNDLES ? d->logits : d->x;
-
-				if (b == N_BUNDLES && rows[i] > 256)
-					continue; /* so many rows seldom want logits */
-				struct call c = {w, 0, w->parts, 0, rows[i], formats[f], y, add ? d->m.hidden : w->n_all, add, true};
-				struct cu_linear a = linear_of(d, &c);
-
-				if (run_lt(d, &c, &a, rows[i], lt_tune) == 0 && rows[i] <= CU_SKINNY && lt_timed(d->lt))
-					lt_against(d->lt, time_own(d, &c, &a));
-			}
+	for (size_t i = 0; i < sizeof(rows) / sizeof(*rows) && rows[i] <= d->m.max_rows; i++)
+		for (int b = 0; b <= N_BUNDLES; b++) {
+			if (b == N_BUNDLES && rows[i] > 256)
+				continue; /* so many rows seldom want logits */
+			tune(d, b, K_BF16, rows[i]);
+			tune(d, b, K_FP8, rows[i]);
+			if (rows[i] == 96 || rows[i] == 16)
+				tune(d, b, K_FP8B, rows[i]);
+		}
 	cudaMemsetAsync(d->x, 0, (size_t)d->m.max_rows * d->m.hidden * sizeof(*d->x), d->stream); /* products were added up */
 	cudaStreamSynchronize(d->stream);
 	cudaGetLastError();

@@ -140,6 +140,8 @@ grow_tables(struct kd_device *d, const struct kd_row *row, uint32_t n, char *why
 		need += room_for(blocks_of(&row[end - 1])) * d->m.n_layers;
 	}
 	if (need > t->cap / 2) {
+		if (4 * need > UINT32_MAX)
+			return snprintf(why, why_len, "page tables of %zu entries", need), -ENOMEM;
 		step_free_graphs(d); /* they know the old address */
 		cudaFree(t->dev);
 		t->dev = NULL, t->cap = 0;

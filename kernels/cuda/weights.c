@@ -257,8 +257,8 @@ weights_memory(struct kd_device *d, const struct kd_model *m, struct kd_memory *
 	sizes.layer = NULL;
 	out->weights = place_weights(&unused, &sizes, NULL, NULL);
 	out->buffers = place_buffers(&unused, &sizes, NULL);
-	/* What only loading needs, cuBLASLt's workspace, and tables and graphs as they grow. */
-	out->buffers += N_SLOTS * N_PIECES * piece_bytes(&unused) + LT_WORKSPACE + ((size_t)32 << 20);
+	/* What only loading needs, cuBLASLt's workspace; tables, graphs and kernels, which are loaded when they first run. */
+	out->buffers += N_SLOTS * N_PIECES * piece_bytes(&unused) + LT_WORKSPACE + ((size_t)128 << 20);
 	out->kv = kv_bytes(m);
 	groups_memory(m, out);
 	cudaMemGetInfo(&free_now, &total);
