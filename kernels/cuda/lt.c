@@ -220,7 +220,7 @@ describe(const struct lt *lt, struct plan *p)
 
 	return cublasLtMatmulDescCreate(&p->desc, CUBLAS_COMPUTE_32F, CUDA_R_32F) == CUBLAS_STATUS_SUCCESS &&
 	    set(p, CUBLASLT_MATMUL_DESC_TRANSA, &yes, sizeof(yes)) && set(p, CUBLASLT_MATMUL_DESC_TRANSB, &no, sizeof(no)) &&
-	    (k->kind == LT_BF16 || set(p, CUBLASLT_MATMUL_DESC_FAST_ACCUM, &fast, sizeof(fast))) &&
+	    (k->kind == LT_BF16 || k->kind == LT_FP8_SQUARES || set(p, CUBLASLT_MATMUL_DESC_FAST_ACCUM, &fast, sizeof(fast))) &&
 	    (!has_scales(k) || (set(p, CUBLASLT_MATMUL_DESC_A_SCALE_MODE, &a_mode, sizeof(a_mode)) &&
 	        set(p, CUBLASLT_MATMUL_DESC_B_SCALE_MODE, &b_mode, sizeof(b_mode)))) &&
 	    cublasLtMatrixLayoutCreate(&p->a, in, k->k, k->n, k->k) == CUBLAS_STATUS_SUCCESS &&
@@ -236,12 +236,18 @@ struct operands {
 };
 
 static bool
+point_at_scales(struct plan *p, const struct operands *o)
+{
+	return !has_scales(&p->key) || (set(p, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, &o->w_scale, sizeof(o->w_scale)) &&
+	    set(p, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, &o->x_scale, sizeof(o->x_scale)));
+}
+
+static bool
 multiply(const struct lt *lt, struct plan *p, const struct operands *o)
 {
 	float one = 1, beta = p->key.add ? 1 : 0;
 
-	if (has_scales(&p->key) && (!set(p, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, &o->w_scale, sizeof(o->w_scale)) ||
-	    !set(p, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, &o->x_scale, sizeof(o->x_scale))))
+	if (!point_at_scales(p, o))
 		return false;
 	return cublasLtMatmul(lt->handle, p->desc, &one, o->w, p->a, o->x, p->b, &beta, o->y, p->c, o->y, p->c, &p->algo,
 	    lt->workspace, LT_WORKSPACE, o->stream) == CUBLAS_STATUS_SUCCESS;
@@ -362,7 +368,8 @@ plan_for(struct lt *lt, const struct key *key, const struct operands *o, bool tu
 	p->key = *key;
 	p->next = *at;
 	*at = p;
-	if (!describe(lt, p))
+	/* With its scales: the library is asked about what will run. */
+	if (!describe(lt, p) || !point_at_scales(p, o))
 		p->failed = true;
 	else if (!take_kept(lt, p))
 		choose(lt, p, o, tune);

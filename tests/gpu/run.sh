@@ -99,6 +99,14 @@ unpack() {
 	export PATH
 }
 
+# within SECONDS COMMAND...: the emulation is given ten times as long.
+within() {
+	seconds=$1
+	shift
+	[ -z "$dry" ] || seconds=$((seconds * 10))
+	timeout "$seconds" "$@"
+}
+
 card() {
 	nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem,power.draw,power.limit,temperature.gpu --format=csv,noheader 2>/dev/null ||
 		echo "no nvidia-smi"
@@ -113,7 +121,7 @@ model() {
 
 # against_cpu NAME SECONDS: tokens, log-probabilities and KL of both backends.
 against_cpu() {
-	(cd "$carry" && srcdir=$top OCTET_TEST_PLUGIN=$plugin timeout "$2" "$top/tests/e2e-cuda.sh") >"$out/e2e.$1" 2>&1
+	(cd "$carry" && within "$2" env srcdir="$top" OCTET_TEST_PLUGIN="$plugin" "$top/tests/e2e-cuda.sh") >"$out/e2e.$1" 2>&1
 	echo "$1: exit $?, $(grep -c '^ok' "$out/e2e.$1") ok, $(grep -c '^not ok' "$out/e2e.$1") not ok"
 	grep '^not ok' -A3 "$out/e2e.$1" | head -30
 	grep "the CPU's" "$out/e2e.$1" | grep 'KL\|perplexity'
@@ -140,7 +148,7 @@ stage_check() {
 				echo "compute-sanitizer $tool: exit $?, $(grep 'SUMMARY' "$out/$tool" | tail -1)"
 			done
 		else
-			OCTET_CHECK_SHORT=1 timeout 200 checkcuda 1 >"$out/kernels.1" 2>&1
+			within 40 env OCTET_CHECK_SHORT=1 checkcuda 1 >"$out/kernels.1" 2>&1
 			echo "emulated: exit $?, $(grep -c '^ok' "$out/kernels.1") ok, $(grep -c '^not ok' "$out/kernels.1") not ok"
 		fi
 		echo "## octetd against the CPU"
@@ -165,7 +173,7 @@ stage_bench() {
 		[ -z "$dry" ] || only='decode 1'
 		for fast in 0 1; do
 			echo "fast accumulation $fast"
-			OCTET_CUDA_FAST_ACCUM=$fast OCTET_PLUGIN=$plugin timeout $limit octetd --bench "$dir" --backend cuda --context 1024 --only "$only" 2>&1 ||
+			within $limit env OCTET_CUDA_FAST_ACCUM=$fast OCTET_PLUGIN="$plugin" octetd --bench "$dir" --backend cuda --context 1024 --only "$only" 2>&1 ||
 				echo "FAILED: $?"
 			[ -z "$dry" ] || break
 			only='fp8 prefill' limit=120
@@ -219,7 +227,7 @@ stop_serving() {
 # What a flip costs those who wait, and whether many leave anything behind.
 flips() {
 	serving bf16
-	some() { timeout 90 octet bench --clients "$flip_clients" --requests $((flip_clients * $1)) --prompt-tokens 50 --output-tokens 50 --json; }
+	some() { within 90 octet bench --clients "$flip_clients" --requests $((flip_clients * $1)) --prompt-tokens 50 --output-tokens 50 --json; }
 	told() { printf '%s' "$2" | jq -r --arg w "$1" '"flips \($w): failed \(.failed), ms between tokens p50 \(.inter_token_ms.p50) p99 \(.inter_token_ms.p99)"'; }
 	memory() { octetctl --json status | jq .device.memory_used; }
 	some 1 >/dev/null
@@ -251,7 +259,7 @@ stage_serve() {
 		for policy in bf16 linears all; do
 			serving $policy
 			for clients in $clients_list; do
-				r=$(timeout 30 octet bench --clients "$clients" --requests $((clients * each)) --prompt-tokens 50 --output-tokens 50 --json 2>&1)
+				r=$(within 30 octet bench --clients "$clients" --requests $((clients * each)) --prompt-tokens 50 --output-tokens 50 --json 2>&1)
 				echo "serve $policy $clients $(printf '%s' "$r" | jq -r '"\(.requests_per_s) failed \(.failed)"' 2>/dev/null || echo "FAILED: $r")"
 			done
 			stop_serving
