@@ -260,7 +260,7 @@ stage_serve() {
 			serving $policy
 			for clients in $clients_list; do
 				r=$(within 30 octet bench --clients "$clients" --requests $((clients * each)) --prompt-tokens 50 --output-tokens 50 --json 2>&1)
-				echo "serve $policy $clients $(printf '%s' "$r" | jq -r '"\(.requests_per_s) failed \(.failed)"' 2>/dev/null || echo "FAILED: $r")"
+				echo "serve $policy $clients $(printf '%s' "$r" | jq -er '"\(.requests_per_s) failed \(.failed)"' 2>/dev/null || echo "FAILED: ${r:-no time}")"
 			done
 			stop_serving
 		done
@@ -298,7 +298,7 @@ table() {
 	echo '| 50 in, 50 out, clients | bf16 requests/s | linears fp8, KV bf16 | linears and KV fp8 |'
 	echo '|---|---|---|---|'
 	for n in 1 2 8 32 128 256; do
-		of() { awk -v p="$1" -v n=$n '$1 == "serve" && $2 == p && $3 == n { printf "%.1f%s", $4, $6 != 0 ? " (" $6 " failed)" : ""; exit }' "$out/serve.txt" 2>/dev/null; }
+		of() { awk -v p="$1" -v n=$n '$1 == "serve" && $2 == p && $3 == n && $5 == "failed" { printf "%.1f%s", $4, $6 != 0 ? " (" $6 " failed)" : ""; exit }' "$out/serve.txt" 2>/dev/null; }
 		[ -z "$(of bf16)$(of linears)$(of all)" ] || echo "| $n | $(of bf16) | $(of linears) | $(of all) |"
 	done
 	echo
