@@ -11,6 +11,10 @@ head -c "${text_bytes-100}" "$srcdir/models/proof/eval/prose.txt" >"$scratch/tex
 policies='
 [policy kv8]
 kv_cache = fp8
+[policy fp8t]
+* = fp8t
+[policy fp8b]
+* = fp8b
 [policy mixed]
 * = fp8
 attention.q_proj = fp8w
@@ -25,7 +29,7 @@ plans=${plans-bf16 mixed}
 # Tokens of a few requests under each plan; log-probabilities of a text; a measurement.
 answers() {
 	for plan in $plans; do
-		octetctl use "$plan" >/dev/null 2>&1
+		octetctl use "$plan" >/dev/null 2>&1 || [ "$(octetctl --json status | jq -r .policy)" = "$plan" ] || ok "use $plan" false
 		octet complete --json --ignore-eos --max-tokens "${tokens-6}" "She go to school every day and" | tail -1 | jq -c .tokens >>"$scratch/$1.$plan"
 		octet complete --json --temperature 0.8 --top-p 0.95 --top-k 30 --repetition-penalty 1.2 --seed 7 --max-tokens 4 --ignore-eos "It work" |
 			tail -1 | jq -c '[.tokens, .prompt_tokens]' >>"$scratch/$1.drawn"
@@ -133,12 +137,17 @@ END
 	is "flips under load fail no request" "$(jq -c '[.failed, .tokens]' "$scratch/bench")" "[0,24]"
 	is "graphs were captured" "$(octetctl --json status | jq '.device.graphs > 0 and .device.graph_launches > 0')" true
 	before=$(octetctl --json status | jq .device.graphs)
-	octet complete --policy fp8 --ignore-eos --max-tokens 40 "She go" >"$scratch/other" &
-	other=$!
-	octet complete --ignore-eos --max-tokens 40 "She go" >/dev/null
-	wait $other
-	ok "rows of two plans get a graph" [ "$(octetctl --json status | jq .device.graphs)" -gt "$before" ]
-	is "and the same tokens" "$(cat "$scratch/other")" "$(octet complete --policy fp8 --ignore-eos --max-tokens 40 "She go")"
+	after=$before
+	for i in 1 2 3 4 5; do # a card is quick: the two may not meet
+		[ "$after" = "$before" ] || break
+		octet complete --policy fp8 --ignore-eos --max-tokens "${long-40}" "She go" >"$scratch/other" &
+		other=$!
+		octet complete --ignore-eos --max-tokens "${long-40}" "She go" >/dev/null
+		wait $other
+		after=$(octetctl --json status | jq .device.graphs)
+	done
+	ok "rows of two plans get a graph" [ "$after" -gt "$before" ]
+	is "and the same tokens" "$(cat "$scratch/other")" "$(octet complete --policy fp8 --ignore-eos --max-tokens "${long-40}" "She go")"
 	is "each site names its kernel" "$(octetctl --json status | jq '[.groups[] | .kernels | length > 0] | all')" true
 	stop
 done

@@ -153,7 +153,7 @@ stage_check() {
 		fi
 		echo "## octetd against the CPU"
 		if [ -z "$dry" ]; then
-			export plans="bf16 fp8 fp8t kv8 mixed" tokens=40 text_bytes=3000
+			export plans="bf16 fp8 fp8t fp8b kv8 mixed" tokens=40 text_bytes=3000 long=400
 		fi
 		against_cpu proof 150
 		if [ -d "$stories" ]; then
