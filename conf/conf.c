@@ -66,6 +66,8 @@ static const struct option options[] = {
 	{"engine", "device", TYPE_NUMBER, AT(device), "0", 0, 255, NULL, RESTART, "", "which card, as nvidia-smi counts them"},
 	{"engine", "residency", TYPE_ENUM, AT(residency), "both", 0, 0, residencies, RESTART, "",
 	    "weights on a card: plain in BF16 and FP8, or the nested planes in the memory of BF16"},
+	{"engine", "nested_sites", TYPE_STRING, AT(nested_sites), "", 0, 0, NULL, RESTART, "",
+	    "selectors, spaces between: what is nested though residency is both"},
 	{"engine", "threads", TYPE_NUMBER, AT(threads), "0", 0, 1024, NULL, RESTART, "",
 	    "worker threads; 0: the CPUs octetd may use"},
 	{"engine", "kv_cache_bytes", TYPE_SIZE, AT(kv_cache_bytes), "256M", 1, UINT64_MAX / 4, NULL, RESTART, "bytes",

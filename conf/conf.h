@@ -48,6 +48,7 @@ struct conf {
 	/* [engine] */
 	uint64_t kv_cache_bytes;
 	uint32_t backend, device, residency, threads, max_batch_tokens, max_batch, max_context, step_target_ms, spin_us, prefix_cache, evidence_steps;
+	char *nested_sites;
 	/* [precision] */
 	char *policy;
 	uint32_t on_flip;

@@ -303,7 +303,7 @@ fill_result(struct bench *b, const struct test *t, int format, double seconds, s
 	double chunks = t->decode ? 1 : (t->n + CHUNK - 1) / CHUNK, rows = t->n;
 	double context = t->decode ? b->context + DECODE_ROOM / 2 : t->n / 2.0, kv_rows = t->decode ? rows : 0;
 	double kv = 4.0 * s->n_kv_heads * s->head_dim * s->n_layers * context;
-	double bytes = (chunks * linear + head) * (format == K_BF16 ? 2 : 1) + kv_rows * kv;
+	double bytes = (chunks * linear + head) * (format == K_BF16 || format == K_FP8B ? 2 : 1) + kv_rows * kv;
 	double flops = 2 * (linear * rows + head * (t->decode ? rows : 1)) +
 	    4.0 * s->n_heads * s->head_dim * s->n_layers * context * rows;
 
@@ -319,6 +319,8 @@ is_wanted(const struct bench *b, const struct test *t, int format)
 	snprintf(words, sizeof(words), " %s ", b->o->only == NULL ? "" : b->o->only);
 	if (t->decode && t->n > b->batch)
 		return false;
+	if (format == K_FP8B && strstr(words, "fp8b") == NULL)
+		return false; /* so slow that the others would have fewer rounds */
 	return (t->decode || t->n <= b->m->shape.max_context) && (b->o->only == NULL || strstr(name, words) != NULL);
 }
 

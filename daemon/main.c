@@ -106,16 +106,21 @@ check_device_memory(const struct octetd *d, struct model_shape *s, const struct 
 {
 	char w[32], k[32], b[32], f[32];
 	struct kd_memory m;
+	int rc;
 
 	if (d->conf->max_context != 0 && d->conf->max_context < s->max_context)
 		s->max_context = d->conf->max_context;
-	device_memory(d->device, s, cfg->kv_bytes, cfg->max_batch_tokens, &d->device_options, &m);
+	if ((rc = device_memory(d->device, s, cfg->kv_bytes, cfg->max_batch_tokens, &d->device_options, &m, err)) != 0)
+		return rc;
+	for (uint32_t g = 0; g <= GROUP_LM_HEAD; g++)
+		log_info("device.weights", "group=%s takes=%s both=%s nested=%s", plan_group_name((enum plan_group)g),
+		    LOG_Q(human(m.group[g], w)), LOG_Q(human(m.group_as[KD_BOTH][g], k)), LOG_Q(human(m.group_as[KD_NESTED][g], b)));
 	log_info("device.memory", "weights=%s kv_cache=%s buffers=%s free=%s residency=%s", LOG_Q(human(m.weights, w)),
 	    LOG_Q(human(m.kv, k)), LOG_Q(human(m.buffers, b)), LOG_Q(human(m.free, f)),
-	    d->device_options.nested ? "nested" : "both");
+	    d->device_options.nested ? "nested" : *d->conf->nested_sites != '\0' ? "mixed" : "both");
 	if (m.weights + m.kv + m.buffers > m.free)
 		return err_set(err, -ENOMEM, "the card is too small: %s of weights, %s of KV cache and %s of buffers, of which %s "
-		    "are free; residency = nested takes a third off the weights", w, k, b, f);
+		    "are free; residency = nested takes a third off the weights, nested_sites off some of them", w, k, b, f);
 	return 0;
 }
 
@@ -136,7 +141,7 @@ load_model(struct daemon *m, bool check_only, struct err *err)
 	if (m->d.device != NULL && (rc = config_read(&shape, c->model_path, NULL, NULL, err)) != 0)
 		return rc;
 	if (m->d.device != NULL && (rc = check_device_memory(&m->d, &shape, &cfg, err)) != 0) {
-		if (c->backend == CONF_BACKEND_CUDA)
+		if (c->backend == CONF_BACKEND_CUDA || rc == -EINVAL)
 			return rc;
 		fall_back(&m->d, err);
 	}
@@ -186,7 +191,7 @@ start_backend(struct octetd *d, struct err *err)
 	rc = device_open(&d->device, "cuda", c->device, err);
 	if (rc == 0) {
 		d->backend = device_name(d->device);
-		d->device_options = (struct device_options){.nested = c->residency == CONF_RESIDENCY_NESTED,
+		d->device_options = (struct device_options){.nested = c->residency == CONF_RESIDENCY_NESTED, .nested_sites = c->nested_sites,
 		    .cache_dir = c->state_dir};
 		return 0;
 	}

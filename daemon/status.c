@@ -63,7 +63,7 @@ static uint64_t
 read_bytes(const struct model_shape *m, enum plan_group g, enum plan_format f)
 {
 	uint64_t q = (uint64_t)m->n_heads * m->head_dim, kv = (uint64_t)m->n_kv_heads * m->head_dim;
-	uint64_t each = f == FORMAT_BF16 ? 2 : 1;
+	uint64_t each = f == FORMAT_BF16 || f == FORMAT_FP8B ? 2 : 1;
 
 	switch (g) {
 	case GROUP_Q: case GROUP_O: return each * q * m->hidden;

@@ -15,7 +15,7 @@
 #include <stdint.h>
 #include "kernels/kernels.h"
 
-#define KD_ABI 1u
+#define KD_ABI 2u
 #define KD_SYMBOL "octet_device_api"
 #define KD_LM_HEAD 7u   /* groups below are the linear layers of a layer */
 #define KD_KV_CACHE 8u
@@ -32,7 +32,7 @@ struct kd_layer {
 	bool no_rope;
 };
 
-enum kd_residency { KD_BOTH, KD_NESTED };
+enum kd_residency { KD_BOTH, KD_NESTED, KD_RESIDENCIES };
 
 /* Everything is copied by load(); the masters may go after it. */
 struct kd_model {
@@ -43,7 +43,7 @@ struct kd_model {
 	const uint16_t *embed;               /* [vocab, hidden] BF16; NULL: lm_head's BF16 */
 	const float *final_norm;             /* [hidden] */
 	const float *rope_cos, *rope_sin;    /* [max_context, head_dim / 2] */
-	enum kd_residency residency;
+	const uint8_t *residency;            /* [KD_GROUPS][n_layers] enum kd_residency, lm_head at layer 0; NULL: both */
 	uint32_t max_rows;                   /* of a step */
 	uint32_t n_pages;                    /* of the KV cache, [n_kv_heads * hd_pad * 32] 16-bit values each */
 	const char *cache_dir;               /* where found plans of cuBLASLt are kept; NULL: nowhere */
@@ -53,6 +53,8 @@ struct kd_model {
 
 struct kd_memory {
 	uint64_t weights, kv, buffers, free, total; /* bytes; free and total of the device */
+	uint64_t group[KD_LM_HEAD + 1];  /* of the weights: what the planes of a group's sites take */
+	uint64_t group_as[KD_RESIDENCIES][KD_LM_HEAD + 1]; /* what they would, if all were so */
 };
 
 /* Pages of one layer's block, as the engine's struct kv_block; UINT32_MAX: none. */
@@ -64,6 +66,7 @@ struct kd_block {
 struct kd_row {
 	uint32_t token, pos;
 	const struct kd_block *table;        /* [pos / 32 + 1][n_layers] */
+	uint64_t table_id;                   /* not 0. While it stays the same, blocks that were shown change only at the end */
 	const uint8_t *plan;                 /* [KD_GROUPS][n_layers] enum k_format */
 	uint64_t digest;                     /* equal plans have equal digests */
 	bool wants;                          /* logits */
@@ -120,10 +123,12 @@ struct kd_api {
 	/* The bytes load() would take, by kd_model's sizes alone. */
 	void (*plan_memory)(struct kd_device *, const struct kd_model *, struct kd_memory *);
 	int (*load)(struct kd_device *, const struct kd_model *, char *why, size_t why_len);
-	/* Runs rows [0, n). want [n_wanted] may be NULL: then all logits are copied. logits: [n_wanted, vocab], the
+	/* Starts rows [0, n). want [n_wanted] may be NULL: then all logits are copied. logits: [n_wanted, vocab], the
 	 * rows of kind KD_LOGITS are written; result [n_wanted], the others. -EIO: the device failed, for good. */
-	int (*run)(struct kd_device *, const struct kd_row *, uint32_t n, const struct kd_want *, float *logits,
+	int (*submit)(struct kd_device *, const struct kd_row *, uint32_t n, const struct kd_want *, float *logits,
 	    struct kd_result *, char *why, size_t why_len);
+	/* Until what was started is done; what submit() was given may be used again. -EIO as there. */
+	int (*wait)(struct kd_device *, char *why, size_t why_len);
 	/* One row again, to find where it first goes non-finite: 1 found, 0 not. */
 	int (*find_nonfinite)(struct kd_device *, const struct kd_row *, uint32_t *group, uint32_t *layer);
 	/* Any thread. The format that runs at a site where `format` is wanted, and in words the kernel that decodes one

@@ -15,13 +15,22 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum k_format { K_BF16, K_FP8, K_FP8W, K_FP8T, K_N_FORMATS };
+enum k_format { K_BF16, K_FP8, K_FP8W, K_FP8T, K_FP8B, K_N_FORMATS };
 
 /* Are the inputs of a linear layer E4M3 too? */
 static inline bool
 k_is_w8a8(enum k_format f)
 {
-	return f == K_FP8 || f == K_FP8T;
+	return f == K_FP8 || f == K_FP8T || f == K_FP8B;
+}
+
+#define K_SQUARE 128u /* channels and inputs that share a scale in fp8b */
+
+/* So many scales has a row of n inputs in fp8b. */
+static inline uint32_t
+k_squares(uint32_t n)
+{
+	return (n + K_SQUARE - 1) / K_SQUARE;
 }
 
 #define K_BLOCK 32u /* inputs per block of a sum; positions per KV page */
@@ -48,7 +57,10 @@ float k_e4m3_to_float(uint8_t);
  * is that of the channel with the largest absmax, and a weight is the high
  * plane's, brought to it by a power of two and rounded to E4M3 once more. What
  * stays normal keeps its three bits, so it is plain E4M3(w / tensor_scale) there;
- * below 2^-6 it was rounded twice, which costs at most a sixteenth of a step more.
+ * below 2^-6 it was rounded twice, and is at most three quarters of a step off instead of a half.
+ *
+ * fp8b, a scale for each square of 128 channels by 128 inputs, needs none either: its
+ * weights are made of the masters, so it reads both planes. A master that is subnormal is 0.
  */
 struct k_exception {
 	uint32_t block;  /* panel * (k_pad / 32) + block of inputs */
@@ -63,6 +75,8 @@ struct k_weight {
 	int8_t *lo;            /* same order */
 	float *scale;          /* [n_pad] 2^-k, applied once to the output; 1 in the padding, 2^-120 for a channel of zeros */
 	float tensor_scale;    /* the largest scale of a channel: fp8t; set by k_weight_finish() */
+	float *square;         /* [n_pad/32][k_squares(k)] absmax / 448 of the square that a panel lies in, 1 if that is no
+	                        * normal: fp8b; absmax of the panel alone until k_weight_finish() */
 	uint8_t *flag;         /* [n_pad/32 * k_pad/32] 1: the block has exceptions */
 	struct k_exception *exc; /* [n_exc] ascending by (block, index) */
 	uint32_t n_exc;
@@ -85,18 +99,22 @@ uint16_t k_exception_value(const struct k_exception *, float scale);
 
 /* ---- operations ---- */
 
-/* y[r][c] (+)= sum over i of x[r][i] * w[c][i], times x_scale[r] for fp8 and fp8t, times scale[c] (fp8t: tensor_scale). */
+/*
+ * y[r][c] (+)= sum over i of x[r][i] * w[c][i], times x_scale[r] for fp8 and fp8t, times scale[c] (fp8t: tensor_scale).
+ * fp8b: the sum of each 128 inputs on its own, times (x_scale[r][b] * the square's), is added to the total.
+ */
 struct k_linear {
 	const struct k_weight *w;
 	enum k_format format;
-	const uint16_t *x;      /* [rows, ldx] BF16, zero from k to k_pad; E4M3 values for fp8 and fp8t */
-	const float *x_scale;   /* [rows] for these two, else NULL */
+	const uint16_t *x;      /* [rows, ldx] BF16, zero from k to k_pad; E4M3 values for fp8, fp8t and fp8b */
+	const float *x_scale;   /* [rows] for fp8 and fp8t; [rows, ld_scale] for fp8b; else NULL */
 	uint32_t rows;
 	size_t ldx;
 	float *y;               /* [rows, ldy]; columns >= n are not written */
 	size_t ldy;
 	bool add;               /* y += */
 	uint32_t panel0, panel1; /* computes the channels of panels [panel0, panel1) */
+	size_t ld_scale;        /* fp8b alone */
 };
 
 /*
@@ -141,7 +159,7 @@ k_window_first(uint32_t pos, uint32_t window)
 
 struct k_ops {
 	const char *name;
-	void (*linear)(const struct k_linear *);
+	void (*linear)(const struct k_linear *); /* all but fp8b: k_linear_run() takes that too */
 	/* Rounds x [n] to BF16; zeros up to n_pad. */
 	void (*act_bf16)(const float *x, uint32_t n, uint32_t n_pad, uint16_t *out);
 	/* s = absmax / 448 (1 if zero); out = E4M3(x / s) as BF16; zeros up to n_pad. A NaN stays one. */
@@ -170,6 +188,11 @@ struct k_ops {
 	 * element i in lane i % 8, lanes folded in pairs. */
 	double (*weights)(const float *x, uint32_t n, float max, double temperature, double least, double *p);
 };
+
+/* Of any format (kernels/squares.c): fp8b is made of a level's other kernels, so its bits are the same at every level. */
+void k_linear_run(const struct k_ops *, const struct k_linear *);
+/* act_fp8 of each 128 inputs: scale [k_squares(n)]. */
+void k_act_squares(const struct k_ops *, const float *x, uint32_t n, uint32_t n_pad, uint16_t *out, float *scale);
 
 /* The best level of this machine, or the named one ("ref", "avx2", "avx512", "amx").
  * NULL with why for a level that is unknown or that the machine lacks. */

@@ -108,7 +108,8 @@ k_weight_plan(struct k_weight *w, uint32_t n, uint32_t k)
 	w->k_pad = (k + K_BLOCK - 1) / K_BLOCK * K_BLOCK;
 	plane = (size_t)w->n_pad * w->k_pad;
 	blocks = (size_t)(w->n_pad / K_PANEL) * (w->k_pad / K_BLOCK);
-	return align64(plane) * 2 + align64(w->n_pad * sizeof(float)) + align64(blocks);
+	return align64(plane) * 2 + align64(w->n_pad * sizeof(float)) + align64(blocks) +
+	    align64((size_t)(w->n_pad / K_PANEL) * k_squares(k) * sizeof(float));
 }
 
 void
@@ -121,6 +122,7 @@ k_weight_place(struct k_weight *w, void *mem)
 	w->lo = (int8_t *)(p + plane);
 	w->scale = (float *)(void *)(p + 2 * plane);
 	w->flag = p + 2 * plane + align64(w->n_pad * sizeof(float));
+	w->square = (float *)(void *)(w->flag + align64((size_t)(w->n_pad / K_PANEL) * (w->k_pad / K_BLOCK)));
 }
 
 /* Where (channel, input) of a panel lies inside its block. */
@@ -282,17 +284,36 @@ pack_block_avx512(const struct packing *p, uint32_t block, uint32_t kb)
 	return rc;
 }
 
+/* The largest magnitude of a row; those of its squares go to what the panel has. */
+static uint16_t
+row_absmax(const struct k_weight *w, const uint16_t *row, float *square, bool avx512)
+{
+	uint16_t all = 0;
+
+	for (uint32_t b = 0; b < k_squares(w->k); b++) {
+		uint32_t n = w->k - b * K_SQUARE < K_SQUARE ? w->k - b * K_SQUARE : K_SQUARE;
+		uint16_t max = avx512 ? avx512_absmax(row + b * K_SQUARE, n) : absmax(row + b * K_SQUARE, n);
+
+		all = max > all ? max : all;
+		if (max >= 0x80 && k_bf16_to_float(max) > square[b])
+			square[b] = k_bf16_to_float(max);
+	}
+	return all;
+}
+
 static int
 pack_panel(struct packing *p, uint32_t panel, bool avx512, uint32_t *bad_row, uint32_t *bad_col)
 {
 	struct k_weight *w = p->w;
+	float *square = w->square + (size_t)panel * k_squares(w->k);
 	uint32_t first = panel * K_PANEL, kb_n = w->k_pad / K_BLOCK;
 	uint32_t n = w->n - first < K_PANEL ? w->n - first : K_PANEL;
 	int rc = 0;
 
+	memset(square, 0, k_squares(w->k) * sizeof(*square));
 	for (uint32_t r = 0; r < n; r++) {
 		const uint16_t *row = p->rows + (size_t)r * w->k;
-		uint16_t max = avx512 ? avx512_absmax(row, w->k) : absmax(row, w->k);
+		uint16_t max = row_absmax(w, row, square, avx512);
 
 		if (max >= 0x7f80) {
 			*bad_row = first + r;
@@ -334,9 +355,28 @@ k_pack_panel_ref(struct k_weight *w, uint32_t panel, const uint16_t *rows, struc
 	return pack_panel(&p, panel, false, bad_row, bad_col);
 }
 
+/* Four panels are as high as a square. */
+static void
+finish_squares(struct k_weight *w)
+{
+	uint32_t n = k_squares(w->k), panels = w->n_pad / K_PANEL, high = K_SQUARE / K_PANEL;
+
+	for (uint32_t p0 = 0; p0 < panels; p0 += high) {
+		for (uint32_t b = 0; b < n; b++) {
+			float max = 0;
+
+			for (uint32_t p = p0; p < p0 + high && p < panels; p++)
+				max = w->square[(size_t)p * n + b] > max ? w->square[(size_t)p * n + b] : max;
+			for (uint32_t p = p0; p < p0 + high && p < panels; p++)
+				w->square[(size_t)p * n + b] = max >= 448 * 0x1p-126f ? max / 448.0f : 1.0f;
+		}
+	}
+}
+
 void
 k_weight_finish(struct k_weight *w)
 {
+	finish_squares(w);
 	w->tensor_scale = 0;
 	for (uint32_t r = 0; r < w->n; r++)
 		if (w->scale[r] > w->tensor_scale)

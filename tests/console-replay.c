@@ -78,7 +78,7 @@ make_fixed(void)
 {
 	static const char *const group[GROUPS] = {"attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj",
 	    "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "lm_head", "kv_cache"};
-	static const char *const format[] = {"bf16", "fp8", "fp8w", "fp8t"};
+	static const char *const format[] = {"bf16", "fp8", "fp8w", "fp8t", "fp8b"};
 	static const uint64_t weights[GROUPS] = {67108864, 8388608, 8388608, 67108864, 234881024, 234881024, 234881024, 1050673152, 4096};
 
 	p.magic = PAGE_MAGIC, p.version = PAGE_VERSION, p.bytes = sizeof(p);

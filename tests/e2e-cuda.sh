@@ -11,10 +11,17 @@ head -c "${text_bytes-100}" "$srcdir/models/proof/eval/prose.txt" >"$scratch/tex
 policies='
 [policy kv8]
 kv_cache = fp8
+[policy fp8t]
+* = fp8t
+[policy fp8b]
+* = fp8b
 [policy mixed]
 * = fp8
 attention.q_proj = fp8w
 mlp.up_proj@0-2 = bf16
+mlp.down_proj = fp8b
+attention.v_proj@1,2 = fp8b
+attention.k_proj@2 = fp8b
 lm_head = fp8t
 kv_cache@1,3 = fp8'
 plans=${plans-bf16 mixed}
@@ -22,13 +29,13 @@ plans=${plans-bf16 mixed}
 # Tokens of a few requests under each plan; log-probabilities of a text; a measurement.
 answers() {
 	for plan in $plans; do
-		octetctl use "$plan" >/dev/null 2>&1
+		octetctl use "$plan" >/dev/null 2>&1 || [ "$(octetctl --json status | jq -r .policy)" = "$plan" ] || ok "use $plan" false
 		octet complete --json --ignore-eos --max-tokens "${tokens-6}" "She go to school every day and" | tail -1 | jq -c .tokens >>"$scratch/$1.$plan"
 		octet complete --json --temperature 0.8 --top-p 0.95 --top-k 30 --repetition-penalty 1.2 --seed 7 --max-tokens 4 --ignore-eos "It work" |
 			tail -1 | jq -c '[.tokens, .prompt_tokens]' >>"$scratch/$1.drawn"
 	done
 	octetctl use bf16 >/dev/null 2>&1
-	[ "$2" = nested ] || octetctl eval --candidate fp8 --text "$scratch/text" --json >"$scratch/$1.eval"
+	[ "$2" != both ] || octetctl eval --candidate fp8 --text "$scratch/text" --json >"$scratch/$1.eval"
 }
 near() { jq -en "($1 - $2 | if . < 0 then -. else . end) <= $3"; }
 
@@ -89,11 +96,13 @@ max_batch_tokens = 16' config </dev/null
 	rm -rf "$scratch/state"
 fi
 OCTET_PLUGIN=$plugin
-for residency in both nested; do
+for residency in both sites nested; do
 	rm -rf "$scratch/state"
 	rm -f "$scratch"/gpu.*
+	options="residency = $residency"
+	[ $residency != sites ] || options="nested_sites = attention.k_proj mlp.up_proj@0-1 lm_head"
 	engine_options="backend = cuda
-residency = $residency" config <<END
+$options" config <<END
 $policies
 END
 	ok "$residency: start" start
@@ -103,7 +112,16 @@ END
 		is "$residency: greedy tokens under $plan are the CPU's" "$(cat "$scratch/gpu.$plan")" "$(cat "$scratch/cpu.$plan")"
 	done
 	is "$residency: so are drawn ones" "$(cat "$scratch/gpu.drawn")" "$(cat "$scratch/cpu.drawn")"
-	[ $residency = both ] || break
+	case $residency in
+	nested) break ;;
+	sites)
+		is "sites: told before loading" "$(sed -n 's/.*device.weights group=\([^ ]*\) takes="\(.*\)" both="\(.*\)" nested="\(.*\)"/\1|\2|\3|\4/p' "$scratch/log" | tail -8 |
+			awk -F'|' '{ print $1, ($2 == $4) + 2 * ($2 == $3) }' | tr '\n' ' ')" "attention.q_proj 2 attention.k_proj 1 attention.v_proj 2 attention.o_proj 2 mlp.gate_proj 2 mlp.up_proj 0 mlp.down_proj 2 lm_head 1 "
+		has "sites: as their kernels say" "$(octetctl --json status | jq -r '.groups[] | select(.name == "mlp.up_proj") | .kernels | tostring')" "nested.*plain|plain.*nested"
+		stop
+		continue
+		;;
+	esac
 	ppl=$(jq .text.perplexity.baseline "$scratch/cpu.eval") got=$(jq .text.perplexity.baseline "$scratch/gpu.eval")
 	ok "perplexity: $got, the CPU's $ppl" near "$got" "$ppl" "$ppl * 0.005"
 	ppl=$(jq .text.kl.mean "$scratch/cpu.eval") got=$(jq .text.kl.mean "$scratch/gpu.eval")
@@ -118,6 +136,18 @@ END
 	wait $bench
 	is "flips under load fail no request" "$(jq -c '[.failed, .tokens]' "$scratch/bench")" "[0,24]"
 	is "graphs were captured" "$(octetctl --json status | jq '.device.graphs > 0 and .device.graph_launches > 0')" true
+	before=$(octetctl --json status | jq .device.graphs)
+	after=$before
+	for i in 1 2 3 4 5; do # a card is quick: the two may not meet
+		[ "$after" = "$before" ] || break
+		octet complete --policy fp8 --ignore-eos --max-tokens "${long-40}" "She go" >"$scratch/other" &
+		other=$!
+		octet complete --ignore-eos --max-tokens "${long-40}" "She go" >/dev/null
+		wait $other
+		after=$(octetctl --json status | jq .device.graphs)
+	done
+	ok "rows of two plans get a graph" [ "$after" -gt "$before" ]
+	is "and the same tokens" "$(cat "$scratch/other")" "$(octet complete --policy fp8 --ignore-eos --max-tokens "${long-40}" "She go")"
 	is "each site names its kernel" "$(octetctl --json status | jq '[.groups[] | .kernels | length > 0] | all')" true
 	stop
 done

@@ -473,6 +473,50 @@ replay(struct forward *fw, struct kv_pool *kv, const struct sunk *s, const uint3
 	kv_seq_free(&seq);
 }
 
+/* A device keeps copies of tables: while a table has its number, full blocks must stay as they were. */
+static void
+test_table_numbers(void **state)
+{
+	const uint32_t token[2 * KV_PAGE_TOKENS] = {5, 6, 7};
+	uint32_t layers = model->shape.n_layers;
+	struct kv_block was[64];
+	struct kv_pool kv;
+	struct kv_seq a, b;
+	struct err err = {""};
+	uint64_t first;
+
+	(void)state;
+	assert_true(layers <= sizeof(was) / sizeof(*was));
+	assert_int_equal(kv_new(&kv, &model->shape, 16 * layers * kv_page_bytes(&model->shape), &err), 0);
+	assert_int_equal(kv_seq_new(&a, layers, 3 * KV_PAGE_TOKENS), 0);
+	assert_int_equal(kv_seq_new(&b, layers, 3 * KV_PAGE_TOKENS), 0);
+	assert_true(a.uid != 0 && b.uid != 0 && a.uid != b.uid);
+	first = b.uid;
+	for (uint32_t pos = 0; pos <= KV_PAGE_TOKENS; pos++) {
+		const struct plan *plan = pos < 7 ? kv8 : bf16;
+
+		assert_int_equal(kv_open(&kv, &a, plan, pos), 0);
+		assert_int_equal(kv_open(&kv, &b, plan, pos), 0);
+		if (pos == KV_PAGE_TOKENS - 1)
+			memcpy(was, b.block, layers * sizeof(*was));
+	}
+	assert_memory_equal(was, b.block, layers * sizeof(*was));
+	kv_publish(&kv, &a, 1, bf16->digest, token);
+	assert_int_equal(b.uid, first);
+	/* a was first: b takes a's pages. */
+	kv_publish(&kv, &b, 1, bf16->digest, token);
+	assert_memory_equal(a.block, b.block, layers * sizeof(*was));
+	assert_true(memcmp(was, b.block, layers * sizeof(*was)) != 0);
+	assert_int_not_equal(b.uid, first);
+	first = b.uid;
+	kv_close(&kv, &b);
+	assert_int_not_equal(b.uid, first);
+	kv_close(&kv, &a);
+	kv_seq_free(&a);
+	kv_seq_free(&b);
+	kv_free(&kv);
+}
+
 /* The same request once more, under the segments that it told of. */
 static struct request *
 make_replay(struct sunk *to, const struct sunk *from, const uint32_t *ids, uint32_t n, uint32_t max_tokens)
@@ -1371,6 +1415,7 @@ main(void)
 {
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(test_sched),
+		cmocka_unit_test(test_table_numbers),
 		cmocka_unit_test(test_company),
 		cmocka_unit_test(test_levels),
 		cmocka_unit_test(test_sampling),

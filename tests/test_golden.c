@@ -26,7 +26,7 @@
 static const struct { const char *name, *selector, *format; double logit, tie; } plans[] = {
 	{"bf16", "*", "bf16", 0.2, 0.05}, {"fp8w", "*", "fp8w", 0.2, 0.05}, {"fp8", "*", "fp8", 1.5, 0.5},
 	/* Those that only proof has goldens of. */
-	{"fp8t", "*", "fp8t", 1.5, 0.5}, {"kv8", "kv_cache", "fp8", 0.5, 0.1},
+	{"fp8t", "*", "fp8t", 1.5, 0.5}, {"fp8b", "*", "fp8b", 1.5, 0.5}, {"kv8", "kv_cache", "fp8", 0.5, 0.1},
 };
 #define N_TINY_PLANS 3u
 #define N_PLANS (sizeof(plans) / sizeof(*plans))

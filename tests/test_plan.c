@@ -112,9 +112,9 @@ test_refused(void **state)
 	refused("mlp.up_proj@5-2", "fp8", "mlp.up_proj@5-2: layers 5-2 run backwards");
 	refused("mlp.up_proj@-1--2", "fp8", "mlp.up_proj@-1--2: layers -1--2 run backwards");
 	refused("lm_head@0", "fp8", "lm_head@0: lm_head has no layer; write it without @");
-	refused("mlp.up_proj", "fp9", "mlp.up_proj: \"fp9\" is no format (bf16, fp8, fp8w, fp8t)");
-	refused("mlp.up_proj", "FP8", "mlp.up_proj: \"FP8\" is no format (bf16, fp8, fp8w, fp8t)");
-	refused("mlp.up_proj", "", "mlp.up_proj: \"\" is no format (bf16, fp8, fp8w, fp8t)");
+	refused("mlp.up_proj", "fp9", "mlp.up_proj: \"fp9\" is no format (bf16, fp8, fp8w, fp8t, fp8b)");
+	refused("mlp.up_proj", "FP8", "mlp.up_proj: \"FP8\" is no format (bf16, fp8, fp8w, fp8t, fp8b)");
+	refused("mlp.up_proj", "", "mlp.up_proj: \"\" is no format (bf16, fp8, fp8w, fp8t, fp8b)");
 	refused("kv_cache", "fp8w", "kv_cache: kv_cache cannot be fp8w in this version (bf16, fp8)");
 	refused("mlp.\x1b[31m", "fp8", "mlp.?[31m: no layer group matches \"mlp.?[31m\"; the nearest is mlp.gate_proj");
 	/* What is no list of layers. */

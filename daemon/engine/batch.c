@@ -29,6 +29,22 @@ batch_put(struct request *r, struct wire_event ev)
 	r->sink.put(r->sink.arg, &ev);
 }
 
+static void
+flush(struct seq *s)
+{
+	if (s->flush_due)
+		s->req->sink.flush(s->req->sink.arg);
+	s->flush_due = false;
+}
+
+void
+batch_flush(struct engine *e)
+{
+	for (uint32_t i = 0; i < e->n_running; i++)
+		if (e->running[i] != NULL)
+			flush(e->running[i]);
+}
+
 /* Ends a request: pages back, DONE out (its room was kept by SINK_ROOM), and
  * over to the front. The request may be freed as soon as the lock is released. */
 void
@@ -248,6 +264,7 @@ preempt(struct engine *e, struct seq *s)
 	if (s->state == SEQ_PARKED)
 		s->req->sink.set_parked(s->req->sink.arg, false);
 	seq_set_state(s, SEQ_QUEUED);
+	flush(s);
 	kv_close(&e->kv, &s->kv);
 	s->n_run = 0;
 	batch_queue(e, s->req, true);

@@ -36,6 +36,7 @@ struct seq {
 	struct segment *seg;  /* [n_seg] */
 	uint32_t n_seg, cap_seg, n_told; /* the app knows the first n_told */
 	uint32_t n_fixed;     /* positions below run under seg[], whatever the plan is now */
+	bool flush_due;       /* its events are put, its reader is not woken yet */
 };
 
 struct engine {
@@ -122,6 +123,9 @@ struct segment seq_segment_at(const struct seq *, uint32_t pos); /* what a posit
 /* ---- who runs (batch.c) ---- */
 
 void batch_put(struct request *, struct wire_event);
+/* Wakes the readers of those that run and have new events. On the CPU at the end of a step; with a device while
+ * it runs the next one, so that it does not wait for system calls. */
+void batch_flush(struct engine *);
 /* Ends a request: pages back, DONE out, over to the front. It may be gone when this returns. */
 void batch_finish(struct engine *, struct request *, enum wire_finish, uint64_t detail);
 void batch_drop_running(struct engine *, uint32_t i);

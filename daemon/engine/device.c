@@ -27,6 +27,8 @@ struct device {
 	struct kd_want *want;      /* [max_rows]; the first n_want were asked for, those after are KD_LOGITS */
 	struct kd_result *result;  /* [max_rows] */
 	uint32_t n_want;
+	uint32_t n_wanted;         /* of the step that was submitted, and where logits go */
+	float *logits;
 	struct kd_edit *edit;      /* [cap_edit] of all wants of a step, one after the other */
 	uint32_t n_edit, cap_edit;
 	uint32_t *at;              /* [vocab] place in edit + 1 of a token of the want that is made; 0: none */
@@ -102,27 +104,64 @@ device_name(const struct device *d)
 
 /* ---- the model ---- */
 
+/* Residency as a plan: fp8 where it is nested. NULL with the reason in err. */
+static struct plan *
+residency(const struct model_shape *s, const struct device_options *o, struct err *err)
+{
+	char *list = strdup(o->nested_sites != NULL ? o->nested_sites : ""), *rest = list, *word;
+	struct plan_rule *rule = list != NULL ? calloc(strlen(list) + 1, sizeof(*rule)) : NULL;
+	struct plan *p = NULL;
+	size_t n = 0;
+	int rc;
+
+	if (rule == NULL) {
+		free(list);
+		err_set(err, -ENOMEM, "out of memory");
+		return NULL;
+	}
+	if (o->nested)
+		rule[n++] = (struct plan_rule){"*", "fp8", 0};
+	while ((word = strsep(&rest, " \t")) != NULL)
+		if (*word != '\0')
+			rule[n++] = (struct plan_rule){word, "fp8", 0};
+	rc = plan_derive(&p, NULL, s->n_layers, rule, n, err);
+	if (rc == 0 && plan_at(p, GROUP_KV_CACHE, 0) != FORMAT_BF16) {
+		err_set(err, -EINVAL, "kv_cache has no weights");
+		plan_unref(&p);
+	}
+	if (p == NULL)
+		err_prefix(err, "nested_sites");
+	free(rule), free(list);
+	return p;
+}
+
 static struct kd_model
-sizes(const struct model_shape *s, uint32_t max_rows, uint64_t n_pages, const struct device_options *o)
+sizes(const struct model_shape *s, uint32_t max_rows, uint64_t n_pages, const struct device_options *o, const struct plan *residency)
 {
 	return (struct kd_model){.hidden = s->hidden, .intermediate = s->intermediate, .n_layers = s->n_layers,
 	    .n_heads = s->n_heads, .n_kv_heads = s->n_kv_heads, .head_dim = s->head_dim, .vocab = s->vocab,
 	    .max_context = s->max_context, .window = s->window, .rms_eps = s->rms_eps,
-	    .residency = o->nested ? KD_NESTED : KD_BOTH, .max_rows = max_rows,
+	    .residency = residency->format, .max_rows = max_rows,
 	    .n_pages = (uint32_t)(n_pages < UINT32_MAX / 2 ? n_pages : UINT32_MAX / 2), .cache_dir = o->cache_dir,
 	    .progress = o->progress, .progress_arg = o->progress_arg};
 }
 
-void
+int
 device_memory(const struct device *d, const struct model_shape *s, uint64_t kv_bytes, uint32_t max_rows,
-    const struct device_options *o, struct kd_memory *out)
+    const struct device_options *o, struct kd_memory *out, struct err *err)
 {
-	struct kd_model km = sizes(s, max_rows, kv_bytes / kv_page_bytes(s), o);
+	struct plan *p = residency(s, o, err);
+	struct kd_model km;
 	uint16_t untied = 0;
 
+	if (p == NULL)
+		return -EINVAL;
+	km = sizes(s, max_rows, kv_bytes / kv_page_bytes(s), o, p);
 	if (!s->tied)
 		km.embed = &untied; /* only whether there is one */
 	d->api->plan_memory(d->dev, &km, out);
+	plan_unref(&p);
+	return 0;
 }
 
 static bool
@@ -139,14 +178,21 @@ int
 device_load(struct device *d, const struct model *m, const struct kv_pool *kv, uint32_t max_rows,
     const struct device_options *o, struct err *err)
 {
-	struct kd_model km = sizes(&m->shape, max_rows, kv->n_pages, o);
 	struct kd_layer *layer = calloc(m->shape.n_layers, sizeof(*layer));
+	struct plan *p = residency(&m->shape, o, err);
+	struct kd_model km;
 	char why[256] = "";
 	int rc;
 
 	d->m = m, d->max_rows = max_rows;
+	if (p == NULL) {
+		free(layer);
+		return -EINVAL;
+	}
+	km = sizes(&m->shape, max_rows, kv->n_pages, o, p);
 	if (layer == NULL || !make_buffers(d)) {
 		free(layer);
+		plan_unref(&p);
 		return err_set(err, -ENOMEM, "no memory for a batch of %u rows", max_rows);
 	}
 	for (uint32_t l = 0; l < m->shape.n_layers; l++) {
@@ -159,6 +205,7 @@ device_load(struct device *d, const struct model *m, const struct kv_pool *kv, u
 	km.rope_cos = m->rope_cos, km.rope_sin = m->rope_sin;
 	rc = d->api->load(d->dev, &km, why, sizeof(why));
 	free(layer);
+	plan_unref(&p);
 	return rc == 0 ? 0 : err_set(err, rc, "%s", why);
 }
 
@@ -248,7 +295,7 @@ device_result(const struct device *d, uint32_t i, struct sampled *out)
 static struct kd_row
 row_of(const struct forward_row *r)
 {
-	return (struct kd_row){.token = r->token, .pos = r->pos, .table = (const struct kd_block *)(const void *)r->kv->block,
+	return (struct kd_row){.token = r->token, .pos = r->pos, .table = (const struct kd_block *)(const void *)r->kv->block, .table_id = r->kv->uid,
 	    .plan = r->plan->format, .digest = r->plan->digest, .wants = r->wants_logits};
 }
 
@@ -263,7 +310,7 @@ give_up(struct device *d, uint32_t n_wanted, float *logits)
 }
 
 void
-device_run(struct device *d, const struct forward_row *row, uint32_t n, float *logits)
+device_submit(struct device *d, const struct forward_row *row, uint32_t n, float *logits)
 {
 	uint32_t n_wanted = 0, at = 0;
 	char why[256];
@@ -278,8 +325,18 @@ device_run(struct device *d, const struct forward_row *row, uint32_t n, float *l
 	}
 	for (uint32_t i = d->n_want; i < n_wanted; i++)
 		d->want[i] = (struct kd_want){.kind = KD_LOGITS};
-	if (d->failed || d->api->run(d->dev, d->row, n, d->want, logits, d->result, why, sizeof(why)) != 0)
-		give_up(d, n_wanted, logits);
+	d->n_wanted = n_wanted, d->logits = logits;
+	if (!d->failed)
+		d->failed = d->api->submit(d->dev, d->row, n, d->want, logits, d->result, why, sizeof(why)) != 0;
+}
+
+void
+device_wait(struct device *d)
+{
+	char why[256];
+
+	if (d->failed || d->api->wait(d->dev, why, sizeof(why)) != 0)
+		give_up(d, d->n_wanted, d->logits);
 	d->n_want = d->n_edit = 0;
 }
 

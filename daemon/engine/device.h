@@ -21,20 +21,21 @@ const char *device_name(const struct device *);    /* "cuda" */
 
 struct device_options {
 	bool nested;              /* residency */
+	const char *nested_sites; /* selectors, spaces between: nested in any case; NULL: none */
 	const char *cache_dir;    /* NULL: none */
 	void (*progress)(void *, int percent);
 	void *progress_arg;
 };
 
-/* What the model and a KV cache of so many bytes will take there, and what is free. */
-void device_memory(const struct device *, const struct model_shape *, uint64_t kv_bytes, uint32_t max_rows,
-    const struct device_options *, struct kd_memory *);
+/* What the model and a KV cache of so many bytes will take there, and what is free. -EINVAL: a selector that matches nothing. */
+int device_memory(const struct device *, const struct model_shape *, uint64_t kv_bytes, uint32_t max_rows,
+    const struct device_options *, struct kd_memory *, struct err *);
 /* Copies the model. The pool's pages get their twins on the device; once. */
 int device_load(struct device *, const struct model *, const struct kv_pool *, uint32_t max_rows,
     const struct device_options *, struct err *);
 
 /* ---- a step: device_want() or device_score() for each row that wants logits and
- * is no probe's, in row order; forward_run(); then device_result() of each ---- */
+ * is no probe's, in row order; forward_start(), forward_run(); then device_result() of each ---- */
 
 void device_want(struct device *, const struct sampling *, const uint32_t *token, uint32_t n_prompt, uint32_t n_known);
 void device_score(struct device *, uint32_t token, uint32_t n_top);
@@ -43,7 +44,8 @@ bool device_result(const struct device *, uint32_t i, struct sampled *);
 /* Of forward.c. Rows without a device_want() have their logits written, in row order
  * among all that want them. After a device failed, every result is "not finite" and every logit NaN: requests end
  * with an error, and device_status() says why. */
-void device_run(struct device *, const struct forward_row *, uint32_t n, float *logits);
+void device_submit(struct device *, const struct forward_row *, uint32_t n, float *logits);
+void device_wait(struct device *);
 bool device_find_nonfinite(struct device *, const struct forward_row *, struct forward_site *);
 
 /* Any thread. */

@@ -19,7 +19,9 @@ struct inputs {
 	uint16_t *bf16;   /* [max_rows, ld] rounded to BF16 */
 	uint16_t *fp8;    /* [max_rows, ld] E4M3 values, as BF16 */
 	float *scale;     /* [max_rows] of fp8 */
-	size_t ld;
+	uint16_t *fp8b;   /* as fp8, with a scale for each 128 inputs */
+	float *square;    /* [max_rows, ld_square] of fp8b */
+	size_t ld, ld_square;
 };
 
 /* Panels or rows that a part begins with; whoever has done his own takes of the others'. */
@@ -34,6 +36,7 @@ struct forward {
 	struct team *team;
 	struct kv_pool *kv;
 	struct device *device; /* NULL: the CPU runs it */
+	bool started;          /* forward_start() went before */
 	uint32_t max_rows;
 
 	float *x;         /* [max_rows, hidden] residual */
@@ -64,7 +67,7 @@ struct forward {
 	/* $OCTET_FAULT: a site whose FP8 inputs get a wrong scale, for tests of eval and guardrail. */
 	int fault_group;  /* -1: none */
 	uint32_t fault_layer;
-	float *fault_scale; /* [max_rows] */
+	float *fault_scale; /* [max_rows, ld_square] */
 
 	/* forward_find_nonfinite(): check after each phase. */
 	bool trace, found;
@@ -143,6 +146,7 @@ forward_new(struct forward **out, const struct model *m, const struct k_ops *ops
 	f->tmp_ld = max3(s->hidden, s->intermediate, q);
 	/* An odd number of cache lines: rows at a power of two would share a few sets of the cache. */
 	f->in.ld = ((f->tmp_ld + K_BLOCK - 1) / K_BLOCK | 1) * K_BLOCK;
+	f->in.ld_square = k_squares((uint32_t)f->in.ld);
 	f->block_ld = kv_blocks_for(s->max_context);
 	f->x = buffer((size_t)max_rows * s->hidden, sizeof(float), &ok);
 	f->q = buffer((size_t)max_rows * q, sizeof(float), &ok);
@@ -160,7 +164,9 @@ forward_new(struct forward **out, const struct model *m, const struct k_ops *ops
 	f->in.bf16 = buffer((size_t)max_rows * f->in.ld, sizeof(uint16_t), &ok);
 	f->in.fp8 = buffer((size_t)max_rows * f->in.ld, sizeof(uint16_t), &ok);
 	f->in.scale = buffer(max_rows, sizeof(float), &ok);
-	f->fault_scale = buffer(max_rows, sizeof(float), &ok);
+	f->in.fp8b = buffer((size_t)max_rows * f->in.ld, sizeof(uint16_t), &ok);
+	f->in.square = buffer((size_t)max_rows * f->in.ld_square, sizeof(float), &ok);
+	f->fault_scale = buffer((size_t)max_rows * f->in.ld_square, sizeof(float), &ok);
 	plant_fault(f);
 	if (!ok) {
 		forward_free(&f);
@@ -179,7 +185,7 @@ forward_free(struct forward **fp)
 		return;
 	free(f->x), free(f->q), free(f->k), free(f->v), free(f->attn), free(f->gate), free(f->up);
 	free(f->logits), free(f->tmp), free(f->block), free(f->share), free(f->plan);
-	free(f->in.bf16), free(f->in.fp8), free(f->in.scale), free(f->fault_scale);
+	free(f->in.bf16), free(f->in.fp8), free(f->in.scale), free(f->in.fp8b), free(f->in.square), free(f->fault_scale);
 	free(f);
 	*fp = NULL;
 }
@@ -242,11 +248,19 @@ run_rows(struct forward *f, uint32_t n, void (*each)(struct forward *, uint32_t 
 	team_run(f->team, rows_part, f);
 }
 
+enum encoding { IN_BF16, IN_FP8, IN_FP8B };
+
+static enum encoding
+encoding_of(enum plan_format f)
+{
+	return f == FORMAT_FP8B ? IN_FP8B : k_is_w8a8((enum k_format)f) ? IN_FP8 : IN_BF16;
+}
+
 static bool
-any_format(const struct forward *f, uint32_t row, const enum plan_group *group, uint32_t n, bool fp8)
+any_encoding(const struct forward *f, uint32_t row, const enum plan_group *group, uint32_t n, enum encoding e)
 {
 	for (uint32_t i = 0; i < n; i++)
-		if (k_is_w8a8((enum k_format)plan_at(f->plan[row], group[i], f->layer)) == fp8)
+		if (encoding_of(plan_at(f->plan[row], group[i], f->layer)) == e)
 			return true;
 	return false;
 }
@@ -260,10 +274,12 @@ encode(struct forward *f, uint32_t row, const float *h, uint32_t n, const enum p
 	if (f->evidence != NULL && row == f->sample_row)
 		for (uint32_t i = 0; i < n_groups; i++)
 			evidence_add(f->evidence, group[i], f->layer, h, n);
-	if (any_format(f, row, group, n_groups, false))
+	if (any_encoding(f, row, group, n_groups, IN_BF16))
 		f->ops->act_bf16(h, n, n_pad, f->in.bf16 + row * f->in.ld);
-	if (any_format(f, row, group, n_groups, true))
+	if (any_encoding(f, row, group, n_groups, IN_FP8))
 		f->ops->act_fp8(h, n, n_pad, f->in.fp8 + row * f->in.ld, &f->in.scale[row]);
+	if (any_encoding(f, row, group, n_groups, IN_FP8B))
+		k_act_squares(f->ops, h, n, n_pad, f->in.fp8b + row * f->in.ld, f->in.square + row * f->in.ld_square);
 }
 
 /* y = y + bias in FP32, after the scaled sum has been written or added: the one
@@ -283,12 +299,12 @@ add_bias(const struct forward *f, const struct site *s, uint32_t row0, uint32_t 
 
 /* Parts write the same values side by side: each its own would be a buffer more. */
 static const float *
-wrong_scale(struct forward *f, uint32_t from, uint32_t to)
+wrong_scale(struct forward *f, const float *scale, size_t from, size_t to)
 {
-	for (uint32_t r = from; r < to; r++) {
-		float wrong = 4 * f->in.scale[r];
+	for (size_t i = from; i < to; i++) {
+		float wrong = 4 * scale[i];
 
-		__atomic_store(&f->fault_scale[r], &wrong, __ATOMIC_RELAXED);
+		__atomic_store(&f->fault_scale[i], &wrong, __ATOMIC_RELAXED);
 	}
 	return f->fault_scale;
 }
@@ -299,17 +315,18 @@ linear_panels(struct forward *f, const struct site *s, uint32_t n_rows, uint32_t
 {
 	for (uint32_t r = 0, end; r < n_rows; r = end) {
 		enum plan_format fmt = plan_at(f->plan[r], s->group, f->layer);
-		bool fp8 = k_is_w8a8((enum k_format)fmt);
-		const float *scale = f->in.scale;
+		enum encoding e = encoding_of(fmt);
+		const float *scale = e == IN_FP8B ? f->in.square : f->in.scale;
+		size_t scales = e == IN_FP8B ? f->in.ld_square : 1;
 
 		for (end = r + 1; end < n_rows && plan_at(f->plan[end], s->group, f->layer) == fmt; end++)
 			;
-		if (fp8 && f->fault_group == (int)s->group && f->fault_layer == f->layer)
-			scale = wrong_scale(f, r, end);
-		f->ops->linear(&(struct k_linear){
+		if (e != IN_BF16 && f->fault_group == (int)s->group && f->fault_layer == f->layer)
+			scale = wrong_scale(f, scale, r * scales, end * scales);
+		k_linear_run(f->ops, &(struct k_linear){
 		    .w = s->w, .format = (enum k_format)fmt,
-		    .x = (fp8 ? f->in.fp8 : f->in.bf16) + r * f->in.ld,
-		    .x_scale = fp8 ? scale + r : NULL,
+		    .x = (e == IN_FP8B ? f->in.fp8b : e == IN_FP8 ? f->in.fp8 : f->in.bf16) + r * f->in.ld,
+		    .x_scale = e != IN_BF16 ? scale + r * scales : NULL, .ld_scale = scales,
 		    .rows = end - r, .ldx = f->in.ld,
 		    .y = s->y + r * s->ldy, .ldy = s->ldy, .add = s->add,
 		    .panel0 = p0, .panel1 = p1});
@@ -572,13 +589,25 @@ keep_wanted(struct forward *f, uint32_t n)
 	return kept;
 }
 
+void
+forward_start(struct forward *f, const struct forward_row *row, uint32_t n)
+{
+	if (f->device == NULL)
+		return;
+	device_submit(f->device, row, n, f->logits);
+	f->started = true;
+}
+
 float *
 forward_run(struct forward *f, const struct forward_row *row, uint32_t n)
 {
 	uint32_t wanted;
 
 	if (f->device != NULL) {
-		device_run(f->device, row, n, f->logits);
+		if (!f->started)
+			forward_start(f, row, n);
+		f->started = false;
+		device_wait(f->device);
 		return f->logits;
 	}
 	f->row = row;

@@ -38,6 +38,8 @@ void forward_use_device(struct forward *, struct device *);
  * [n_wanted, vocab] FP32 of the rows that want them, in row order; valid until
  * the next call. */
 float *forward_run(struct forward *, const struct forward_row *, uint32_t n);
+/* With a device: starts what the forward_run() of the same rows will wait for. On the CPU it does nothing. */
+void forward_start(struct forward *, const struct forward_row *, uint32_t n);
 
 /* The next forward_run() also notes what FP8 would do to the inputs of one of its rows. */
 void forward_sample(struct forward *, struct evidence *, uint32_t row);

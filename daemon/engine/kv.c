@@ -253,12 +253,20 @@ take(struct kv_pool *kv, uint32_t *page)
 
 /* ---- sequences ---- */
 
+static uint64_t
+new_uid(void)
+{
+	static uint64_t last;
+
+	return __atomic_add_fetch(&last, 1, __ATOMIC_RELAXED);
+}
+
 int
 kv_seq_new(struct kv_seq *s, uint32_t n_layers, uint32_t tokens)
 {
 	uint32_t n = kv_blocks_for(tokens);
 
-	*s = (struct kv_seq){.max_blocks = n, .n_layers = n_layers};
+	*s = (struct kv_seq){.max_blocks = n, .n_layers = n_layers, .uid = new_uid()};
 	s->block = malloc((size_t)n * n_layers * sizeof(*s->block));
 	s->prefix = malloc((size_t)n * sizeof(*s->prefix));
 	if (s->block != NULL && s->prefix != NULL)
@@ -328,6 +336,7 @@ kv_close(struct kv_pool *kv, struct kv_seq *s)
 	while (s->n_blocks > s->n_dropped)
 		close_block(kv, s, --s->n_blocks);
 	s->n_blocks = s->n_dropped = s->n_published = 0;
+	s->uid = new_uid();
 }
 
 void
@@ -384,6 +393,7 @@ kv_publish(struct kv_pool *kv, struct kv_seq *s, uint64_t scope, uint64_t digest
 		memcpy(seq_blocks(s, b), prefix_blocks(kv, same), kv->n_layers * sizeof(struct kv_block));
 		s->prefix[b] = same;
 		s->n_published++;
+		s->uid = new_uid();
 		return;
 	}
 	if (i == KV_NONE)

@@ -36,6 +36,7 @@ struct kv_seq {
 	uint32_t n_dropped;     /* blocks before this one fell out of the sliding window */
 	uint32_t n_published;   /* blocks at the front that are published */
 	uint32_t max_blocks, n_layers;
+	uint64_t uid;           /* another one whenever blocks change that were full: copies of the table are stale then */
 };
 
 struct kv_prefix;

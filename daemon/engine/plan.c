@@ -27,6 +27,7 @@ static const char *const format_names[N_FORMATS] = {
 	[FORMAT_FP8] = "fp8",
 	[FORMAT_FP8W] = "fp8w",
 	[FORMAT_FP8T] = "fp8t",
+	[FORMAT_FP8B] = "fp8b",
 };
 
 /* Ranges of groups that plan_diff() may name as one; wider ones first. */

@@ -17,7 +17,7 @@ enum plan_group {
 };
 
 /* The first formats are those of enum k_format, in its order. */
-enum plan_format { FORMAT_BF16, FORMAT_FP8, FORMAT_FP8W, FORMAT_FP8T, N_FORMATS };
+enum plan_format { FORMAT_BF16, FORMAT_FP8, FORMAT_FP8W, FORMAT_FP8T, FORMAT_FP8B, N_FORMATS };
 
 struct plan {
 	uint32_t refs;      /* atomic */

@@ -181,7 +181,7 @@ after_step(struct engine *e, struct seq *s, uint32_t rows, uint32_t *want, uint3
 	}
 	if (window != 0 && end + 1 > window)
 		kv_drop_before(&e->kv, &s->kv, end + 1 - window);
-	r->sink.flush(r->sink.arg);
+	s->flush_due = true;
 	return true;
 }
 
@@ -212,8 +212,10 @@ step_run(struct engine *e)
 		rows = batch_choose(e);
 		probe_rows = probe_choose(e, rows);
 	}
-	if (rows + probe_rows == 0)
+	if (rows + probe_rows == 0) {
+		batch_flush(e);
 		return e->n_running != running; /* who was preempted may be admitted again */
+	}
 	e->step++;
 	evidence = rows > 0 && e->cfg.evidence_steps != 0 && e->step % e->cfg.evidence_steps == 0;
 	if (evidence)
@@ -222,6 +224,8 @@ step_run(struct engine *e)
 		tell_device(e);
 	team_set_alone(e->team, (double)(rows + probe_rows) * (double)e->m->weights_bytes / 2 < SMALL_STEP);
 	forward = engine_now_ms();
+	forward_start(e->forward, e->row, rows + probe_rows);
+	batch_flush(e); /* of the step before, while the device runs this one */
 	e->logits = forward_run(e->forward, e->row, rows + probe_rows);
 	forward = engine_now_ms() - forward;
 	if (evidence)
@@ -241,6 +245,8 @@ step_run(struct engine *e)
 			e->running[i] = NULL;
 	}
 	batch_drop_gone(e);
+	if (e->cfg.device == NULL)
+		batch_flush(e);
 	if (rows > 0)
 		note_step(e, rows, probe_rows, engine_now_ms() - start, forward, prompt_rows, tokens);
 	return true;

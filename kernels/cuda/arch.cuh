@@ -210,12 +210,12 @@ cu_exp(float x)
 	return __fmul_rn(p, __uint_as_float((uint32_t)((int)n + 127) << 23));
 }
 
-/* absmax / 448, 1 if that is zero: the scale of kernels/ref. */
+/* absmax / 448, 1 if that is zero, or subnormal, which a CPU's kernel threads flush: the scale of kernels/ref. */
 static __device__ __forceinline__ float
 cu_scale_of(float absmax)
 {
 	float s = __fdiv_rn(absmax, 448.0f);
 
-	return s == 0 ? 1.0f : s;
+	return s < 0x1p-126f ? 1.0f : s; /* a NaN stays */
 }
 #endif

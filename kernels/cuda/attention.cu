@@ -60,8 +60,8 @@ __global__ void __launch_bounds__(WARPS * 32)
 rope_kv(struct cu_attention a)
 {
 	__shared__ float heads[WARPS][256];
-	const uint32_t lane = threadIdx.x % 32, r = blockIdx.y, half = a.hd / 2;
-	const uint32_t n = a.n_heads + 2 * a.kv.n_kv, h = blockIdx.x * WARPS + threadIdx.x / 32;
+	const uint32_t lane = threadIdx.x % 32, r = blockIdx.x, half = a.hd / 2;
+	const uint32_t n = a.n_heads + 2 * a.kv.n_kv, h = blockIdx.y * WARPS + threadIdx.x / 32;
 	float *v = heads[threadIdx.x / 32];
 
 	if (h >= n || a.first[r] == CU_NONE)
@@ -102,7 +102,7 @@ rope_kv(struct cu_attention a)
 extern "C" void
 cu_rope_kv(const struct cu_attention *a, cudaStream_t stream)
 {
-	CU_LAUNCH(rope_kv, dim3((a->n_heads + 2 * a->kv.n_kv + WARPS - 1) / WARPS, a->rows), WARPS * 32, 0, stream, *a);
+	CU_LAUNCH(rope_kv, dim3(a->rows, (a->n_heads + 2 * a->kv.n_kv + WARPS - 1) / WARPS), WARPS * 32, 0, stream, *a);
 }
 
 /* ---- reading pages ---- */

@@ -17,12 +17,19 @@ extern "C" {
 #define CU_SKINNY 64u       /* rows that own kernels take at most */
 #define CU_NONE UINT32_MAX
 
+/* Entries [from, from + n) of what a step sends go to entries at .. of the tables. */
+struct cu_patch {
+	uint32_t at, from, n;
+	uint32_t row;       /* the host's */
+};
+void cu_patch_tables(const struct cu_patch *, uint32_t n, const struct kd_block *from, struct kd_block *tables, cudaStream_t);
+
 struct cu_tile {
 	uint32_t row, n; /* rows of one sequence, in a row */
 };
 
 /* A site, or neighbouring ones, of equal format: y[r][c] (+)= sum of x[r] * w[c], scaled. */
-enum cu_weights { CU_W_BF16, CU_W_NESTED, CU_W_E4M3, CU_W_E4M3T };
+enum cu_weights { CU_W_BF16, CU_W_NESTED, CU_W_E4M3, CU_W_E4M3T, CU_W_E4M3B };
 struct cu_linear {
 	enum cu_weights kind;
 	bool w8a8;              /* x is xq with its scale, else xb */
@@ -31,11 +38,13 @@ struct cu_linear {
 	const int8_t *lo;       /* [n, ld] */
 	const float *scale;     /* [n] of the output; CU_W_BF16: not read */
 	const float *tscale;    /* [n] CU_W_E4M3T: in its place */
+	const float *square;    /* [n / 128 up, ld_square] CU_W_E4M3B: in its place */
+	size_t ld_square;       /* ld / 128 up, up to a multiple of 4: cuBLASLt wants that */
 	uint32_t n, k, ld;
 	const uint16_t *xb;     /* [rows, ldx] BF16 */
 	const uint8_t *xq;      /* [rows, ldx] E4M3 */
-	const float *xs;        /* [rows] */
-	size_t ldx;
+	const float *xs;        /* [rows, ldxs] */
+	size_t ldx, ldxs;       /* ldxs: 1, but for CU_W_E4M3B */
 	uint32_t rows;
 	float *y;               /* [rows, ldy] */
 	size_t ldy;
@@ -57,6 +66,10 @@ void cu_exceptions_add(const struct cu_linear *, const struct cu_exceptions *, c
 void cu_unpack(const struct cu_linear *, const struct cu_exceptions *, uint16_t *out, cudaStream_t);
 void cu_unpack_exceptions(const struct cu_exceptions *, uint32_t ld, uint16_t *out, cudaStream_t);
 void cu_rescale_e4m3(const struct cu_linear *, uint8_t *out, cudaStream_t);
+/* fp8b: E4M3(master / the square's scale) [n, ld], of bf16 or, where that is NULL, of both planes and the exceptions. */
+void cu_square_codes(const struct cu_linear *, const struct cu_exceptions *, uint8_t *out, cudaStream_t);
+/* Its xs as cuBLASLt wants them: [k / 128 up, t], 1 in the padding. */
+void cu_square_inputs(const struct cu_linear *, uint32_t t, float *out, cudaStream_t);
 /* y (+)= t * xs[r] * scale[c]: what scalar mode left out. */
 void cu_apply_scales(const struct cu_linear *, const float *t, size_t ldt, cudaStream_t);
 void cu_add_bias(float *y, size_t ldy, uint32_t rows, uint32_t n, const float *bias, cudaStream_t);
@@ -70,6 +83,9 @@ struct cu_encoded {
 	uint8_t *xq;
 	float *xs;
 	size_t ld;
+	uint8_t *xqb;           /* [rows, ld] E4M3 with a scale for each 128 */
+	float *xsb;             /* [rows, ldb] */
+	size_t ldb;
 };
 /* x [.., ldx]; from (may be NULL) names the row of x that makes row r. */
 void cu_rmsnorm(const float *x, size_t ldx, const uint32_t *from, const float *w, uint32_t n, float eps, uint32_t rows,

@@ -202,19 +202,27 @@ set(struct plan *p, cublasLtMatmulDescAttributes_t a, const void *v, size_t n)
 }
 
 static bool
+has_scales(const struct key *k)
+{
+	return k->kind == LT_FP8_OUTER || k->kind == LT_FP8_SQUARES;
+}
+
+static bool
 describe(const struct lt *lt, struct plan *p)
 {
 	const struct key *k = &p->key;
 	cudaDataType_t in = k->kind == LT_BF16 ? CUDA_R_16BF : CUDA_R_8F_E4M3;
 	cublasOperation_t yes = CUBLAS_OP_T, no = CUBLAS_OP_N;
-	int32_t mode = CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F;
+	bool outer = k->kind == LT_FP8_OUTER;
+	int32_t a_mode = outer ? CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F : CUBLASLT_MATMUL_MATRIX_SCALE_BLK128x128_32F;
+	int32_t b_mode = outer ? CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F : CUBLASLT_MATMUL_MATRIX_SCALE_VEC128_32F;
 	int8_t fast = lt->fast;
 
 	return cublasLtMatmulDescCreate(&p->desc, CUBLAS_COMPUTE_32F, CUDA_R_32F) == CUBLAS_STATUS_SUCCESS &&
 	    set(p, CUBLASLT_MATMUL_DESC_TRANSA, &yes, sizeof(yes)) && set(p, CUBLASLT_MATMUL_DESC_TRANSB, &no, sizeof(no)) &&
-	    (k->kind == LT_BF16 || set(p, CUBLASLT_MATMUL_DESC_FAST_ACCUM, &fast, sizeof(fast))) &&
-	    (k->kind != LT_FP8_OUTER || (set(p, CUBLASLT_MATMUL_DESC_A_SCALE_MODE, &mode, sizeof(mode)) &&
-	        set(p, CUBLASLT_MATMUL_DESC_B_SCALE_MODE, &mode, sizeof(mode)))) &&
+	    (k->kind == LT_BF16 || k->kind == LT_FP8_SQUARES || set(p, CUBLASLT_MATMUL_DESC_FAST_ACCUM, &fast, sizeof(fast))) &&
+	    (!has_scales(k) || (set(p, CUBLASLT_MATMUL_DESC_A_SCALE_MODE, &a_mode, sizeof(a_mode)) &&
+	        set(p, CUBLASLT_MATMUL_DESC_B_SCALE_MODE, &b_mode, sizeof(b_mode)))) &&
 	    cublasLtMatrixLayoutCreate(&p->a, in, k->k, k->n, k->k) == CUBLAS_STATUS_SUCCESS &&
 	    cublasLtMatrixLayoutCreate(&p->b, in, k->k, k->t, k->ldx) == CUBLAS_STATUS_SUCCESS &&
 	    cublasLtMatrixLayoutCreate(&p->c, CUDA_R_32F, k->n, k->t, k->ldy) == CUBLAS_STATUS_SUCCESS;
@@ -228,12 +236,18 @@ struct operands {
 };
 
 static bool
+point_at_scales(struct plan *p, const struct operands *o)
+{
+	return !has_scales(&p->key) || (set(p, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, &o->w_scale, sizeof(o->w_scale)) &&
+	    set(p, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, &o->x_scale, sizeof(o->x_scale)));
+}
+
+static bool
 multiply(const struct lt *lt, struct plan *p, const struct operands *o)
 {
 	float one = 1, beta = p->key.add ? 1 : 0;
 
-	if (p->key.kind == LT_FP8_OUTER && (!set(p, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, &o->w_scale, sizeof(o->w_scale)) ||
-	    !set(p, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, &o->x_scale, sizeof(o->x_scale))))
+	if (!point_at_scales(p, o))
 		return false;
 	return cublasLtMatmul(lt->handle, p->desc, &one, o->w, p->a, o->x, p->b, &beta, o->y, p->c, o->y, p->c, &p->algo,
 	    lt->workspace, LT_WORKSPACE, o->stream) == CUBLAS_STATUS_SUCCESS;
@@ -354,7 +368,8 @@ plan_for(struct lt *lt, const struct key *key, const struct operands *o, bool tu
 	p->key = *key;
 	p->next = *at;
 	*at = p;
-	if (!describe(lt, p))
+	/* With its scales: the library is asked about what will run. */
+	if (!describe(lt, p) || !point_at_scales(p, o))
 		p->failed = true;
 	else if (!take_kept(lt, p))
 		choose(lt, p, o, tune);
@@ -366,6 +381,8 @@ run(struct lt *lt, const struct key *key, const struct operands *o, bool tune)
 {
 	struct plan *p;
 
+	if (key->kind == LT_FP8_SQUARES && (key->n % K_SQUARE != 0 || key->k % K_SQUARE != 0))
+		return -ENOTSUP;
 	if (key->k % 16 != 0 || key->n % 8 != 0 || key->t % 16 != 0 || key->ldy % 4 != 0 || (uintptr_t)o->w % 16 != 0 ||
 	    (uintptr_t)o->x % 16 != 0 || (uintptr_t)o->y % 16 != 0 || (uintptr_t)o->w_scale % 16 != 0 || (uintptr_t)o->x_scale % 16 != 0)
 		return -ENOTSUP;
@@ -407,6 +424,12 @@ lt_tune(struct lt *lt, enum lt_kind kind, const void *w, const void *x, size_t l
 
 	lt->last = NULL;
 	return run(lt, &key, &o, true);
+}
+
+enum lt_kind
+lt_ran(const struct lt *lt)
+{
+	return (enum lt_kind)lt->last->key.kind;
 }
 
 bool

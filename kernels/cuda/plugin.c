@@ -8,6 +8,8 @@
 
 #include "kernels/cuda/plugin.h"
 
+static uint32_t opened[256]; /* of each card: by this process */
+
 #define FP8_CAPABILITY 89u /* Ada, then Hopper and what follows */
 
 int
@@ -63,6 +65,18 @@ nvml_number(const struct kd_device *d, const char *name, int kind)
 	return rc == 0 ? v : 0;
 }
 
+static void
+close_nvml(struct kd_device *d)
+{
+	int (*shutdown)(void);
+
+	*(void **)(&shutdown) = nvml_call(d, "nvmlShutdown");
+	if (d->nvml_device != NULL && shutdown != NULL)
+		shutdown();
+	if (d->nvml != NULL)
+		dlclose(d->nvml);
+}
+
 /* ---- opening ---- */
 
 static int
@@ -86,6 +100,7 @@ find_card(struct kd_device *d, char *why, size_t why_len)
 	if ((rc = cu_failed(cudaSetDevice(d->index), "choosing the card", why, why_len)) != 0 ||
 	    (rc = cu_failed(cudaGetDeviceProperties(&prop, d->index), "asking the card", why, why_len)) != 0)
 		return rc;
+	opened[d->index]++, d->counted = true;
 	cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, d->index);
 	cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, d->index);
 	cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, d->index);
@@ -116,6 +131,10 @@ plugin_close(struct kd_device **dp)
 		cudaEventDestroy(d->end);
 	if (d->stream != NULL)
 		cudaStreamDestroy(d->stream);
+	close_nvml(d);
+	/* The context holds some hundred MB of the card, which a daemon that fell back to its CPU has no use for. */
+	if (d->counted && --opened[d->index] == 0)
+		cudaDeviceReset();
 	free(d);
 	*dp = NULL;
 }
@@ -130,6 +149,10 @@ plugin_open(struct kd_device **out, uint32_t index, char *why, size_t why_len)
 	if (d == NULL)
 		return snprintf(why, why_len, "out of memory"), -ENOMEM;
 	d->index = (int)index;
+	if (index >= sizeof(opened) / sizeof(*opened)) {
+		free(d);
+		return snprintf(why, why_len, "device = %u: there are not so many", index), -ENODEV;
+	}
 	if ((rc = find_card(d, why, why_len)) != 0 ||
 	    (rc = cu_failed(cudaStreamCreateWithFlags(&d->stream, cudaStreamNonBlocking), "a stream", why, why_len)) != 0 ||
 	    (rc = cu_failed(cudaEventCreate(&d->begin), "an event", why, why_len)) != 0 ||
@@ -176,21 +199,38 @@ plugin_executes(const struct kd_device *d, uint32_t group, uint32_t layer, enum 
 	return f;
 }
 
+/* What takes more rows than own kernels do: as it was found when the model was loaded. */
+static const char *
+library_of(const struct kd_device *d, const struct bundle *b, uint32_t layer, enum k_format f)
+{
+	static const char *const names[] = {[LT_BF16] = "cuBLASLt bf16", [LT_FP8_OUTER] = "cuBLASLt e4m3 outer-vector",
+	    [LT_FP8_SCALAR] = "cuBLASLt e4m3 unit scales", [LT_FP8_SQUARES] = "cuBLASLt e4m3 blk128x128"};
+	enum k_format as = f == K_FP8W ? K_BF16 : f == K_FP8T ? K_FP8 : f;
+	uint8_t took = b == NULL ? 0 : d->took[b->head ? N_BUNDLES : b - d->layer[layer].b][as];
+
+	return took == TOOK_NONE ? "the same, 64 at a time" : took == 0 ? "cuBLASLt" : names[took - 1];
+}
+
 static void
 plugin_kernel_name(const struct kd_device *d, uint32_t group, uint32_t layer, enum k_format f, char *out, size_t len)
 {
 	bool any = (d->m.head_dim != 64 && d->m.head_dim != 128) || d->m.n_heads / (d->m.n_kv_heads + !d->m.n_kv_heads) > 16;
 
-	(void)layer;
+	uint32_t part = 0;
+	const struct bundle *b = group <= KD_LM_HEAD && d->layer != NULL ? weights_of(d, group, layer, &part) : NULL;
+	bool nested = b != NULL && b->lo[part] != NULL;
+	const char *library = library_of(d, b, layer, f);
+
 	if (group == KD_KV_CACHE)
 		snprintf(out, len, "%s, %s pages", any ? "attend_any" : "attend (mma)", f == K_FP8 ? "E4M3" : "BF16");
 	else if (f == K_BF16)
-		snprintf(out, len, "gemv/mma bf16 %s to 64 rows, then cuBLASLt bf16%s", d->m.residency == KD_NESTED ? "nested" : "plain",
-		    d->m.residency == KD_NESTED ? " of unpacked planes" : "");
+		snprintf(out, len, "mma bf16 %s to 64 rows, then %s%s", nested ? "nested" : "plain", library, nested ? " of unpacked planes" : "");
 	else if (f == K_FP8W)
-		snprintf(out, len, "gemv/mma e4m3 x bf16 to 64 rows, then cuBLASLt bf16 of unpacked codes");
+		snprintf(out, len, "mma e4m3 x bf16 to 64 rows, then %s of unpacked codes", library);
+	else if (f == K_FP8B)
+		snprintf(out, len, "e4m3 of masters each time: mma by squares to 64 rows, then %s", library);
 	else
-		snprintf(out, len, "gemv/mma e4m3 to 64 rows, then cuBLASLt e4m3 %s", f == K_FP8T ? "rescaled" : "outer-vector");
+		snprintf(out, len, "mma e4m3 to 64 rows, then %s%s", library, f == K_FP8T ? " of rescaled codes" : "");
 }
 
 static void
@@ -221,7 +261,7 @@ plugin_status(struct kd_device *d, struct kd_status *out)
 }
 
 static const struct kd_api api = {KD_ABI, sizeof(struct kd_api), "cuda", plugin_open, plugin_close, plugin_has_fp8,
-    weights_memory, plugin_load, step_run, step_find_nonfinite, plugin_executes, plugin_kernel_name, plugin_status};
+    weights_memory, plugin_load, step_submit, step_wait, step_find_nonfinite, plugin_executes, plugin_kernel_name, plugin_status};
 
 __attribute__((visibility("default"))) extern const struct kd_api *const octet_device_api;
 const struct kd_api *const octet_device_api = &api;

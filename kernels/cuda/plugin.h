@@ -20,10 +20,14 @@ enum bundle_name { B_QKV, B_O, B_GU, B_DOWN, N_BUNDLES };
 struct bundle {
 	uint32_t parts, group[3], n[3], at[3]; /* at: first output channel */
 	uint32_t n_all, k, ld;
-	uint16_t *bf16;         /* [n_all, ld]; NULL: nested */
+	/* Of each part, [n, ld]: BF16, or the low plane where it is nested; the other is NULL. Neighbours of one residency
+	 * lie one after the other. */
+	uint16_t *bf16[3];
+	int8_t *lo[3];
 	uint8_t *hi;            /* [n_all, ld] */
-	int8_t *lo;             /* [n_all, ld]; NULL: not nested */
 	float *scale, *tscale;  /* [n_all] */
+	float *square;          /* [rows of squares of all parts, ld_square]: fp8b */
+	uint32_t ld_square, square_at[3];
 	float *bias;            /* [n_all] or NULL */
 	struct cu_exceptions exc[3];
 	bool head;
@@ -39,17 +43,18 @@ struct layer {
 
 #define LT_WORKSPACE ((size_t)32 << 20)
 
-enum lt_kind { LT_BF16, LT_FP8_OUTER, LT_FP8_SCALAR, N_LT_KINDS };
+enum lt_kind { LT_BF16, LT_FP8_OUTER, LT_FP8_SCALAR, LT_FP8_SQUARES };
 struct lt;
 int lt_new(struct lt **, const char *cache_dir, const char *device, bool fast, char *why, size_t why_len);
 void lt_free(struct lt **);
-/* y [t, ldy] FP32 = x [t, ldx] w [n, k]^T, + y if add. Scales as LT_FP8_OUTER has them, [n] and [t]; else NULL. -ENOTSUP: this
- * shape is not to be had. */
+/* y [t, ldy] FP32 = x [t, ldx] w [n, k]^T, + y if add. Scales as LT_FP8_OUTER has them, [n] and [t]; as LT_FP8_SQUARES,
+ * [n / 128, k / 128 up to a multiple of 4] and [k / 128, t]; else NULL. -ENOTSUP: this shape is not to be had. */
 int lt_run(struct lt *, enum lt_kind, const void *w, const void *x, size_t ldx, float *y, size_t ldy, uint32_t n, uint32_t k,
     uint32_t t, bool add, const float *w_scale, const float *x_scale, cudaStream_t);
 /* The same, and the best of eight algorithms is chosen by timing; y is overwritten. */
 int lt_tune(struct lt *, enum lt_kind, const void *w, const void *x, size_t ldx, float *y, size_t ldy, uint32_t n, uint32_t k,
     uint32_t t, bool add, const float *w_scale, const float *x_scale, cudaStream_t);
+enum lt_kind lt_ran(const struct lt *); /* what ran last */
 /* Whether lt_tune() has a time now; what an own kernel took for the same; whether the library did better. */
 bool lt_timed(const struct lt *);
 void lt_against(struct lt *, float us);
@@ -61,10 +66,12 @@ void lt_save(struct lt *); /* what lt_tune() found */
 
 #define MAX_GRAPHS 64u
 #define MAX_RANGES 64u
+#define TOOK_NONE 255u
+#define MIXED_SEEN 4u   /* requests come and go: most mixtures of plans do not last */
 
 struct graph {
-	uint64_t digest, used;
-	uint32_t rows, splits;
+	uint64_t plans, used;   /* plans: of all rows, as mixed() has it */
+	uint32_t rows, splits, seen;
 	bool tried;             /* to capture it */
 	cudaGraphExec_t exec;   /* NULL: runs eagerly */
 };
@@ -80,13 +87,33 @@ struct staged {
 	uint32_t *token, *pos, *first, *from; /* [max_rows] each; from: the rows that want logits */
 	struct cu_tile *tile;   /* [max_rows] */
 	struct cu_want *want;   /* [max_rows] */
+	struct cu_patch *patch; /* [max_rows] */
 	size_t bytes;           /* of all these */
 	struct kd_edit *edit; size_t cap_edit;    /* grow */
-	struct kd_block *table; size_t cap_table; /* entries */
+};
+
+/* Page tables (tables.c). */
+struct tables {
+	struct kd_block *dev;   /* [cap] */
+	size_t cap, used;       /* entries */
+	struct table *slot;     /* [n_slots] by number */
+	uint32_t n_slots, n_tables;
+	struct kd_block *host_new, *dev_new; /* what a step sends */
+	size_t cap_new, n_new;
+	uint32_t n_patches;
+};
+
+/* A step that was submitted. */
+struct pending {
+	bool any;
+	uint32_t n_wanted;
+	struct kd_result *result; /* where its results go; NULL: nowhere */
+	double host_us;
 };
 
 struct kd_device {
 	int index;
+	bool counted;           /* among those that use this card */
 	uint32_t sm_count, capability; /* 90: 9.0 */
 	char name[64], kernels[128];
 	cudaStream_t stream;
@@ -109,8 +136,10 @@ struct kd_device {
 	void *buffers;
 	float *x, *qkv, *attn, *gu, *part, *logits, *xs;
 	uint16_t *q, *xb;
-	uint8_t *xq;
-	size_t ldx;             /* of xb and xq */
+	uint8_t *xq, *xqb;
+	size_t ldx;             /* of xb, xq and xqb */
+	float *xsb, *xsb_t;     /* [max_rows, ldb], and turned round for cuBLASLt */
+	size_t ldb;
 	uint64_t *weight;       /* of sampling, [max_rows, vocab] */
 	void *scratch;          /* a layer's weights unpacked */
 	size_t scratch_bytes;
@@ -121,8 +150,11 @@ struct kd_device {
 	uint32_t max_part;      /* rows * splits that part has room for */
 
 	struct staged host, dev;
+	struct tables tables;
+	struct pending pending;
 	struct range range[MAX_RANGES];
 	uint32_t n_ranges;
+	uint8_t took[N_BUNDLES + 1][K_N_FORMATS]; /* 0: not asked; 1 + enum lt_kind that has many rows; TOOK_NONE */
 	struct graph graph[MAX_GRAPHS];
 	uint32_t n_graphs;
 	uint64_t clock;
@@ -134,11 +166,20 @@ struct kd_device {
 	char failure[128];
 };
 
+/* Where a group's weights are; its part of that. */
+const struct bundle *weights_of(const struct kd_device *, uint32_t group, uint32_t layer, uint32_t *part);
 int weights_load(struct kd_device *, const struct kd_model *, char *why, size_t why_len);
 void weights_free(struct kd_device *);
 void weights_memory(struct kd_device *, const struct kd_model *, struct kd_memory *);
-int step_run(struct kd_device *, const struct kd_row *, uint32_t n, const struct kd_want *, float *logits, struct kd_result *,
+int step_submit(struct kd_device *, const struct kd_row *, uint32_t n, const struct kd_want *, float *logits, struct kd_result *,
     char *why, size_t why_len);
+int step_wait(struct kd_device *, char *why, size_t why_len);
+/* Memory of both sides that grows: for at least so many of a size. What was in it is lost. */
+int step_grow(struct kd_device *, void **host, void **dev, size_t *cap, size_t want, size_t size, char *why, size_t why_len);
+int tables_new(struct tables *, uint32_t max_rows);
+void tables_free(struct tables *);
+int tables_stage(struct kd_device *, const struct kd_row *, uint32_t n, char *why, size_t why_len);
+void tables_send(struct kd_device *);
 int step_find_nonfinite(struct kd_device *, const struct kd_row *, uint32_t *group, uint32_t *layer);
 void step_tune(struct kd_device *); /* once, after loading: plans for the shapes of this model */
 void step_free_graphs(struct kd_device *);

@@ -29,6 +29,33 @@ absmax(float m, float v)
 	return v != v || m != m ? __uint_as_float(0x7fc00000u) : fmaxf(m, fabsf(v)); /* fmaxf() would forget it */
 }
 
+/* fp8b: a warp takes 128 inputs, four a lane; zeros up to the multiple of 32 that readers go to. */
+template <class F>
+static __device__ __forceinline__ void
+encode_squares(const struct cu_encoded &e, uint32_t r, uint32_t n, F get)
+{
+	const uint32_t pad = (n + CU_LD - 1) / CU_LD * CU_LD, lane = threadIdx.x % 32;
+
+	for (uint32_t b = threadIdx.x / 32; e.xqb != nullptr && b * K_SQUARE < n; b += blockDim.x / 32) {
+		const uint32_t at = b * K_SQUARE + lane * 4;
+		float v[4], m = 0, s;
+
+		for (int i = 0; i < 4; i++) {
+			v[i] = at + i < n ? get(at + i) : 0;
+			m = absmax(m, v[i]);
+		}
+		const bool nan = __ballot_sync(CU_FULL, m != m) != 0;
+
+		m = cu_warp_max(m != m ? 0 : m);
+		s = nan ? __uint_as_float(0x7fc00000u) : cu_scale_of(m);
+		if (lane == 0)
+			e.xsb[r * e.ldb + b] = s;
+		if (at < pad)
+			*reinterpret_cast<uint32_t *>(e.xqb + r * e.ld + at) = cu_e4m3x2(__fdiv_rn(v[0], s), __fdiv_rn(v[1], s)) |
+			    cu_e4m3x2(__fdiv_rn(v[2], s), __fdiv_rn(v[3], s)) << 16;
+	}
+}
+
 /* The scale of a row from each thread's largest magnitude; NaN if one has it. */
 static __device__ __forceinline__ float
 row_scale(const struct cu_encoded &e, uint32_t r, float m, float *scratch)
@@ -63,7 +90,10 @@ rmsnorm(const float *x, size_t ldx, const uint32_t *from, const float *w, uint32
 		m = absmax(m, __fmul_rn(__fmul_rn(v[i], f), w[i]));
 	float s = row_scale(e, r, m, scratch);
 
-	encode(e, r, n, s, [=](uint32_t i) { return __fmul_rn(__fmul_rn(v[i], f), w[i]); });
+	auto get = [=](uint32_t i) { return __fmul_rn(__fmul_rn(v[i], f), w[i]); };
+
+	encode(e, r, n, s, get);
+	encode_squares(e, r, n, get);
 }
 
 extern "C" void
@@ -92,7 +122,10 @@ silu_mul(const float *gu, uint32_t n, struct cu_encoded e)
 		m = absmax(m, silu_mul_of(v, n, i));
 	float s = row_scale(e, r, m, scratch);
 
-	encode(e, r, n, s, [=](uint32_t i) { return silu_mul_of(v, n, i); });
+	auto get = [=](uint32_t i) { return silu_mul_of(v, n, i); };
+
+	encode(e, r, n, s, get);
+	encode_squares(e, r, n, get);
 }
 
 extern "C" void
@@ -141,7 +174,10 @@ merge(struct cu_attention a, float *attn, struct cu_encoded e)
 	float s = row_scale(e, r, m, scratch);
 
 	__syncthreads();
-	encode(e, r, n, s, [=](uint32_t i) { return out[i]; });
+	auto get = [=](uint32_t i) { return out[i]; };
+
+	encode(e, r, n, s, get);
+	encode_squares(e, r, n, get);
 }
 
 extern "C" void

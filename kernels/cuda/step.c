@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * A step: what the engine asks for is laid out in pinned memory, copied, and the kernels of all layers follow on one
- * stream; results come back in one copy, with one synchronisation. Steps that only decode under one plan are padded up to
- * a bucket of rows; the second such step of a (bucket, plan, splits) is captured as a graph, and those after it replay
- * that. A flip is a new plan: its first step runs eagerly.
+ * stream; results come back in one copy, with one synchronisation. Steps that only decode are padded up to a bucket of
+ * rows; the second such step of a (bucket, plan, splits) is captured as a graph, and those after it replay that. A flip is
+ * a new plan: its first step runs eagerly. Where rows are of several plans, so many of each, the fifth is captured.
  */
 #include <errno.h>
 #include <math.h>
@@ -47,14 +47,15 @@ linear_of(const struct kd_device *d, const struct call *c)
 	const struct bundle *b = c->b;
 	uint32_t at = b->at[c->part0], n = b->at[c->part1 - 1] + b->n[c->part1 - 1] - at;
 	size_t to = (size_t)at * b->ld;
-	bool bf16 = c->format == K_BF16;
+	bool squares = c->format == K_FP8B, masters = c->format == K_BF16 || squares;
 
-	return (struct cu_linear){.kind = !bf16 ? (c->format == K_FP8T ? CU_W_E4M3T : CU_W_E4M3) :
-	    b->bf16 != NULL ? CU_W_BF16 : CU_W_NESTED, .w8a8 = k_is_w8a8(c->format),
-	    .bf16 = b->bf16 != NULL ? b->bf16 + to : NULL, .hi = b->hi + to, .lo = b->lo != NULL && bf16 ? b->lo + to : NULL,
-	    .scale = b->scale + at, .tscale = b->tscale + at, .n = n, .k = b->k, .ld = b->ld, .xb = d->xb + c->row0 * d->ldx,
-	    .xq = d->xq + c->row0 * d->ldx, .xs = d->xs + c->row0, .ldx = d->ldx, .rows = c->rows,
-	    .y = c->y + c->row0 * c->ldy + at, .ldy = c->ldy, .add = c->add};
+	return (struct cu_linear){.kind = squares ? CU_W_E4M3B : !masters ? (c->format == K_FP8T ? CU_W_E4M3T : CU_W_E4M3) :
+	    b->bf16[c->part0] != NULL ? CU_W_BF16 : CU_W_NESTED, .w8a8 = k_is_w8a8(c->format),
+	    .bf16 = b->bf16[c->part0], .hi = b->hi + to, .lo = masters ? b->lo[c->part0] : NULL,
+	    .scale = b->scale + at, .tscale = b->tscale + at, .square = b->square + (size_t)b->square_at[c->part0] * b->ld_square,
+	    .ld_square = b->ld_square, .n = n, .k = b->k, .ld = b->ld, .xb = d->xb + c->row0 * d->ldx,
+	    .xq = (squares ? d->xqb : d->xq) + c->row0 * d->ldx, .xs = squares ? d->xsb + c->row0 * d->ldb : d->xs + c->row0,
+	    .ldx = d->ldx, .ldxs = squares ? d->ldb : 1, .rows = c->rows, .y = c->y + c->row0 * c->ldy + at, .ldy = c->ldy, .add = c->add};
 }
 
 static struct cu_linear
@@ -62,7 +63,7 @@ rows_of(const struct cu_linear *a, uint32_t from, uint32_t rows)
 {
 	struct cu_linear r = *a;
 
-	r.xb += from * a->ldx, r.xq += from * a->ldx, r.xs += from, r.y += from * a->ldy, r.rows = rows;
+	r.xb += from * a->ldx, r.xq += from * a->ldx, r.xs += from * a->ldxs, r.y += from * a->ldy, r.rows = rows;
 	return r;
 }
 
@@ -110,6 +111,9 @@ run_lt(struct kd_device *d, const struct call *c, const struct cu_linear *a, uin
 	const uint16_t *w = a->bf16;
 
 	switch (a->kind) {
+	case CU_W_E4M3B:
+		cu_square_inputs(a, t, d->xsb_t, d->stream);
+		return lt(d->lt, LT_FP8_SQUARES, a->hi, a->xq, a->ldx, a->y, a->ldy, a->n, a->ld, t, a->add, a->square, d->xsb_t, d->stream);
 	case CU_W_E4M3T:
 		if (!fits)
 			return -ENOTSUP;
@@ -147,12 +151,33 @@ own_is_better(const struct kd_device *d, const struct cu_linear *a, uint32_t t)
 	    a->w8a8 ? (const void *)a->xq : a->xb, a->ldx, a->y, a->ldy, a->n, a->ld, t, a->add);
 }
 
+/* The codes of fp8b take the place of the high plane. */
+static void
+make_squares(struct kd_device *d, const struct call *c, struct cu_linear *a)
+{
+	uint8_t *codes = d->scratch;
+
+	for (uint32_t p = c->part0; p < c->part1; p++) {
+		uint32_t at = c->b->at[p] - c->b->at[c->part0];
+		struct cu_linear part = *a;
+
+		part.n = c->b->n[p], part.hi += (size_t)at * a->ld, part.scale += at;
+		part.lo = a->lo != NULL ? a->lo + (size_t)at * a->ld : NULL;
+		part.bf16 = a->bf16 != NULL ? a->bf16 + (size_t)at * a->ld : NULL;
+		part.square = c->b->square + (size_t)c->b->square_at[p] * a->ld_square;
+		cu_square_codes(&part, &c->b->exc[p], codes + (size_t)at * a->ld, d->stream);
+	}
+	a->hi = codes;
+}
+
 static void
 run_call(struct kd_device *d, const struct call *c)
 {
 	struct cu_linear a = linear_of(d, c), rest;
 	uint32_t whole = c->last ? (a.rows + 15) & ~15u : a.rows & ~15u;
 
+	if (a.kind == CU_W_E4M3B)
+		make_squares(d, c, &a);
 	if (a.rows <= CU_SKINNY && own_is_better(d, &a, whole)) {
 		run_skinny(d, c, &a);
 		return;
@@ -166,6 +191,14 @@ run_call(struct kd_device *d, const struct call *c)
 		run_skinny(d, c, &rest);
 }
 
+/* Can part p of a bundle be in one product with the part before it? fp8b: squares end with a part. */
+static bool
+go_together(const struct bundle *b, uint32_t p, enum k_format f)
+{
+	return (f != K_FP8B || b->n[p - 1] % K_SQUARE == 0) &&
+	    ((f != K_BF16 && f != K_FP8B) || (b->bf16[p] != NULL) == (b->bf16[p - 1] != NULL));
+}
+
 /* ranges: of the rows that the inputs are for. */
 static void
 run_bundle(struct kd_device *d, const struct bundle *b, uint32_t layer, const struct range *range, uint32_t n_ranges,
@@ -176,10 +209,13 @@ run_bundle(struct kd_device *d, const struct bundle *b, uint32_t layer, const st
 	for (uint32_t p = 0, p1; p < b->parts; p = p1) {
 		bool same = true;
 
-		/* Parts go together where they agree for all rows. */
+		/* Parts go together where they agree for all rows and one product can have them. */
 		for (p1 = p + 1; p1 < b->parts && same; p1 += same)
-			for (uint32_t i = 0; i < n_ranges; i++)
-				same = same && format_at(d, range[i].plan, b->group[p1], layer) == format_at(d, range[i].plan, b->group[p], layer);
+			for (uint32_t i = 0; i < n_ranges; i++) {
+				enum k_format f = format_at(d, range[i].plan, b->group[p], layer);
+
+				same = same && format_at(d, range[i].plan, b->group[p1], layer) == f && go_together(b, p1, f);
+			}
 		for (uint32_t i = 0, j; i < n_ranges; i = j) {
 			enum k_format f = format_at(d, range[i].plan, b->group[p], layer);
 			uint32_t end;
@@ -201,11 +237,15 @@ run_bundle(struct kd_device *d, const struct bundle *b, uint32_t layer, const st
 static struct cu_encoded
 encoding(const struct kd_device *d, const struct bundle *b, uint32_t layer, const struct range *range, uint32_t n)
 {
-	struct cu_encoded e = {NULL, NULL, NULL, d->ldx};
+	struct cu_encoded e = {.ld = d->ldx, .ldb = d->ldb};
 
 	for (uint32_t i = 0; i < n; i++)
 		for (uint32_t p = 0; p < b->parts; p++) {
-			if (k_is_w8a8(format_at(d, range[i].plan, b->group[p], layer)))
+			enum k_format f = format_at(d, range[i].plan, b->group[p], layer);
+
+			if (f == K_FP8B)
+				e.xqb = d->xqb, e.xsb = d->xsb;
+			else if (k_is_w8a8(f))
 				e.xq = d->xq, e.xs = d->xs;
 			else
 				e.xb = d->xb;
@@ -228,7 +268,7 @@ run_layer(struct kd_device *d, uint32_t l, const struct shape *s)
 	const struct layer *layer = &d->layer[l];
 	const struct bundle *b = layer->b;
 	uint32_t q = m->n_heads * m->head_dim, kv = m->n_kv_heads * m->head_dim;
-	struct cu_attention a = {.kv = d->kv, .table = d->dev.table, .first = d->dev.first, .pos = d->dev.pos,
+	struct cu_attention a = {.kv = d->kv, .table = d->tables.dev, .first = d->dev.first, .pos = d->dev.pos,
 	    .n_layers = m->n_layers, .layer = l, .n_heads = m->n_heads, .hd = m->head_dim, .window = m->window, .eps = m->rms_eps,
 	    .rows = s->rows, .qkv = d->qkv, .q = d->q, .q_norm = layer->q_norm, .k_norm = layer->k_norm,
 	    .cos = layer->no_rope ? NULL : d->cos, .sin = d->sin, .tile = d->dev.tile, .n_tiles = s->n_tiles, .splits = s->splits,
@@ -274,7 +314,7 @@ static void
 run_layers(struct kd_device *d, const struct shape *s)
 {
 	const struct kd_model *m = &d->m;
-	struct cu_linear table = {.hi = d->head.hi, .lo = d->head.lo, .scale = d->head.scale, .ld = d->head.ld};
+	struct cu_linear table = {.hi = d->head.hi, .lo = d->head.lo[0], .scale = d->head.scale, .ld = d->head.ld};
 	struct range range[MAX_RANGES];
 	struct cu_encoded e;
 	uint32_t n;
@@ -297,8 +337,8 @@ run_layers(struct kd_device *d, const struct shape *s)
 
 /* ---- what the engine asks for, laid out ---- */
 
-static int
-grow(struct kd_device *d, void **host, void **dev, size_t *cap, size_t want, size_t size, char *why, size_t why_len)
+int
+step_grow(struct kd_device *d, void **host, void **dev, size_t *cap, size_t want, size_t size, char *why, size_t why_len)
 {
 	size_t n = *cap == 0 ? 4096 : *cap;
 	int rc;
@@ -310,8 +350,8 @@ grow(struct kd_device *d, void **host, void **dev, size_t *cap, size_t want, siz
 	step_free_graphs(d); /* they know the old address */
 	cudaFreeHost(*host), cudaFree(*dev);
 	*host = *dev = NULL, *cap = 0;
-	if ((rc = cu_failed(cudaMallocHost(host, n * size), "pinned memory for page tables", why, why_len)) != 0 ||
-	    (rc = cu_failed(cudaMalloc(dev, n * size), "memory for page tables", why, why_len)) != 0)
+	if ((rc = cu_failed(cudaMallocHost(host, n * size), "pinned memory for a step", why, why_len)) != 0 ||
+	    (rc = cu_failed(cudaMalloc(dev, n * size), "memory for a step", why, why_len)) != 0)
 		return rc;
 	*cap = n;
 	return 0;
@@ -323,44 +363,6 @@ blocks_of(const struct kd_row *r)
 	return r->pos / K_BLOCK + 1;
 }
 
-/* Rows whose tables are one; the last of them needs the most of it. */
-static uint32_t
-same_table(const struct kd_row *row, uint32_t i, uint32_t n)
-{
-	uint32_t end = i + 1;
-
-	while (end < n && row[end].table == row[i].table)
-		end++;
-	return end;
-}
-
-static int
-stage_tables(struct kd_device *d, const struct kd_row *row, uint32_t n, size_t *entries, char *why, size_t why_len)
-{
-	size_t at = 0, want = 0;
-	int rc;
-
-	for (uint32_t i = 0, end; i < n; i = end) {
-		end = same_table(row, i, n);
-		want += (size_t)blocks_of(&row[end - 1]) * d->m.n_layers;
-	}
-	if ((rc = grow(d, (void **)&d->host.table, (void **)&d->dev.table, &d->host.cap_table, want, sizeof(*row->table), why,
-	    why_len)) != 0)
-		return rc;
-	for (uint32_t i = 0, end; i < n; i = end) {
-		size_t len;
-
-		end = same_table(row, i, n);
-		len = (size_t)blocks_of(&row[end - 1]) * d->m.n_layers;
-		memcpy(d->host.table + at, row[i].table, len * sizeof(*row->table));
-		for (uint32_t r = i; r < end; r++)
-			d->host.first[r] = (uint32_t)at;
-		at += len;
-	}
-	*entries = at;
-	return 0;
-}
-
 /* Tiles hold neighbouring positions of one sequence. */
 static uint32_t
 stage_tiles(struct kd_device *d, const struct kd_row *row, uint32_t n, uint32_t padded)
@@ -368,7 +370,7 @@ stage_tiles(struct kd_device *d, const struct kd_row *row, uint32_t n, uint32_t 
 	uint32_t most = cu_attention_tile_rows(d->m.n_heads, d->m.n_kv_heads, d->m.head_dim), tiles = 0;
 
 	for (uint32_t i = 0, end; i < n; i = end) {
-		for (end = i + 1; end < n && end - i < most && row[end].table == row[i].table && row[end].pos == row[end - 1].pos + 1;)
+		for (end = i + 1; end < n && end - i < most && row[end].table_id == row[i].table_id && row[end].pos == row[end - 1].pos + 1;)
 			end++;
 		d->host.tile[tiles++] = (struct cu_tile){i, end - i};
 	}
@@ -388,7 +390,7 @@ stage_wants(struct kd_device *d, const struct kd_row *row, uint32_t n, const str
 	for (uint32_t i = 0; i < n; i++)
 		if (row[i].wants)
 			edits += want != NULL ? want[w].n_edit : 0, d->host.from[w++] = i;
-	if ((rc = grow(d, (void **)&d->host.edit, (void **)&d->dev.edit, &d->host.cap_edit, edits > 0 ? edits : 1,
+	if ((rc = step_grow(d, (void **)&d->host.edit, (void **)&d->dev.edit, &d->host.cap_edit, edits > 0 ? edits : 1,
 	    sizeof(struct kd_edit), why, why_len)) != 0)
 		return rc;
 	edits = 0;
@@ -436,14 +438,14 @@ bucket_of(uint32_t rows)
 	return rows <= 2 ? rows : rows <= 4 ? 4 : rows <= 8 ? 8 : rows <= 64 ? (rows + 15) / 16 * 16 : (rows + 31) / 32 * 32;
 }
 
-/* One row each, all of one plan, all to be sampled: nearly every step of a busy server. */
+/* One row each, all to be sampled: nearly every step of a busy server. */
 static bool
-is_decode(const struct kd_device *d, const struct kd_row *row, uint32_t n, const struct kd_want *want)
+is_decode(const struct kd_row *row, uint32_t n, const struct kd_want *want)
 {
-	if (d->n_ranges != 1 || want == NULL)
+	if (want == NULL)
 		return false;
 	for (uint32_t i = 0; i < n; i++)
-		if (!row[i].wants || want[i].kind == KD_LOGITS || (i > 0 && row[i].table == row[i - 1].table))
+		if (!row[i].wants || want[i].kind == KD_LOGITS || (i > 0 && row[i].table_id == row[i - 1].table_id))
 			return false;
 	return true;
 }
@@ -460,15 +462,28 @@ splits_for(const struct kd_device *d, uint32_t tiles, uint32_t rows, uint32_t co
 	return s;
 }
 
+/* Which rows are of which plan: one plan's digest is as good as itself. */
+static uint64_t
+mixed(const struct kd_device *d, const struct kd_row *row)
+{
+	uint64_t h = row[0].digest;
+
+	for (uint32_t i = 1; i < d->n_ranges; i++) {
+		h = (h ^ d->range[i - 1].n) * 0x9E3779B97F4A7C15u;
+		h = (h ^ h >> 29 ^ row[d->range[i].row].digest) * 0xBF58476D1CE4E5B9u;
+	}
+	return h;
+}
+
 static struct graph *
-find_graph(struct kd_device *d, uint64_t digest, const struct shape *s)
+find_graph(struct kd_device *d, uint64_t plans, const struct shape *s)
 {
 	struct graph *oldest = &d->graph[0];
 
 	for (uint32_t i = 0; i < d->n_graphs; i++) {
 		struct graph *g = &d->graph[i];
 
-		if (g->digest == digest && g->rows == s->rows && g->splits == s->splits)
+		if (g->plans == plans && g->rows == s->rows && g->splits == s->splits)
 			return g;
 		oldest = g->used < oldest->used ? g : oldest;
 	}
@@ -476,7 +491,7 @@ find_graph(struct kd_device *d, uint64_t digest, const struct shape *s)
 		oldest = &d->graph[d->n_graphs++];
 	else if (oldest->exec != NULL)
 		cudaGraphExecDestroy(oldest->exec);
-	*oldest = (struct graph){.digest = digest, .rows = s->rows, .splits = s->splits};
+	*oldest = (struct graph){.plans = plans, .rows = s->rows, .splits = s->splits};
 	return oldest;
 }
 
@@ -510,11 +525,11 @@ capture(struct kd_device *d, struct graph *g, const struct shape *s)
 }
 
 static void
-launch(struct kd_device *d, uint64_t digest, const struct shape *s, bool decode)
+launch(struct kd_device *d, uint64_t plans, const struct shape *s, bool decode)
 {
-	struct graph *g = decode ? find_graph(d, digest, s) : NULL;
+	struct graph *g = decode ? find_graph(d, plans, s) : NULL;
 
-	if (g != NULL && !g->tried && g->used != 0)
+	if (g != NULL && !g->tried && g->seen++ >= (d->n_ranges == 1 ? 1u : MIXED_SEEN))
 		capture(d, g, s);
 	if (g != NULL)
 		g->used = ++d->clock;
@@ -538,30 +553,30 @@ give_up(struct kd_device *d, const char *why)
 }
 
 static void
-copy_in(struct kd_device *d, size_t entries, size_t edits)
+copy_in(struct kd_device *d, size_t edits)
 {
 	cudaMemcpyAsync(d->dev.token, d->host.token, d->host.bytes, cudaMemcpyHostToDevice, d->stream);
-	cudaMemcpyAsync(d->dev.table, d->host.table, entries * sizeof(*d->host.table), cudaMemcpyHostToDevice, d->stream);
+	tables_send(d);
 	if (edits > 0)
 		cudaMemcpyAsync(d->dev.edit, d->host.edit, edits * sizeof(*d->host.edit), cudaMemcpyHostToDevice, d->stream);
 }
 
+/* Lays a step out and puts it on the stream. */
 static int
-run_some(struct kd_device *d, const struct kd_row *row, uint32_t n, const struct kd_want *want, float *logits,
+start_some(struct kd_device *d, const struct kd_row *row, uint32_t n, const struct kd_want *want, float *logits,
     struct kd_result *result, uint32_t *n_wanted, char *why, size_t why_len)
 {
-	double start = now_us(), launched;
-	size_t entries, edits, vocab = d->m.vocab;
+	double start = now_us();
+	size_t edits, vocab = d->m.vocab;
 	struct shape s = {.rows = n};
 	uint32_t context = 0;
-	float ms = 0;
 	bool decode;
 	int rc;
 
-	if ((rc = stage_tables(d, row, n, &entries, why, why_len)) != 0 ||
+	if ((rc = tables_stage(d, row, n, why, why_len)) != 0 ||
 	    (rc = stage_wants(d, row, n, want, n_wanted, &edits, why, why_len)) != 0)
 		return rc;
-	decode = !d->trace && is_decode(d, row, n, want);
+	decode = !d->trace && is_decode(row, n, want);
 	if (decode && bucket_of(n) <= ((d->m.max_rows + 15) & ~15u))
 		s.rows = bucket_of(n);
 	for (uint32_t i = 0; i < n; i++) {
@@ -572,32 +587,45 @@ run_some(struct kd_device *d, const struct kd_row *row, uint32_t n, const struct
 	for (uint32_t i = n; i < s.rows; i++) {
 		d->host.token[i] = d->host.pos[i] = 0, d->host.first[i] = CU_NONE;
 		d->host.want[i].kind = CU_NONE, d->host.from[i] = i;
-		d->range[0].n++;
+		d->range[d->n_ranges - 1].n++;
 	}
 	s.n_tiles = stage_tiles(d, row, n, s.rows);
 	s.prefill = s.n_tiles * d->m.n_kv_heads >= 4 * d->sm_count && s.n_tiles < n;
 	s.splits = s.prefill ? 1 : splits_for(d, s.n_tiles, s.rows, context);
-	copy_in(d, entries, edits);
+	copy_in(d, edits);
 	cudaEventRecord(d->begin, d->stream);
-	launch(d, row[0].digest, &s, decode);
+	launch(d, mixed(d, row), &s, decode);
 	cudaEventRecord(d->end, d->stream);
 	for (uint32_t i = 0; i < *n_wanted; i++)
 		if (!d->trace && d->host.want[i].kind == KD_LOGITS)
 			cudaMemcpyAsync(logits + i * vocab, d->logits + i * vocab, vocab * sizeof(float), cudaMemcpyDeviceToHost, d->stream);
-	launched = now_us();
+	d->pending = (struct pending){true, *n_wanted, result, now_us() - start};
+	return 0;
+}
+
+/* The one synchronisation of a step. */
+static int
+finish_some(struct kd_device *d, char *why, size_t why_len)
+{
+	float ms = 0;
+	int rc;
+
+	if (!d->pending.any)
+		return 0;
+	d->pending.any = false;
 	if ((rc = cu_failed(cudaStreamSynchronize(d->stream), "a step", why, why_len)) != 0 ||
 	    (rc = cu_failed(cudaGetLastError(), "a step", why, why_len)) != 0)
 		return rc;
-	if (result != NULL)
-		memcpy(result, d->host_result, *n_wanted * sizeof(*result));
+	if (d->pending.result != NULL)
+		memcpy(d->pending.result, d->host_result, d->pending.n_wanted * sizeof(*d->host_result));
 	cudaEventElapsedTime(&ms, d->begin, d->end);
 	__atomic_store_n(&d->device_us, (uint32_t)(ms * 1e3f), __ATOMIC_RELAXED);
-	__atomic_store_n(&d->host_us, (uint32_t)(launched - start), __ATOMIC_RELAXED);
+	__atomic_store_n(&d->host_us, (uint32_t)d->pending.host_us, __ATOMIC_RELAXED);
 	return 0;
 }
 
 int
-step_run(struct kd_device *d, const struct kd_row *row, uint32_t n, const struct kd_want *want, float *logits,
+step_submit(struct kd_device *d, const struct kd_row *row, uint32_t n, const struct kd_want *want, float *logits,
     struct kd_result *result, char *why, size_t why_len)
 {
 	uint32_t done = 0, wanted = 0, got;
@@ -608,16 +636,23 @@ step_run(struct kd_device *d, const struct kd_row *row, uint32_t n, const struct
 	while (done < n) {
 		uint32_t some = n - done;
 
-		/* Very many plans in one batch: in several passes. */
+		/* Very many plans in one batch: in several passes. Only the last is not waited for. */
 		while (!find_ranges(d, row + done, some))
 			some = (some + 1) / 2;
-		if (run_some(d, row + done, some, want != NULL ? want + wanted : NULL, logits + (size_t)wanted * d->m.vocab,
+		if (finish_some(d, why, why_len) != 0 ||
+		    start_some(d, row + done, some, want != NULL ? want + wanted : NULL, logits + (size_t)wanted * d->m.vocab,
 		    result != NULL ? result + wanted : NULL, &got, why, why_len) != 0)
 			return give_up(d, why);
 		done += some;
 		wanted += got;
 	}
 	return 0;
+}
+
+int
+step_wait(struct kd_device *d, char *why, size_t why_len)
+{
+	return finish_some(d, why, why_len) != 0 ? give_up(d, why) : 0;
 }
 
 int
@@ -633,7 +668,7 @@ step_find_nonfinite(struct kd_device *d, const struct kd_row *row, uint32_t *gro
 	find_ranges(d, row, 1);
 	d->trace = true;
 	cudaMemsetAsync(d->first_bad, 0xff, sizeof(bad), d->stream);
-	if (run_some(d, row, 1, NULL, NULL, NULL, &got, why, sizeof(why)) != 0)
+	if (start_some(d, row, 1, NULL, NULL, NULL, &got, why, sizeof(why)) != 0 || finish_some(d, why, sizeof(why)) != 0)
 		give_up(d, why);
 	else
 		cudaMemcpy(&bad, d->first_bad, sizeof(bad), cudaMemcpyDeviceToHost);
@@ -664,31 +699,47 @@ time_own(struct kd_device *d, const struct call *c, const struct cu_linear *a)
 	return ms * 1e3f / RUNS;
 }
 
+/* A product of so many rows: tuned, and what takes it noted. fp8b's, for comparing only, is not worth the time. */
+static void
+tune(struct kd_device *d, int bundle, enum k_format f, uint32_t rows)
+{
+	const struct bundle *w = bundle == N_BUNDLES ? &d->head : &d->layer[0].b[bundle];
+	bool add = bundle == B_O || bundle == B_DOWN;
+	float *y = bundle == B_QKV ? d->qkv : bundle == B_GU ? d->gu : bundle == N_BUNDLES ? d->logits : d->x;
+	struct call c = {w, 0, w->parts, 0, rows, f, y, add ? d->m.hidden : w->n_all, add, true};
+	struct cu_linear a = linear_of(d, &c);
+	bool ok;
+
+	for (uint32_t p = 1; p < w->parts; p++)
+		if (!go_together(w, p, f))
+			c.part1 = 1;
+	a = linear_of(d, &c);
+	if (f == K_FP8B)
+		make_squares(d, &c, &a);
+	ok = run_lt(d, &c, &a, rows, f == K_FP8B ? lt_run : lt_tune) == 0;
+	d->took[bundle][f] = ok ? (uint8_t)(1 + lt_ran(d->lt)) : TOOK_NONE;
+	if (ok && f != K_FP8B && rows <= CU_SKINNY && lt_timed(d->lt))
+		lt_against(d->lt, time_own(d, &c, &a));
+}
+
 void
 step_tune(struct kd_device *d)
 {
 	static const uint32_t rows[] = {16, 32, 48, 64, 96, 128, 160, 192, 256, 384, 512, 1024, 2048};
-	static const enum k_format formats[] = {K_BF16, K_FP8};
 
 	/* On numbers, since a card is faster on zeros: E4M3 1.5, BF16 and FP32 0.0115. */
 	cudaMemsetAsync(d->xb, 0x3c, (size_t)d->m.max_rows * d->ldx * sizeof(*d->xb), d->stream);
 	cudaMemsetAsync(d->xq, 0x3c, (size_t)d->m.max_rows * d->ldx, d->stream);
 	cudaMemsetAsync(d->xs, 0x3c, d->m.max_rows * sizeof(*d->xs), d->stream);
-	for (size_t i = 0; i < sizeof(rows) / sizeof(*rows); i++)
-		for (int b = 0; b <= N_BUNDLES && rows[i] <= d->m.max_rows; b++)
-			for (size_t f = 0; f < 2; f++) {
-				const struct bundle *w = b == N_BUNDLES ? &d->head : &d->layer[0].b[b];
-				bool add = b == B_O || b == B_DOWN;
-				float *y = b == B_QKV ? d->qkv : b == B_GU ? d->gu : b == N_BUNDLES ? d->logits : d->x;
-
-				if (b == N_BUNDLES && rows[i] > 256)
-					continue; /* so many rows seldom want logits */
-				struct call c = {w, 0, w->parts, 0, rows[i], formats[f], y, add ? d->m.hidden : w->n_all, add, true};
-				struct cu_linear a = linear_of(d, &c);
-
-				if (run_lt(d, &c, &a, rows[i], lt_tune) == 0 && rows[i] <= CU_SKINNY && lt_timed(d->lt))
-					lt_against(d->lt, time_own(d, &c, &a));
-			}
+	for (size_t i = 0; i < sizeof(rows) / sizeof(*rows) && rows[i] <= d->m.max_rows; i++)
+		for (int b = 0; b <= N_BUNDLES; b++) {
+			if (b == N_BUNDLES && rows[i] > 256)
+				continue; /* so many rows seldom want logits */
+			tune(d, b, K_BF16, rows[i]);
+			tune(d, b, K_FP8, rows[i]);
+			if (rows[i] == 96 || rows[i] == 16)
+				tune(d, b, K_FP8B, rows[i]);
+		}
 	cudaMemsetAsync(d->x, 0, (size_t)d->m.max_rows * d->m.hidden * sizeof(*d->x), d->stream); /* products were added up */
 	cudaStreamSynchronize(d->stream);
 	cudaGetLastError();

@@ -17,6 +17,22 @@ untile(const uint8_t *tiled, uint32_t rows, uint32_t ld, uint8_t *out)
 	    block + (r % 32 / 16 * 16 + i % 32 / 2) * 32 + r % 16 * 2);
 }
 
+__global__ void
+patch(const struct cu_patch *patches, const uint4 *from, uint4 *tables)
+{
+	const struct cu_patch p = patches[blockIdx.x];
+
+	for (uint32_t i = threadIdx.x; i < p.n; i += blockDim.x)
+		tables[p.at + i] = from[p.from + i];
+}
+
+extern "C" void
+cu_patch_tables(const struct cu_patch *p, uint32_t n, const struct kd_block *from, struct kd_block *tables, cudaStream_t stream)
+{
+	static_assert(sizeof(struct kd_block) == sizeof(uint4), "an entry is copied as one");
+	CU_LAUNCH(patch, dim3(n), 128, 0, stream, p, reinterpret_cast<const uint4 *>(from), reinterpret_cast<uint4 *>(tables));
+}
+
 extern "C" void
 cu_untile(const uint8_t *tiled, uint32_t panels, uint32_t n, uint32_t ld, uint8_t *out, cudaStream_t stream)
 {

@@ -7,8 +7,9 @@
 
 #include "kernels/cuda/plugin.h"
 
-#define PIECE ((size_t)32 << 20) /* of a plane that is copied at a time */
+#define PIECE ((size_t)16 << 20) /* of a plane that is copied at a time */
 #define N_PIECES 3
+#define N_SLOTS 2
 #define MAX_PART_ROWS 2048u      /* rows * splits of attention */
 
 static size_t
@@ -28,7 +29,7 @@ up(uint32_t n, uint32_t to)
 static void
 set_bundle(struct bundle *b, const struct kd_model *m, enum bundle_name name)
 {
-	uint32_t q = m->n_heads * m->head_dim, kv = m->n_kv_heads * m->head_dim;
+	uint32_t q = m->n_heads * m->head_dim, kv = m->n_kv_heads * m->head_dim, squares = 0;
 
 	memset(b, 0, sizeof(*b));
 	switch (name) {
@@ -42,8 +43,11 @@ set_bundle(struct bundle *b, const struct kd_model *m, enum bundle_name name)
 	for (uint32_t p = 0; p < b->parts; p++) {
 		b->at[p] = b->n_all;
 		b->n_all += b->n[p];
+		b->square_at[p] = squares;
+		squares += k_squares(b->n[p]);
 	}
 	b->ld = up(b->k, CU_LD);
+	b->ld_square = up(k_squares(b->ld), 4);
 }
 
 /* Places things in one allocation; base NULL: sizes only. */
@@ -61,18 +65,34 @@ take(struct arena *a, size_t bytes)
 	return p;
 }
 
-static void
-place_bundle(struct arena *a, struct bundle *b, enum kd_residency how, bool bias)
+static enum kd_residency
+residency_of(const struct kd_model *m, uint32_t group, uint32_t layer)
 {
-	size_t plane = (size_t)b->n_all * b->ld;
+	return m->residency == NULL ? KD_BOTH : (enum kd_residency)m->residency[(size_t)group * m->n_layers + layer];
+}
 
+static void
+place_bundle(struct arena *a, struct bundle *b, const struct kd_model *m, uint32_t layer, bool bias)
+{
+	size_t plane = (size_t)b->n_all * b->ld, nested = 0, at[2] = {0, 0};
+	uint16_t *bf16;
+	int8_t *lo;
+
+	for (uint32_t p = 0; p < b->parts; p++)
+		nested += residency_of(m, b->group[p], layer) == KD_NESTED ? (size_t)b->n[p] * b->ld : 0;
 	b->hi = take(a, plane);
-	if (how == KD_NESTED)
-		b->lo = take(a, plane);
-	else
-		b->bf16 = take(a, plane * 2);
+	lo = take(a, nested);
+	bf16 = take(a, (plane - nested) * 2);
+	for (uint32_t p = 0; p < b->parts && a->base != NULL; p++) {
+		bool is = residency_of(m, b->group[p], layer) == KD_NESTED;
+
+		b->lo[p] = is ? lo + at[1] : NULL;
+		b->bf16[p] = is ? NULL : bf16 + at[0];
+		at[is] += (size_t)b->n[p] * b->ld;
+	}
 	b->scale = take(a, b->n_all * sizeof(float));
 	b->tscale = take(a, b->n_all * sizeof(float));
+	b->square = take(a, (size_t)(b->square_at[b->parts - 1] + k_squares(b->n[b->parts - 1])) * b->ld_square * sizeof(float));
 	if (bias)
 		b->bias = take(a, b->n_all * sizeof(float));
 }
@@ -100,7 +120,7 @@ place_weights(struct kd_device *d, const struct kd_model *m, char *base, struct 
 		memset(to, 0, sizeof(*to));
 		for (int n = 0; n < N_BUNDLES; n++) {
 			set_bundle(&to->b[n], m, (enum bundle_name)n);
-			place_bundle(&a, &to->b[n], m->residency, has_bias(m, l, &to->b[n]));
+			place_bundle(&a, &to->b[n], m, l, has_bias(m, l, &to->b[n]));
 		}
 		to->input_norm = take(&a, m->hidden * sizeof(float));
 		to->post_norm = take(&a, m->hidden * sizeof(float));
@@ -113,12 +133,12 @@ place_weights(struct kd_device *d, const struct kd_model *m, char *base, struct 
 		}
 	}
 	set_bundle(&head, m, N_BUNDLES);
-	place_bundle(&a, &head, m->residency, false);
+	place_bundle(&a, &head, m, 0, false);
 	d->head = head;
 	d->embed = m->embed != NULL ? take(&a, (size_t)m->vocab * m->hidden * sizeof(uint16_t)) : NULL;
 	d->embed_ld = m->hidden;
-	if (m->embed == NULL && m->residency == KD_BOTH)
-		d->embed = head.bf16, d->embed_ld = head.ld;
+	if (m->embed == NULL && head.bf16[0] != NULL)
+		d->embed = head.bf16[0], d->embed_ld = head.ld;
 	d->final_norm = take(&a, m->hidden * sizeof(float));
 	d->cos = take(&a, (size_t)m->max_context * (m->head_dim / 2) * sizeof(float));
 	d->sin = take(&a, (size_t)m->max_context * (m->head_dim / 2) * sizeof(float));
@@ -162,6 +182,10 @@ place_buffers(struct kd_device *d, const struct kd_model *m, char *base)
 	d->q = take(&a, rows * q * sizeof(uint16_t));
 	d->xb = take(&a, rows * d->ldx * sizeof(uint16_t));
 	d->xq = take(&a, rows * d->ldx);
+	d->xqb = take(&a, rows * d->ldx);
+	d->ldb = up(k_squares((uint32_t)d->ldx), 4);
+	d->xsb = take(&a, rows * d->ldb * sizeof(float));
+	d->xsb_t = take(&a, rows * d->ldb * sizeof(float));
 	d->scratch = take(&a, big);
 	d->scratch_bytes = big;
 	d->scalar_n = largest_n(m);
@@ -190,6 +214,38 @@ piece_bytes(const struct kd_device *d)
 	return PIECE + (size_t)K_PANEL * d->ldx;
 }
 
+/* BF16 and the high plane, or both planes. */
+static void
+groups_memory(const struct kd_model *m, struct kd_memory *out)
+{
+	struct bundle b;
+
+	for (int n = 0; n <= N_BUNDLES; n++) {
+		set_bundle(&b, m, (enum bundle_name)n);
+		for (uint32_t p = 0; p < b.parts; p++) {
+			uint32_t g = b.group[p], layers = g == KD_LM_HEAD ? 1 : m->n_layers;
+			uint64_t plane = (uint64_t)b.n[p] * b.ld;
+
+			out->group[g] = 0;
+			out->group_as[KD_BOTH][g] = 3 * plane * layers, out->group_as[KD_NESTED][g] = 2 * plane * layers;
+			for (uint32_t l = 0; l < layers; l++)
+				out->group[g] += residency_of(m, g, l) == KD_NESTED ? 2 * plane : 3 * plane;
+		}
+	}
+}
+
+const struct bundle *
+weights_of(const struct kd_device *d, uint32_t group, uint32_t layer, uint32_t *part)
+{
+	static const uint8_t bundle[] = {[G_Q] = B_QKV, [G_K] = B_QKV, [G_V] = B_QKV, [G_O] = B_O, [G_GATE] = B_GU, [G_UP] = B_GU,
+	    [G_DOWN] = B_DOWN};
+	const struct bundle *b = group >= KD_LM_HEAD ? &d->head : &d->layer[layer].b[bundle[group]];
+
+	for (*part = 0; b->group[*part] != group && *part + 1 < b->parts;)
+		++*part;
+	return b;
+}
+
 void
 weights_memory(struct kd_device *d, const struct kd_model *m, struct kd_memory *out)
 {
@@ -201,18 +257,27 @@ weights_memory(struct kd_device *d, const struct kd_model *m, struct kd_memory *
 	sizes.layer = NULL;
 	out->weights = place_weights(&unused, &sizes, NULL, NULL);
 	out->buffers = place_buffers(&unused, &sizes, NULL);
-	/* What only loading needs, cuBLASLt's workspace, and tables and graphs as they grow. */
-	out->buffers += N_PIECES * piece_bytes(&unused) + LT_WORKSPACE + ((size_t)32 << 20);
+	/* What only loading needs, cuBLASLt's workspace; tables, graphs and kernels, which are loaded when they first run. */
+	out->buffers += N_SLOTS * N_PIECES * piece_bytes(&unused) + LT_WORKSPACE + ((size_t)128 << 20);
 	out->kv = kv_bytes(m);
+	groups_memory(m, out);
 	cudaMemGetInfo(&free_now, &total);
 	out->free = free_now, out->total = total;
 }
 
 /* ---- copying ---- */
 
+/* A part of a plane on its way: while one is copied and put into rows, the next is written. */
+struct slot {
+	uint8_t *pinned[2];       /* of the high and the low plane as packed */
+	uint8_t *card[N_PIECES];  /* the same there; of the low by rows */
+	cudaEvent_t done;         /* both may be written again */
+};
+
 struct loader {
 	struct kd_device *d;
-	uint8_t *piece[N_PIECES]; /* on the card: of the high and the low plane as packed, of the low by rows */
+	struct slot slot[N_SLOTS];
+	uint32_t next;
 	char *why;
 	size_t why_len;
 	int rc;
@@ -311,29 +376,56 @@ out:
 	free(e), free(row), free(first), free(col), free(delta), free(master);
 }
 
-/* Planes of one site. */
+/* Panels [p, p + n) of a site, rows [row, row + rows). */
+static void
+load_panels(struct loader *x, const struct k_weight *w, struct bundle *b, uint32_t part, uint32_t p, uint32_t n)
+{
+	struct slot *s = &x->slot[x->next++ % N_SLOTS];
+	size_t panel = (size_t)K_PANEL * b->ld;
+	uint32_t row = p * K_PANEL, rows = w->n - row < n * K_PANEL ? w->n - row : n * K_PANEL;
+	size_t in_part = (size_t)row * b->ld, to = (size_t)b->at[part] * b->ld + in_part;
+	int8_t *lo = b->lo[part] != NULL ? b->lo[part] + in_part : (int8_t *)s->card[2];
+	struct cu_linear a = {.hi = b->hi + to, .lo = lo, .scale = b->scale + b->at[part] + row, .n = rows, .ld = b->ld};
+	struct cu_exceptions none = {0};
+	cudaStream_t stream = x->d->stream;
+
+	check(x, cudaEventSynchronize(s->done), "copying the model");
+	memcpy(s->pinned[0], w->hi + p * panel, n * panel);
+	check(x, cudaMemcpyAsync(s->card[0], s->pinned[0], n * panel, cudaMemcpyHostToDevice, stream), "copying the model");
+	cu_untile(s->card[0], n, rows, b->ld, b->hi + to, stream);
+	memcpy(s->pinned[1], w->lo + p * panel, n * panel);
+	check(x, cudaMemcpyAsync(s->card[1], s->pinned[1], n * panel, cudaMemcpyHostToDevice, stream), "copying the model");
+	cu_untile(s->card[1], n, rows, b->ld, (uint8_t *)lo, stream);
+	if (b->bf16[part] != NULL)
+		cu_unpack(&a, &none, b->bf16[part] + in_part, stream);
+	check(x, cudaEventRecord(s->done, stream), "copying the model");
+}
+
 static void
 load_planes(struct loader *x, const struct k_weight *w, struct bundle *b, uint32_t part)
 {
-	size_t panel = (size_t)K_PANEL * b->ld;
-	uint32_t per = (uint32_t)(PIECE / panel), panels = w->n_pad / K_PANEL;
+	uint32_t per = (uint32_t)(PIECE / ((size_t)K_PANEL * b->ld)), panels = w->n_pad / K_PANEL;
 
 	per = per < 1 ? 1 : per;
-	for (uint32_t p = 0; p < panels && x->rc == 0; p += per) {
-		uint32_t n = panels - p < per ? panels - p : per, row = p * K_PANEL, rows = w->n - row < n * K_PANEL ? w->n - row : n * K_PANEL;
-		size_t to = (size_t)(b->at[part] + row) * b->ld;
-		int8_t *lo = b->lo != NULL ? b->lo + to : (int8_t *)x->piece[2];
-		struct cu_linear a = {.hi = b->hi + to, .lo = lo, .scale = b->scale + b->at[part] + row, .n = rows, .ld = b->ld};
-		struct cu_exceptions none = {0};
+	for (uint32_t p = 0; p < panels && x->rc == 0; p += per)
+		load_panels(x, w, b, part, p, panels - p < per ? panels - p : per);
+}
 
-		copy(x, x->piece[0], w->hi + p * panel, n * panel);
-		cu_untile(x->piece[0], n, rows, b->ld, b->hi + to, x->d->stream);
-		copy(x, x->piece[1], w->lo + p * panel, n * panel);
-		cu_untile(x->piece[1], n, rows, b->ld, (uint8_t *)lo, x->d->stream);
-		if (b->bf16 != NULL)
-			cu_unpack(&a, &none, b->bf16 + to, x->d->stream);
-		check(x, cudaStreamSynchronize(x->d->stream), "copying the model");
+/* One row of scales for four panels. */
+static void
+load_squares(struct loader *x, const struct k_weight *w, const struct bundle *b, uint32_t part)
+{
+	uint32_t n = k_squares(w->n), wide = k_squares(w->k);
+	float *all = calloc((size_t)n * b->ld_square, sizeof(*all));
+
+	if (all == NULL) {
+		x->rc = -ENOMEM, snprintf(x->why, x->why_len, "out of memory");
+		return;
 	}
+	for (uint32_t i = 0; i < n; i++)
+		memcpy(all + (size_t)i * b->ld_square, w->square + (size_t)i * (K_SQUARE / K_PANEL) * wide, wide * sizeof(*all));
+	copy(x, b->square + (size_t)b->square_at[part] * b->ld_square, all, (size_t)n * b->ld_square * sizeof(*all));
+	free(all);
 }
 
 static void
@@ -353,13 +445,14 @@ load_site(struct loader *x, const struct k_weight *w, struct bundle *b, uint32_t
 	if (b->bias != NULL)
 		copy(x, b->bias + b->at[part], bias != NULL ? bias : t, w->n * sizeof(float));
 	free(t);
+	load_squares(x, w, b, part);
 	load_planes(x, w, b, part);
 	if (w->n_exc == 0 || x->rc != 0)
 		return;
 	load_exceptions(x, w, &b->exc[part]);
-	if (b->bf16 != NULL && x->rc == 0) {
+	if (b->bf16[part] != NULL && x->rc == 0) {
 		/* Its planes were unpacked without them. */
-		cu_unpack_exceptions(&b->exc[part], b->ld, b->bf16 + (size_t)b->at[part] * b->ld, x->d->stream);
+		cu_unpack_exceptions(&b->exc[part], b->ld, b->bf16[part], x->d->stream);
 		check(x, cudaStreamSynchronize(x->d->stream), "exceptions");
 		for (uint32_t i = 0; i < 5; i++)
 			cudaFree(x->d->exc_mem[--x->d->n_exc_mem]);
@@ -409,6 +502,7 @@ place_staged(struct staged *s, uint32_t rows, char *base)
 	s->from = take(&a, rows * sizeof(*s->from));
 	s->tile = take(&a, rows * sizeof(*s->tile));
 	s->want = take(&a, rows * sizeof(*s->want));
+	s->patch = take(&a, rows * sizeof(*s->patch));
 	return s->bytes = a.at;
 }
 
@@ -434,7 +528,7 @@ allocate(struct loader *x, const struct kd_model *m)
 	size_t pages = m->n_pages;
 
 	d->layer = calloc(m->n_layers, sizeof(*d->layer));
-	if (d->layer == NULL) {
+	if (d->layer == NULL || tables_new(&d->tables, rows) != 0) {
 		x->rc = -ENOMEM, snprintf(x->why, x->why_len, "out of memory");
 		return;
 	}
@@ -446,8 +540,12 @@ allocate(struct loader *x, const struct kd_model *m)
 	d->dev.token = get(x, on_card, place_staged(&d->dev, rows, NULL), "memory for the rows of a step");
 	d->host.token = get(x, pinned, place_staged(&d->host, rows, NULL), "pinned memory");
 	d->host_result = get(x, pinned, rows * sizeof(*d->host_result), "pinned memory");
-	for (int i = 0; i < N_PIECES; i++)
-		x->piece[i] = get(x, on_card, piece_bytes(d), "memory to load with");
+	for (uint32_t i = 0; i < N_SLOTS * N_PIECES; i++)
+		x->slot[i / N_PIECES].card[i % N_PIECES] = get(x, on_card, piece_bytes(d), "memory to load with");
+	for (uint32_t i = 0; i < N_SLOTS * 2; i++)
+		x->slot[i / 2].pinned[i % 2] = get(x, pinned, piece_bytes(d), "pinned memory to load with");
+	for (uint32_t i = 0; i < N_SLOTS && x->rc == 0; i++)
+		check(x, cudaEventCreateWithFlags(&x->slot[i].done, cudaEventDisableTiming), "an event");
 	if (x->rc != 0)
 		return;
 	place_staged(&d->dev, rows, (char *)d->dev.token);
@@ -459,6 +557,17 @@ allocate(struct loader *x, const struct kd_model *m)
 	check(x, cudaMemsetAsync(d->kv.mem, 0, pages * d->kv.page_elems * sizeof(uint16_t), d->stream), "clearing the KV cache");
 }
 
+static void
+free_slot(struct slot *s)
+{
+	for (int i = 0; i < N_PIECES; i++)
+		cudaFree(s->card[i]);
+	for (int i = 0; i < 2; i++)
+		cudaFreeHost(s->pinned[i]);
+	if (s->done != NULL)
+		cudaEventDestroy(s->done);
+}
+
 int
 weights_load(struct kd_device *d, const struct kd_model *m, char *why, size_t why_len)
 {
@@ -468,11 +577,12 @@ weights_load(struct kd_device *d, const struct kd_model *m, char *why, size_t wh
 	allocate(&x, m);
 	if (x.rc == 0)
 		load_layers(&x, m);
-	for (int i = 0; i < N_PIECES; i++)
-		cudaFree(x.piece[i]);
+	cudaStreamSynchronize(d->stream); /* after an error too: pinned memory may be on its way */
+	for (uint32_t i = 0; i < N_SLOTS; i++)
+		free_slot(&x.slot[i]);
 	/* The host's structs may go now. */
 	d->m.layer = NULL, d->m.lm_head = NULL, d->m.embed = NULL, d->m.final_norm = NULL;
-	d->m.rope_cos = d->m.rope_sin = NULL, d->m.cache_dir = NULL;
+	d->m.rope_cos = d->m.rope_sin = NULL, d->m.cache_dir = NULL, d->m.residency = NULL;
 	return x.rc;
 }
 
@@ -487,10 +597,9 @@ weights_free(struct kd_device *d)
 	cudaFree(d->kv.scale);
 	cudaFree(d->dev.token);
 	cudaFree(d->dev.edit);
-	cudaFree(d->dev.table);
 	cudaFreeHost(d->host.token);
 	cudaFreeHost(d->host.edit);
-	cudaFreeHost(d->host.table);
+	tables_free(&d->tables);
 	cudaFreeHost(d->host_result);
 	free(d->layer);
 }

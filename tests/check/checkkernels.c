@@ -157,12 +157,15 @@ static void
 make_inputs(uint16_t *x, float *scale, uint32_t rows, uint32_t k, uint32_t k_pad, enum k_format format)
 {
 	float *row = malloc(k * sizeof(*row));
+	size_t scales = format == K_FP8B ? k_squares(k_pad) : 1;
 
 	for (uint32_t r = 0; r < rows; r++) {
 		for (uint32_t i = 0; i < k; i++)
 			row[i] = ((float)below(2000001) - 1e6f) * 1e-6f;
-		scale[r] = 1;
-		if (k_is_w8a8(format))
+		scale[r * scales] = 1;
+		if (format == K_FP8B)
+			k_act_squares(ref, row, k, k_pad, x + (size_t)r * k_pad, &scale[r * scales]);
+		else if (k_is_w8a8(format))
 			ref->act_fp8(row, k, k_pad, x + (size_t)r * k_pad, &scale[r]);
 		else
 			ref->act_bf16(row, k, k_pad, x + (size_t)r * k_pad);
@@ -174,25 +177,25 @@ static bool
 linear_agrees(struct weights *w, uint32_t rows, enum k_format format, bool add, bool tail)
 {
 	struct guarded gx, ga, gb, gs;
-	size_t n = w->w.n, y_bytes = rows * n * sizeof(float);
+	size_t n = w->w.n, y_bytes = rows * n * sizeof(float), scales = format == K_FP8B ? k_squares(w->w.k_pad) : 1;
 	uint16_t *x = guard(&gx, (size_t)rows * w->w.k_pad * sizeof(*x), tail);
-	float *scale = guard(&gs, rows * sizeof(*scale), tail), *a = guard(&ga, y_bytes, tail), *b = guard(&gb, y_bytes, tail);
+	float *scale = guard(&gs, rows * scales * sizeof(*scale), tail), *a = guard(&ga, y_bytes, tail), *b = guard(&gb, y_bytes, tail);
 	uint32_t panels = w->w.n_pad / K_PANEL, cut = below(panels + 1);
 	struct k_linear l = {.w = &w->w, .format = format, .x = x, .rows = rows, .ldx = w->w.k_pad, .ldy = n, .add = add,
-	    .x_scale = k_is_w8a8(format) ? scale : NULL, .panel1 = panels};
+	    .x_scale = k_is_w8a8(format) ? scale : NULL, .ld_scale = scales, .panel1 = panels};
 	bool same;
 
 	make_inputs(x, scale, rows, w->w.k, w->w.k_pad, format);
 	for (size_t i = 0; i < rows * n; i++)
 		a[i] = b[i] = some_float();
 	l.y = a;
-	ref->linear(&l);
+	k_linear_run(ref, &l);
 	/* In two parts, as a team runs it. */
 	l.y = b;
 	l.panel1 = cut;
-	ops->linear(&l);
+	k_linear_run(ops, &l);
 	l.panel0 = cut, l.panel1 = panels;
-	ops->linear(&l);
+	k_linear_run(ops, &l);
 	same = memcmp(a, b, y_bytes) == 0;
 	unguard(&gx), unguard(&gs), unguard(&ga), unguard(&gb);
 	return same;
@@ -681,13 +684,13 @@ struct linear_bench {
 static void
 bench_linear(void *arg)
 {
-	ops->linear(&((struct linear_bench *)arg)->l);
+	k_linear_run(ops, &((struct linear_bench *)arg)->l);
 }
 
 static void
 bench_linears(double gbs)
 {
-	static const char *const names[] = {"bf16", "fp8", "fp8w", "fp8t"};
+	static const char *const names[] = {"bf16", "fp8", "fp8w", "fp8t", "fp8b"};
 	static const uint32_t rows[] = {1, 4, 16, 32, 64, 512};
 	struct weights w;
 	size_t ldx;
@@ -700,10 +703,11 @@ bench_linears(double gbs)
 		for (enum k_format f = 0; f < K_N_FORMATS; f++) {
 			uint32_t n = rows[i];
 			uint16_t *x = aligned_alloc(64, n * ldx * sizeof(*x));
-			float *scale = calloc(n, sizeof(*scale)), *y = calloc((size_t)n * w.w.n, sizeof(*y));
+			size_t scales = f == K_FP8B ? k_squares((uint32_t)ldx) : 1;
+			float *scale = calloc(n * scales, sizeof(*scale)), *y = calloc((size_t)n * w.w.n, sizeof(*y));
 			struct linear_bench b = {{.w = &w.w, .format = f, .x = x, .x_scale = k_is_w8a8(f) ? scale : NULL, .rows = n,
-			    .ldx = ldx, .y = y, .ldy = w.w.n, .panel1 = w.w.n_pad / K_PANEL}};
-			double bytes = (double)w.w.n_pad * w.w.k_pad * (f == K_BF16 ? 2 : 1), t;
+			    .ldx = ldx, .y = y, .ldy = w.w.n, .ld_scale = scales, .panel1 = w.w.n_pad / K_PANEL}};
+			double bytes = (double)w.w.n_pad * w.w.k_pad * (f == K_BF16 || f == K_FP8B ? 2 : 1), t;
 
 			make_inputs(x, scale, n, w.w.k, (uint32_t)ldx, f);
 			t = time_of(bench_linear, &b);

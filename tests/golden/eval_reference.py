@@ -11,7 +11,7 @@ codes may go either way; what they leave of a difference is chance.
 """
 import argparse, fnmatch, json, subprocess, sys, tempfile
 import numpy as np
-from reference import Model, GROUPS, e4m3_rows
+from reference import Model, GROUPS, e4m3_weights
 
 NAMES = {"self_attn": "attention"}
 
@@ -28,7 +28,7 @@ def model(path, rules):
                 m.format[g] = fmt
         for n, t in m.w.items():
             if n.endswith(g + ".weight") and m.format[g] != "bf16":
-                m.cooked[n] = e4m3_rows(t, m.format[g] == "fp8t")
+                m.cooked[n] = e4m3_weights(t, m.format[g])
     return m
 
 

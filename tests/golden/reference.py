@@ -3,7 +3,7 @@
 """An independent float64 forward pass of a model directory (Llama, Mistral, Qwen2, Qwen3, SmolLM3) under octet's formats.
 Needs numpy.
 
-  reference.py MODEL_DIR --plan bf16|fp8|fp8w|fp8t|FORMAT-all|exact[+kv8] --tokens N [--eos ID] --out FILE PROMPT_IDS...
+  reference.py MODEL_DIR --plan bf16|fp8|fp8w|fp8t|fp8b|FORMAT-all|exact[+kv8] --tokens N [--eos ID] --out FILE PROMPT_IDS...
 
 Each PROMPT_IDS is a comma list of token ids, one case each. Greedy decoding. Writes one JSON
 object: {"plan", "cases": [{"prompt", "tokens", "margins", "probe": [ids], "logits": [[...] per token]}]}.
@@ -12,7 +12,8 @@ margins: best minus second logit of each step; logits: those of the probe ids, a
 Weights are rounded once to BF16. bf16: inputs of linear layers rounded to BF16. fp8w: weights E4M3 at
 a power-of-two scale per output channel, inputs BF16. fp8: the same weights, inputs E4M3 at absmax/448
 per token. fp8t: those weights brought to the largest scale of the tensor and rounded to E4M3 again, inputs
-as in fp8. +kv8: K and V E4M3 at absmax/448 per position and head. q, K, V and the probabilities of a 32-position block are rounded to BF16; all else is float64.
+as in fp8. fp8b: weights E4M3 at absmax/448 of each square of 128 channels by 128 inputs, inputs E4M3 at absmax/448 of each 128
+of a token. +kv8: K and V E4M3 at absmax/448 per position and head. q, K, V and the probabilities of a 32-position block are rounded to BF16; all else is float64.
 exact: only weights are rounded, for a comparison with other implementations.
 """
 import argparse, json, os, struct
@@ -48,6 +49,26 @@ def e4m3_rows(w, tensor=False):
         t = k[absmax > 0].min()
         return e4m3(c * 2.0**(t - k)) * 2.0**-t
     return c * 2.0**-k
+
+
+def in_128s(x, axis):
+    """Zeros up to a multiple of 128 of an axis, which becomes two."""
+    pad = [(0, 0)] * x.ndim
+    pad[axis] = (0, -x.shape[axis] % 128)
+    x = np.pad(x, pad)
+    return x.reshape(*x.shape[:axis], -1, 128, *x.shape[axis + 1:])
+
+
+def e4m3_squares(w):
+    b = in_128s(in_128s(w.astype(np.float32), 1), 0)
+    s = np.abs(b).max(axis=(1, 3), keepdims=True) / np.float32(448)
+    s = np.where(s == 0, np.float32(1), s)
+    c = e4m3((b / s).astype(np.float64)) * s.astype(np.float64)
+    return c.reshape(c.shape[0] * 128, -1)[:w.shape[0], :w.shape[1]]
+
+
+def e4m3_weights(w, form):
+    return e4m3_squares(w) if form == "fp8b" else e4m3_rows(w, form == "fp8t")
 
 
 def e4m3_scaled(x):
@@ -131,12 +152,15 @@ class Model:
         for name, t in list(w.items()):
             group = next((g for g in GROUPS if name.endswith(g + ".weight")), None)
             if group:
-                self.cooked[name] = t if self.format[group] == "bf16" else e4m3_rows(t, self.format[group] == "fp8t")
+                self.cooked[name] = t if self.format[group] == "bf16" else e4m3_weights(t, self.format[group])
 
     def linear(self, name, x):
         """[rows, in] -> [rows, out]"""
         group = next(g for g in GROUPS if name.endswith(g))
-        x = e4m3_scaled(x) if self.format[group] in ("fp8", "fp8t") else self.round(x)
+        if self.format[group] == "fp8b":
+            x = e4m3_scaled(in_128s(x, x.ndim - 1)).reshape(*x.shape[:-1], -1)[..., :x.shape[-1]]
+        else:
+            x = e4m3_scaled(x) if self.format[group] in ("fp8", "fp8t") else self.round(x)
         y = x @ self.cooked[name + ".weight"].T
         return y + self.w[name + ".bias"] if name + ".bias" in self.w else y
 

@@ -109,6 +109,7 @@ struct weights {
 	struct cu_linear a;      /* with the planes and scales on the device */
 	struct cu_exceptions e;
 	uint16_t *master;        /* [n, k] */
+	uint8_t *codes;          /* on the device: what fp8b makes of them */
 	void *mem;
 	bool lonely;
 };
@@ -149,7 +150,13 @@ make_weights(struct weights *x, uint32_t n, uint32_t k, bool lonely)
 	t = host(n * sizeof(*t));
 	for (uint32_t i = 0; i < n; i++)
 		t[i] = x->w.tensor_scale;
-	x->a = (struct cu_linear){.hi = out_hi, .lo = out_lo, .scale = to_device(x->w.scale, n * 4), .tscale = to_device(t, n * 4), .n = n,
+	float *square = host((size_t)k_squares(n) * ((k_squares(ld) + 3) & ~3u) * 4);
+
+	for (uint32_t i = 0; i < k_squares(n); i++)
+		for (uint32_t b = 0; b < k_squares(k); b++)
+			square[i * ((k_squares(ld) + 3) & ~3u) + b] = x->w.square[i * 4 * k_squares(k) + b];
+	x->a = (struct cu_linear){.square = to_device(square, (size_t)k_squares(n) * ((k_squares(ld) + 3) & ~3u) * 4),
+	    .ld_square = (k_squares(ld) + 3) & ~3u, .hi = out_hi, .lo = out_lo, .scale = to_device(x->w.scale, n * 4), .tscale = to_device(t, n * 4), .n = n,
 	    .k = k, .ld = ld, .bf16 = device((size_t)n * ld * 2)};
 
 	/* By rows, ascending: exceptions are few, a sort by hand will do. */
@@ -170,18 +177,42 @@ make_weights(struct weights *x, uint32_t n, uint32_t k, bool lonely)
 		}
 	x->e = (struct cu_exceptions){to_device(row, (rows + 1) * 4), to_device(first, (rows + 1) * 4), to_device(col, (n_exc + 1) * 4),
 	    to_device(delta, (n_exc + 1) * 4), to_device(bits, (n_exc + 1) * 2), rows};
-	free(row), free(first), free(col), free(delta), free(bits), free(t);
+	free(row), free(first), free(col), free(delta), free(bits), free(t), free(square);
+	x->codes = device((size_t)n * ld);
 	cu_unpack(&x->a, &x->e, (uint16_t *)(uintptr_t)x->a.bf16, NULL);
 }
 
 static void
 free_weights(struct weights *x)
 {
-	const void *p[] = {x->a.hi, x->a.lo, x->a.scale, x->a.tscale, x->a.bf16, x->e.row, x->e.first, x->e.col, x->e.delta, x->e.master};
+	const void *p[] = {x->codes, x->a.square, x->a.hi, x->a.lo, x->a.scale, x->a.tscale, x->a.bf16, x->e.row, x->e.first, x->e.col, x->e.delta, x->e.master};
 
 	for (size_t i = 0; i < sizeof(p) / sizeof(*p); i++)
 		must(cudaFree((void *)(uintptr_t)p[i]));
 	free(x->w.exc), free(x->mem), free(x->master);
+}
+
+/* fp8b's codes, of BF16 and of the planes with their exceptions: E4M3(master / scale), to the bit. */
+static void
+check_squares(struct weights *x, uint8_t *code, char name[96])
+{
+	for (int nested = 1; nested >= 0; nested--) {
+		struct cu_linear a = x->a;
+		bool ok = true;
+
+		a.bf16 = nested ? NULL : a.bf16;
+		cu_square_codes(&a, &x->e, x->codes, NULL);
+		from_device(code, x->codes, (size_t)a.n * a.ld);
+		for (uint32_t r = 0; r < a.n; r++)
+			for (uint32_t i = 0; i < a.ld; i++) {
+				float s = x->w.square[r / 32 * k_squares(a.k) + i / 128];
+				uint8_t want = i < a.k ? k_e4m3_from_float(k_bf16_to_float(x->master[(size_t)r * a.k + i]) / s) : 0;
+
+				ok = ok && code[(size_t)r * a.ld + i] == want;
+			}
+		snprintf(name, 96, "squares of %s %u x %u", nested ? "planes" : "bf16", a.n, a.k);
+		tell(ok, name, "codes differ");
+	}
 }
 
 static void
@@ -217,6 +248,7 @@ check_unpack(struct weights *x)
 		}
 	snprintf(name, sizeof(name), "rescale %u x %u", x->a.n, x->a.k);
 	tell(ok, name, "codes differ");
+	check_squares(x, code, name);
 	must(cudaFree(dev));
 	free(got), free(code);
 }
@@ -224,20 +256,24 @@ check_unpack(struct weights *x)
 static void
 check_linear(struct weights *x, enum cu_weights kind, enum k_format format, uint32_t rows, bool add, struct lt *lt)
 {
-	static const char *const kinds[] = {"bf16", "nested", "e4m3", "e4m3t"};
+	static const char *const kinds[] = {"bf16", "nested", "e4m3", "e4m3t", "e4m3b"};
+	const bool squares = format == K_FP8B;
+	uint32_t scales = squares ? (uint32_t)x->a.ld_square + 1 : 1;
 	struct cu_linear a = x->a;
 	uint32_t n = a.n, k = a.k, ld = a.ld;
 	size_t ldy = n + (lt != NULL ? 8 : 3);
 	bool w8a8 = k_is_w8a8(format), ok = true;
 	uint16_t *enc = host((size_t)rows * ld * 2);
 	uint8_t *q = host((size_t)rows * ld);
-	float *xs = host(rows * 4), *want = host(rows * ldy * 4), *got = host(rows * ldy * 4), *in = host(k * 4);
+	float *xs = host(rows * scales * 4), *xs_t = NULL, *want = host(rows * ldy * 4), *got = host(rows * ldy * 4), *in = host(k * 4);
 	char name[96], why[96] = "";
 
 	for (uint32_t r = 0; r < rows; r++) {
 		for (uint32_t i = 0; i < k; i++)
 			in[i] = x->lonely && i == 0 ? 0 : normal();
-		if (w8a8)
+		if (squares)
+			k_act_squares(ref, in, k, ld, enc + r * ld, &xs[r * scales]);
+		else if (w8a8)
 			ref->act_fp8(in, k, ld, enc + r * ld, &xs[r]);
 		else
 			ref->act_bf16(in, k, ld, enc + r * ld);
@@ -246,13 +282,20 @@ check_linear(struct weights *x, enum cu_weights kind, enum k_format format, uint
 	}
 	for (size_t i = 0; i < rows * ldy; i++)
 		got[i] = want[i] = add || i % ldy >= n ? normal() : NAN;
-	ref->linear(&(struct k_linear){&x->w, format, enc, w8a8 ? xs : NULL, rows, ld, want, ldy, add, 0, x->w.n_pad / 32});
-	a.kind = kind, a.w8a8 = w8a8, a.rows = rows, a.ldx = ld, a.ldy = ldy, a.add = add;
-	a.xb = to_device(enc, (size_t)rows * ld * 2), a.xq = to_device(q, (size_t)rows * ld), a.xs = to_device(xs, rows * 4);
+	k_linear_run(ref, &(struct k_linear){&x->w, format, enc, w8a8 ? xs : NULL, rows, ld, want, ldy, add, 0, x->w.n_pad / 32, scales});
+	a.kind = kind, a.w8a8 = w8a8, a.rows = rows, a.ldx = ld, a.ldy = ldy, a.add = add, a.ldxs = scales;
+	if (squares)
+		a.hi = x->codes;
+	a.xb = to_device(enc, (size_t)rows * ld * 2), a.xq = to_device(q, (size_t)rows * ld), a.xs = to_device(xs, rows * scales * 4);
 	a.y = to_device(got, rows * ldy * 4);
 	if (lt == NULL)
 		cu_linear_skinny(&a, NULL);
-	else if (lt_run(lt, w8a8 ? LT_FP8_OUTER : LT_BF16, w8a8 ? (const void *)a.hi : a.bf16, w8a8 ? (const void *)a.xq : a.xb, ld, a.y, ldy,
+	else if (squares) {
+		xs_t = device((size_t)k_squares(ld) * rows * 4);
+		cu_square_inputs(&a, rows, xs_t, NULL);
+		if (lt_run(lt, LT_FP8_SQUARES, a.hi, a.xq, ld, a.y, ldy, n, ld, rows, add, a.square, xs_t, NULL) != 0)
+			printf("# cuBLASLt has no product by squares of %u x %u, %u rows\n", n, k, rows), cu_linear_skinny(&a, NULL);
+	} else if (lt_run(lt, w8a8 ? LT_FP8_OUTER : LT_BF16, w8a8 ? (const void *)a.hi : a.bf16, w8a8 ? (const void *)a.xq : a.xb, ld, a.y, ldy,
 	    n, ld, rows, add, w8a8 ? a.scale : NULL, w8a8 ? a.xs : NULL, NULL) != 0)
 		printf("# cuBLASLt has no outer-vector product of %u x %u, %u rows\n", n, k, rows), cu_linear_skinny(&a, NULL);
 	if (kind == CU_W_NESTED)
@@ -268,7 +311,7 @@ check_linear(struct weights *x, enum cu_weights kind, enum k_format format, uint
 			 * keep 13 bits between promotions to FP32. */
 			for (uint32_t i = 0; i < k && c < n; i++)
 				tolerance += unit * fabsf(k_bf16_to_float(x->master[(size_t)c * k + i]) * k_bf16_to_float(enc[r * ld + i])) *
-				    (w8a8 ? xs[r] : 1);
+				    (w8a8 ? xs[r * scales + (squares ? i / 128 : 0)] : 1);
 			tolerance += add && c < n ? 2e-7f * fabsf(w) : 0;
 
 			if (!(fabsf(g - w) <= tolerance) && ok) {
@@ -279,7 +322,7 @@ check_linear(struct weights *x, enum cu_weights kind, enum k_format format, uint
 	snprintf(name, sizeof(name), "%s %s %s %u x %u, %u rows%s", lt != NULL ? "cuBLASLt" : "linear", kinds[kind], w8a8 ? "w8a8" : "w16", n, k, rows, add ? ", added" : "");
 	tell(ok, name, why);
 	must(cudaFree((void *)(uintptr_t)a.xb)), must(cudaFree((void *)(uintptr_t)a.xq)), must(cudaFree((void *)(uintptr_t)a.xs));
-	must(cudaFree(a.y));
+	must(cudaFree(a.y)), must(cudaFree(xs_t));
 	free(enc), free(q), free(xs), free(want), free(got), free(in);
 }
 
@@ -301,6 +344,11 @@ check_library(void)
 			check_linear(&x, CU_W_BF16, K_BF16, rows, add, lt);
 			check_linear(&x, CU_W_E4M3, K_FP8, rows, add, lt);
 		}
+	free_weights(&x);
+	make_weights(&x, 256, 640, false);
+	cu_square_codes(&x.a, &x.e, x.codes, NULL);
+	for (uint32_t rows = 16; rows <= 80; rows += 32)
+		check_linear(&x, CU_W_E4M3B, K_FP8B, rows, rows == 48, lt);
 	must(cudaStreamSynchronize(NULL));
 	free_weights(&x);
 	lt_free(&lt);
@@ -309,7 +357,7 @@ check_library(void)
 static void
 check_linears(void)
 {
-	static const uint32_t shape[][2] = {{32, 32}, {7, 40}, {65, 300}, {48, 96}, {33, 64}};
+	static const uint32_t shape[][2] = {{32, 32}, {7, 40}, {65, 300}, {48, 96}, {33, 64}, {150, 1300}};
 	static const uint32_t rows[] = {1, 2, 3, 4, 5, 8, 16, 17, 33, 64};
 
 	for (size_t s = 0; s < sizeof(shape) / sizeof(*shape); s += getenv("OCTET_CHECK_SHORT") != NULL ? 2 : 1) {
@@ -325,12 +373,43 @@ check_linears(void)
 			check_linear(&x, CU_W_E4M3, K_FP8, rows[r], add, NULL);
 			check_linear(&x, CU_W_E4M3, K_FP8W, rows[r], add, NULL);
 			check_linear(&x, CU_W_E4M3T, K_FP8T, rows[r], add, NULL);
+			check_linear(&x, CU_W_E4M3B, K_FP8B, rows[r], add, NULL);
 		}
 		free_weights(&x);
 	}
 }
 
 /* ---- encoded outputs ---- */
+
+static void
+check_encoded_squares(const char *what, const struct cu_encoded *e, const float *value, uint32_t rows, uint32_t n, int ulp)
+{
+	uint32_t pad = (n + 31) & ~31u;
+	uint16_t *want = host(pad * 2);
+	uint8_t *code = host(rows * pad);
+	float *s = host(rows * e->ldb * 4), *scale = host(k_squares(n) * 4);
+	char name[96], why[96] = "";
+	bool ok = true;
+
+	from_device(code, e->xqb, rows * pad), from_device(s, e->xsb, rows * e->ldb * 4);
+	for (uint32_t r = 0; r < rows; r++) {
+		k_act_squares(ref, value + r * n, n, pad, want, scale);
+		for (uint32_t b = 0; b < k_squares(n) && ok; b++)
+			if (!(fabsf(s[r * e->ldb + b] - scale[b]) <= (float)ulp * 1e-6f * scale[b])) {
+				ok = false;
+				snprintf(why, sizeof(why), "scale [%u][%u] is %.9g, ref has %.9g", r, b, (double)s[r * e->ldb + b], (double)scale[b]);
+			}
+		for (uint32_t i = 0; i < pad && ok; i++)
+			if (abs((int)code[r * pad + i] - (int)k_e4m3_from_float(k_bf16_to_float(want[i]))) > ulp) {
+				ok = false;
+				snprintf(why, sizeof(why), "[%u][%u] is %02x, ref has %02x", r, i, code[r * pad + i],
+				    k_e4m3_from_float(k_bf16_to_float(want[i])));
+			}
+	}
+	snprintf(name, sizeof(name), "%s of %u by squares", what, n);
+	tell(ok, name, why);
+	free(want), free(code), free(s), free(scale);
+}
 
 /* ulp: how far a BF16 or an E4M3 may be from ref's, for those whose input was summed in another order. */
 static void
@@ -343,6 +422,7 @@ check_encoded(const char *what, const struct cu_encoded *e, const float *value, 
 	char name[96], why[96] = "";
 	bool ok = true;
 
+	check_encoded_squares(what, e, value, rows, n, ulp);
 	from_device(got, e->xb, rows * pad * 2), from_device(code, e->xq, rows * pad), from_device(s, e->xs, rows * 4);
 	for (uint32_t r = 0; r < rows && ok; r++) {
 		ref->act_bf16(value + r * n, n, pad, want);
@@ -374,7 +454,7 @@ check_nan(void)
 {
 	enum { N = 1024 };
 	float *x = host(2 * N * 4), *w = host(N * 4), s[2] = {0, 0};
-	struct cu_encoded e = {NULL, device(N), device(4), N};
+	struct cu_encoded e = {.xq = device(N), .xs = device(4), .ld = N};
 	void *dx, *dw;
 
 	for (uint32_t i = 0; i < 2 * N; i++)
@@ -396,7 +476,8 @@ check_rows(uint32_t n)
 	enum { ROWS = 3 };
 	uint32_t pad = (n + 31) & ~31u, from[ROWS] = {2, 0, 1};
 	float *x = host(ROWS * n * 2 * 4), *w = host(n * 4), *y = host(ROWS * n * 4);
-	struct cu_encoded e = {device(ROWS * pad * 2), device(ROWS * pad), device(ROWS * 4), pad};
+	struct cu_encoded e = {device(ROWS * pad * 2), device(ROWS * pad), device(ROWS * 4), pad, device(ROWS * pad),
+	    device(ROWS * (k_squares(n) + 1) * 4), k_squares(n) + 1};
 	void *dx, *dw, *df;
 
 	for (uint32_t i = 0; i < ROWS * n * 2; i++)
@@ -414,6 +495,7 @@ check_rows(uint32_t n)
 	cu_silu_mul(dx, n, ROWS, &e, NULL);
 	check_encoded("silu_mul", &e, y, ROWS, n, 0);
 	must(cudaFree(dx)), must(cudaFree(dw)), must(cudaFree(df)), must(cudaFree(e.xb)), must(cudaFree(e.xq)), must(cudaFree(e.xs));
+	must(cudaFree(e.xqb)), must(cudaFree(e.xsb));
 	free(x), free(w), free(y);
 }
 
@@ -437,7 +519,7 @@ check_attention(const struct scene *s)
 	struct kd_block *table = host(blocks * 2 * sizeof(*table));
 	uint32_t *pos = host(s->context * 4), *first = host(s->context * 4);
 	struct cu_tile *tile = host(s->context * sizeof(*tile));
-	struct cu_encoded none = {NULL, NULL, NULL, 0};
+	struct cu_encoded none = {.ld = 0};
 	char name[160], why[96] = "";
 	bool ok = true;
 

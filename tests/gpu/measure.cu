@@ -60,16 +60,17 @@ time_us(int runs, F f)
 static void
 product(cublasLtHandle_t lt, void *ws, int mode, int n, int k, int t, bool fast)
 {
-	static const char *const names[] = {"bf16", "scalar", "outer"};
+	static const char *const names[] = {"bf16", "scalar", "outer", "square", "outer16"}; /* outer16: the same with BF16 out */
 	static void *w = make((size_t)28672 * 4096 * 2), *x = make((size_t)2048 * 14336 * 2), *y = make((size_t)2048 * 28672 * 4),
-	    *s = make(28672 * 4);
+	    *s = make((size_t)2048 * 112 * 4);
 	cublasLtMatmulDesc_t d;
 	cublasLtMatrixLayout_t a, b, c;
 	cublasLtMatmulPreference_t pref;
 	cublasLtMatmulHeuristicResult_t r[8];
 	cublasOperation_t yes = CUBLAS_OP_T;
 	cudaDataType_t type = mode == 0 ? CUDA_R_16BF : CUDA_R_8F_E4M3;
-	int32_t sm = CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F;
+	int32_t sm = mode == 3 ? CUBLASLT_MATMUL_MATRIX_SCALE_BLK128x128_32F : CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F;
+	int32_t sx = mode == 3 ? CUBLASLT_MATMUL_MATRIX_SCALE_VEC128_32F : CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F;
 	int8_t f = fast;
 	size_t bytes = (size_t)32 << 20;
 	float one = 1, zero = 0, best = -1;
@@ -77,9 +78,9 @@ product(cublasLtHandle_t lt, void *ws, int mode, int n, int k, int t, bool fast)
 
 	cublasLtMatmulDescCreate(&d, CUBLAS_COMPUTE_32F, CUDA_R_32F);
 	cublasLtMatmulDescSetAttribute(d, CUBLASLT_MATMUL_DESC_TRANSA, &yes, sizeof(yes));
-	if (mode == 2) {
+	if (mode >= 2) {
 		cublasLtMatmulDescSetAttribute(d, CUBLASLT_MATMUL_DESC_A_SCALE_MODE, &sm, sizeof(sm));
-		cublasLtMatmulDescSetAttribute(d, CUBLASLT_MATMUL_DESC_B_SCALE_MODE, &sm, sizeof(sm));
+		cublasLtMatmulDescSetAttribute(d, CUBLASLT_MATMUL_DESC_B_SCALE_MODE, &sx, sizeof(sx));
 		cublasLtMatmulDescSetAttribute(d, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, &s, sizeof(s));
 		cublasLtMatmulDescSetAttribute(d, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, &s, sizeof(s));
 	}
@@ -87,7 +88,7 @@ product(cublasLtHandle_t lt, void *ws, int mode, int n, int k, int t, bool fast)
 		cublasLtMatmulDescSetAttribute(d, CUBLASLT_MATMUL_DESC_FAST_ACCUM, &f, sizeof(f));
 	cublasLtMatrixLayoutCreate(&a, type, k, n, k);
 	cublasLtMatrixLayoutCreate(&b, type, k, t, k);
-	cublasLtMatrixLayoutCreate(&c, CUDA_R_32F, n, t, n);
+	cublasLtMatrixLayoutCreate(&c, mode == 4 ? CUDA_R_16BF : CUDA_R_32F, n, t, n);
 	cublasLtMatmulPreferenceCreate(&pref);
 	cublasLtMatmulPreferenceSetAttribute(pref, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &bytes, sizeof(bytes));
 	cublasStatus_t h = cublasLtMatmulAlgoGetHeuristic(lt, d, a, b, c, c, pref, 8, r, &got);
@@ -104,7 +105,7 @@ product(cublasLtHandle_t lt, void *ws, int mode, int n, int k, int t, bool fast)
 
 		best = best < 0 || us < best ? us : best;
 	}
-	printf("lt %-6s %-4s n=%-6d k=%-6d t=%-5d heuristic %2d, %d found, %d ran, best %8.2f us", names[mode], fast ? "fast" : "", n, k, t,
+	printf("lt %-7s %-4s n=%-6d k=%-6d t=%-5d heuristic %2d, %d found, %d ran, best %8.2f us", names[mode], fast ? "fast" : "", n, k, t,
 	    (int)h, got, ran, best);
 	printf(ran > 0 ? ", %7.1f GB/s, %7.1f TFLOP/s\n" : "\n", (double)n * k * (mode == 0 ? 2 : 1) / best / 1e3,
 	    2.0 * n * k * t / best / 1e6);
@@ -128,7 +129,7 @@ products(void)
 	printf("cuBLASLt %zu\n", cublasLtGetVersion());
 	for (auto &s : shape)
 		for (int t : rows)
-			for (int m = 0; m < 3; m++)
+			for (int m = 0; m < 5; m++)
 				for (int fast = 0; fast < (m > 0 ? 2 : 1); fast++)
 					product(lt, ws, m, s[0], s[1], t, fast);
 	cublasLtDestroy(lt);

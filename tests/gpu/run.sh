@@ -5,15 +5,17 @@
 #   tests/gpu/run.sh pack             where octet is built: programs and libraries to carry, in build-gpu/carry (below 64 MiB)
 #   tests/gpu/run.sh [STAGE...]       on a machine with the card: check bench serve torch, then the table
 #
-#   check  what the card does (measure), every kernel against ref, a few under compute-sanitizer, octetd against the CPU
+#   check  what the card does (measure), every kernel against ref, a few under compute-sanitizer, octetd against the CPU:
+#          proof, and stories260k if it was there to be packed
 #   bench  octetd --bench on random weights in the shape of Llama-3.1-8B, made here: 17 GB in $OCTET_GPU_TMP
-#   serve  50 tokens in, 50 out, a 1B shape, as many clients as help
+#   serve  50 tokens in, 50 out, a 1B shape, as many clients as help; 1,000 flips under 32 clients
 #   torch  PyTorch on the same card, the same shapes
 #
 # Each stage takes less than ten minutes, fails alone, and leaves a file in build-gpu/out (small: take it along to the next
 # machine if stages run on several); of whichever there are tests/gpu/results/DATE.md is made (and copied to $OUT, if set) and
-# the table, printed last. It needs no package of a distribution: Python 3 and CUDA's libraries, the rest is packed. With OCTET_GPU_DRY=1 the plugin of tests/gpu/emu takes the
-# card's place and a tiny model the large ones': that shows whether this script works, and nothing else.
+# the table, printed last. It needs no package of a distribution and builds nothing: Python 3 and CUDA's libraries, the rest is
+# packed. With OCTET_GPU_DRY=1 the plugin of tests/gpu/emu takes the card's place and a tiny model the large ones', and the file
+# is build-gpu/out/dry.md: that shows whether this script works, and nothing else.
 set -u
 cd "$(dirname "$0")/../.." || exit 1
 top=$PWD
@@ -22,6 +24,7 @@ carry=$top/build-gpu/carry
 out=$top/build-gpu/out
 tmp=${OCTET_GPU_TMP:-/tmp/octet-gpu}
 dry=${OCTET_GPU_DRY-}
+stories=$carry/stories260k
 
 die() {
 	echo "run.sh: $*" >&2
@@ -35,8 +38,8 @@ pack() {
 	mkdir -p "$build" "$carry/real" "$carry/lib" "$carry/tests/gpu"
 	[ -x configure ] || autoreconf -i || die "autoreconf"
 	[ -f "$build/Makefile" ] || (cd "$build" && "$top/configure" --with-cuda="${CUDA_HOME:-yes}" >configure.log 2>&1) || die "see $build/configure.log"
-	make -C "$build" -j"$(nproc)" all tests/gpu/octet-cuda-emu.so gpu-programs >"$build/make.log" 2>&1 || die "see $build/make.log"
-	for p in octetd octet octetctl octet-console tests/gpu/checkcuda-card tests/gpu/measure; do
+	make -C "$build" -j"$(nproc)" all tests/gpu/octet-cuda-emu.so tests/gpu/checkcuda gpu-programs >"$build/make.log" 2>&1 || die "see $build/make.log"
+	for p in octetd octet octetctl octet-console tests/gpu/checkcuda tests/gpu/checkcuda-card tests/gpu/measure; do
 		real=$build/$p
 		[ -x "$build/.libs/$p" ] && real=$build/.libs/$p
 		install -s "$real" "$carry/real/$(basename "$p")" || die "$p"
@@ -49,7 +52,13 @@ pack() {
 	done | awk '/=> \// { print $3 } /^\t\// { print $1 }' | sort -u | grep -v 'libcublas\|libcuda\.\|libnvidia' | while read -r lib; do
 		cp -L "$lib" "$carry/lib/"
 	done
-	echo "packed: $(du -sh "$carry" | cut -f1) in $carry"
+	from=${OCTET_STORIES:-$top/../shared/models/stories260k}
+	if [ -d "$from" ]; then
+		mkdir -p "$stories" && cp -L "$from"/*.json "$from"/*.safetensors "$stories/" || die "$from"
+	fi
+	mib=$(($(du -sk "$carry" | cut -f1) / 1024 + 1))
+	[ $mib -lt 64 ] || die "$carry has $mib MiB, 64 is what may be carried"
+	echo "packed: $mib MiB in $carry"
 }
 
 # ---- on the machine ----
@@ -90,6 +99,14 @@ unpack() {
 	export PATH
 }
 
+# within SECONDS COMMAND...: the emulation is given ten times as long.
+within() {
+	seconds=$1
+	shift
+	[ -z "$dry" ] || seconds=$((seconds * 10))
+	timeout "$seconds" "$@"
+}
+
 card() {
 	nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem,power.draw,power.limit,temperature.gpu --format=csv,noheader 2>/dev/null ||
 		echo "no nvidia-smi"
@@ -102,35 +119,47 @@ model() {
 	echo "$tmp/$shape"
 }
 
+# against_cpu NAME SECONDS: tokens, log-probabilities and KL of both backends.
+against_cpu() {
+	(cd "$carry" && within "$2" env srcdir="$top" OCTET_TEST_PLUGIN="$plugin" "$top/tests/e2e-cuda.sh") >"$out/e2e.$1" 2>&1
+	echo "$1: exit $?, $(grep -c '^ok' "$out/e2e.$1") ok, $(grep -c '^not ok' "$out/e2e.$1") not ok"
+	grep '^not ok' -A3 "$out/e2e.$1" | head -30
+	grep "the CPU's" "$out/e2e.$1" | grep 'KL\|perplexity'
+}
+
 stage_check() {
 	{
 		echo "## The card"
 		card
 		echo "## What to know of it first: reading, unpacking, graphs, own kernels, attention, products of cuBLASLt"
-		[ -n "$dry" ] || timeout 120 measure || echo "FAILED: measure"
+		[ -n "$dry" ] || timeout 90 measure || echo "FAILED: measure"
 		echo "## Kernels against ref"
 		if [ -z "$dry" ]; then
 			for seed in 1 2 3; do
-				timeout 60 checkcuda-card $seed >"$out/kernels.$seed" 2>&1
+				timeout 40 checkcuda-card $seed >"$out/kernels.$seed" 2>&1
 				echo "seed $seed: exit $?, $(grep -c '^ok' "$out/kernels.$seed") ok, $(grep -c '^not ok' "$out/kernels.$seed") not ok"
 				grep '^not ok\|^Bail' "$out/kernels.$seed" | head -20
 			done
 			sanitizer=$(command -v compute-sanitizer || ls "${CUDA_HOME:-/usr/local/cuda}"/bin/compute-sanitizer 2>/dev/null)
 			for tool in memcheck racecheck synccheck; do
 				[ -n "$sanitizer" ] || { echo "no compute-sanitizer"; break; }
-				OCTET_CHECK_SHORT=1 LD_LIBRARY_PATH=$libs timeout 60 "$sanitizer" --tool $tool --error-exitcode 9 "$carry/real/checkcuda-card" 4 \
+				OCTET_CHECK_SHORT=1 LD_LIBRARY_PATH=$libs timeout 40 "$sanitizer" --tool $tool --error-exitcode 9 "$carry/real/checkcuda-card" 4 \
 					>"$out/$tool" 2>&1
 				echo "compute-sanitizer $tool: exit $?, $(grep 'SUMMARY' "$out/$tool" | tail -1)"
 			done
+		else
+			within 40 env OCTET_CHECK_SHORT=1 checkcuda 1 >"$out/kernels.1" 2>&1
+			echo "emulated: exit $?, $(grep -c '^ok' "$out/kernels.1") ok, $(grep -c '^not ok' "$out/kernels.1") not ok"
 		fi
 		echo "## octetd against the CPU"
 		if [ -z "$dry" ]; then
-			export plans="bf16 fp8 fp8t kv8 mixed" tokens=40 text_bytes=3000
+			export plans="bf16 fp8 fp8t fp8b kv8 mixed" tokens=40 text_bytes=3000 long=400
 		fi
-		(cd "$carry" && srcdir=$top OCTET_TEST_PLUGIN=$plugin timeout 200 "$top/tests/e2e-cuda.sh") >"$out/e2e" 2>&1
-		echo "exit $?, $(grep -c '^ok' "$out/e2e") ok, $(grep -c '^not ok' "$out/e2e") not ok"
-		grep '^not ok' -A3 "$out/e2e" | head -30
-		grep "the CPU's" "$out/e2e" | grep 'KL\|perplexity'
+		against_cpu proof 150
+		if [ -d "$stories" ]; then
+			export model="$stories"
+			against_cpu stories260k 80
+		fi
 	} >"$out/check.txt" 2>&1
 }
 
@@ -144,7 +173,7 @@ stage_bench() {
 		[ -z "$dry" ] || only='decode 1'
 		for fast in 0 1; do
 			echo "fast accumulation $fast"
-			OCTET_CUDA_FAST_ACCUM=$fast OCTET_PLUGIN=$plugin timeout $limit octetd --bench "$dir" --backend cuda --context 1024 --only "$only" 2>&1 ||
+			within $limit env OCTET_CUDA_FAST_ACCUM=$fast OCTET_PLUGIN="$plugin" octetd --bench "$dir" --backend cuda --context 1024 --only "$only" 2>&1 ||
 				echo "FAILED: $?"
 			[ -z "$dry" ] || break
 			only='fp8 prefill' limit=120
@@ -153,35 +182,90 @@ stage_bench() {
 	} >"$out/bench.txt" 2>&1
 }
 
+# serving POLICY: a daemon on the model of the stage.
+serving() {
+	scratch=$(mktemp -d)
+	OCTET_SOCKET=$scratch/s OCTET_CONTROL_SOCKET=$scratch/c
+	export OCTET_SOCKET OCTET_CONTROL_SOCKET
+	cat >"$scratch/ini" <<-END
+	[daemon]
+	socket = $OCTET_SOCKET
+	control_socket = $OCTET_CONTROL_SOCKET
+	state_dir = $scratch/state
+	max_clients = 512
+	max_clients_per_uid = 512
+	max_requests_per_uid = 4096
+	[model]
+	path = $dir
+	[engine]
+	backend = cuda
+	kv_cache_bytes = $kv
+	max_batch = 256
+	max_batch_tokens = 1024
+	[precision]
+	policy = $1
+	[policy linears]
+	* = fp8
+	[policy all]
+	* = fp8
+	kv_cache = fp8
+	END
+	OCTET_PLUGIN=$plugin octetd --config "$scratch/ini" >"$scratch/log" 2>&1 &
+	daemon=$!
+	tries=0
+	until octet tokenize x >/dev/null 2>&1 || [ $tries -gt 600 ]; do tries=$((tries + 1)); sleep 0.2; done
+}
+
+stop_serving() {
+	octetctl --json status 2>/dev/null | jq -c '[.step_ms, .device]'
+	kill -TERM $daemon 2>/dev/null
+	wait $daemon
+	tail -2 "$scratch/log"
+	rm -rf "$scratch"
+}
+
+# What a flip costs those who wait, and whether many leave anything behind.
+flips() {
+	serving bf16
+	some() { within 90 octet bench --clients "$flip_clients" --requests $((flip_clients * $1)) --prompt-tokens 50 --output-tokens 50 --json; }
+	told() { printf '%s' "$2" | jq -r --arg w "$1" '"flips \($w): failed \(.failed), ms between tokens p50 \(.inter_token_ms.p50) p99 \(.inter_token_ms.p99)"'; }
+	memory() { octetctl --json status | jq .device.memory_used; }
+	some 1 >/dev/null
+	for p in '*=fp8' '*=bf16'; do octetctl set "$p" >/dev/null; some 1 >/dev/null; done # both plans' graphs
+	told none "$(some $each)"
+	before=$(memory)
+	some $((each * 4)) >"$scratch/under" &
+	load=$!
+	i=0
+	while [ $i -lt $n_flips ]; do
+		octetctl set '*=fp8' >/dev/null && octetctl set '*=bf16' >/dev/null || { echo "FAILED: a flip"; break; }
+		i=$((i + 2))
+	done
+	wait $load
+	told "$i" "$(cat "$scratch/under")"
+	echo "flips $i: device memory $before before, $(memory) after"
+	stop_serving
+}
+
 # One daemon a policy; clients grow while it helps.
 stage_serve() {
 	rm -f "$out/serve.txt"
 	dir=$(model 1b) || exit 1
-	clients_list='1 8 32 128 256' each=6 kv=16G
-	[ -z "$dry" ] || clients_list='1 2' each=1 kv=64M
+	clients_list='1 8 32 128 256' each=6 kv=16G flip_clients=32 n_flips=1000
+	[ -z "$dry" ] || clients_list='1 2' each=1 kv=64M flip_clients=2 n_flips=4
 	{
 		echo "## 50 tokens in, 50 out, a 1B shape: requests/s"
 		card
-		for policy in bf16 linears fp8; do
-			scratch=$(mktemp -d)
-			OCTET_SOCKET=$scratch/s OCTET_CONTROL_SOCKET=$scratch/c
-			export OCTET_SOCKET OCTET_CONTROL_SOCKET
-			printf '[daemon]\nsocket = %s\ncontrol_socket = %s\nstate_dir = %s/state\nmax_clients = 512\nmax_clients_per_uid = 512\nmax_requests_per_uid = 4096\n[model]\npath = %s\n[engine]\nbackend = cuda\nkv_cache_bytes = %s\nmax_batch = 256\nmax_batch_tokens = 1024\n[precision]\npolicy = %s\n[policy linears]\n* = fp8\n' \
-				"$OCTET_SOCKET" "$OCTET_CONTROL_SOCKET" "$scratch" "$dir" "$kv" "$policy" >"$scratch/ini"
-			OCTET_PLUGIN=$plugin octetd --config "$scratch/ini" >"$scratch/log" 2>&1 &
-			daemon=$!
-			tries=0
-			until octet tokenize x >/dev/null 2>&1 || [ $tries -gt 600 ]; do tries=$((tries + 1)); sleep 0.2; done
+		for policy in bf16 linears all; do
+			serving $policy
 			for clients in $clients_list; do
-				r=$(timeout 60 octet bench --clients "$clients" --requests $((clients * each)) --prompt-tokens 50 --output-tokens 50 --json 2>&1)
-				echo "serve $policy $clients $(printf '%s' "$r" | jq -r '"\(.requests_per_s) failed \(.failed)"' 2>/dev/null || echo "FAILED: $r")"
+				r=$(within 30 octet bench --clients "$clients" --requests $((clients * each)) --prompt-tokens 50 --output-tokens 50 --json 2>&1)
+				echo "serve $policy $clients $(printf '%s' "$r" | jq -er '"\(.requests_per_s) failed \(.failed)"' 2>/dev/null || echo "FAILED: ${r:-no time}")"
 			done
-			octetctl --json status 2>/dev/null | jq -c '[.step_ms, .device]'
-			kill -TERM $daemon 2>/dev/null
-			wait $daemon
-			tail -2 "$scratch/log"
-			rm -rf "$scratch"
+			stop_serving
 		done
+		echo "## Flips of all linears under load"
+		flips
 	} >"$out/serve.txt" 2>&1
 }
 
@@ -201,6 +285,7 @@ versions() {
 
 # Decode steps of octet beside PyTorch's, formats beside each other; what went wrong; requests/s.
 table() {
+	[ -z "$dry" ] || printf '**A dry run**: emulated kernels on a CPU, a tiny model. No number below is of a card.\n\n'
 	echo '| decode, context 1k | octet bf16 ms | octet fp8 ms | ratio | torch bf16 ms | torch fp8 ms |'
 	echo '|---|---|---|---|---|---|'
 	for n in 1 8 32 128; do
@@ -210,25 +295,25 @@ table() {
 		echo "| $n | $b | $f | $(awk -v b="${b:-0}" -v f="${f:-0}" 'BEGIN { if (f > 0) printf "%.2f", b / f }') | $(other bf16) | $(other fp8) |"
 	done
 	echo
-	echo '| 50 in, 50 out, clients | bf16 requests/s | linears fp8 | all fp8 |'
+	echo '| 50 in, 50 out, clients | bf16 requests/s | linears fp8, KV bf16 | linears and KV fp8 |'
 	echo '|---|---|---|---|'
 	for n in 1 2 8 32 128 256; do
-		of() { awk -v p="$1" -v n=$n '$1 == "serve" && $2 == p && $3 == n { printf "%.1f%s", $4, $6 != 0 ? " (" $6 " failed)" : ""; exit }' "$out/serve.txt" 2>/dev/null; }
-		[ -z "$(of bf16)$(of linears)$(of fp8)" ] || echo "| $n | $(of bf16) | $(of linears) | $(of fp8) |"
+		of() { awk -v p="$1" -v n=$n '$1 == "serve" && $2 == p && $3 == n && $5 == "failed" { printf "%.1f%s", $4, $6 != 0 ? " (" $6 " failed)" : ""; exit }' "$out/serve.txt" 2>/dev/null; }
+		[ -z "$(of bf16)$(of linears)$(of all)" ] || echo "| $n | $(of bf16) | $(of linears) | $(of all) |"
 	done
 	echo
+	grep -h '^flips' "$out/serve.txt" 2>/dev/null
 	for s in check bench serve torch; do
 		[ -f "$out/$s.txt" ] || { echo "$s: did not run"; continue; }
-		grep -h 'not ok\|FAILED\|^exit [^0]\|exit [1-9]' "$out/$s.txt" | sed "s/^/$s: /" | head -20
+		grep -h '^not ok\|FAILED\|exit [1-9]' "$out/$s.txt" | sed "s/^/$s: /" | head -20
 	done
 }
 
 results() {
-	date=$(date -u +%Y-%m-%d)
-	[ -z "$dry" ] || date=dry
-	file=$top/tests/gpu/results/$date.md
+	file=$top/tests/gpu/results/$(date -u +%Y-%m-%d).md
+	[ -z "$dry" ] || file=$out/dry.md
 	{
-		echo "# $date, $(card)"
+		echo "# $(date -u +%Y-%m-%d), ${dry:+dry run, }$(card)"
 		echo
 		echo "\`tests/gpu/run.sh $*\`"
 		echo '```'
@@ -243,7 +328,7 @@ results() {
 		done
 	} >"$file"
 	[ -z "${OUT-}" ] || cp "$file" "$out"/*.txt "$OUT/"
-	[ -z "$dry" ] || rm -f "$file"
+	printf 'written: %s\n\n' "${file#"$top"/}"
 	table
 }
 

@@ -147,6 +147,13 @@ cudaDriverGetVersion(int *v)
 }
 cudaError_t cudaRuntimeGetVersion(int *v) { *v = 13000; return cudaSuccess; }
 cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+cudaError_t
+cudaDeviceReset(void)
+{
+	if (!blocks.empty())
+		die("cudaDeviceReset() with memory that was not given back");
+	return cudaSuccess;
+}
 cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *p, int) { strcpy(p->name, "emulation"); return cudaSuccess; }
 cudaError_t
 cudaDeviceGetAttribute(int *v, enum cudaDeviceAttr a, int)
@@ -178,6 +185,7 @@ cudaStreamSynchronize(cudaStream_t s)
 	return cudaSuccess;
 }
 cudaError_t cudaEventCreate(cudaEvent_t *e) { *e = new emu_event(); return cudaSuccess; }
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t *e, unsigned) { return cudaEventCreate(e); }
 cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t) { e->us = now_us(); return cudaSuccess; }
 cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
 cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t a, cudaEvent_t b) { *ms = (float)((b->us - a->us) / 1e3); return cudaSuccess; }
@@ -286,12 +294,13 @@ static bool
 supported(const emu_lt_desc *d, const emu_lt_layout *a, const emu_lt_layout *b, const emu_lt_layout *c)
 {
 	const char *fault = getenv("OCTET_EMU_FAULT"); /* "outer": a library without outer-vector scales */
-	bool fp8 = a->type == CUDA_R_8F_E4M3;
+	bool fp8 = a->type == CUDA_R_8F_E4M3, squares = d->amode == CUBLASLT_MATMUL_MATRIX_SCALE_BLK128x128_32F;
 
 	return d->transa == CUBLAS_OP_T && d->transb == CUBLAS_OP_N && a->type == b->type && c->type == CUDA_R_32F &&
 	    a->rows == b->rows && a->cols == c->rows && b->cols == c->cols && a->ld >= (int64_t)a->rows && b->ld >= (int64_t)b->rows &&
-	    c->ld >= (int64_t)c->rows && a->rows % 16 == 0 && c->rows % 8 == 0 && d->amode == d->bmode && (fp8 || d->amode == 0) &&
-	    !(fault != nullptr && strcmp(fault, "outer") == 0 && d->amode == CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F);
+	    c->ld >= (int64_t)c->rows && a->rows % 16 == 0 && c->rows % 8 == 0 &&
+	    (squares ? d->bmode == CUBLASLT_MATMUL_MATRIX_SCALE_VEC128_32F && b->cols % 4 == 0 : d->amode == d->bmode) && (fp8 || d->amode == 0) &&
+	    !(fault != nullptr && strcmp(fault, "outer") == 0 && d->amode != CUBLASLT_MATMUL_MATRIX_SCALE_SCALAR_32F);
 }
 
 cublasStatus_t
@@ -335,7 +344,8 @@ static void
 matmul(emu_lt_desc d, emu_lt_layout a, emu_lt_layout b, emu_lt_layout c, const void *pa, const void *pb, float *y, float alpha,
     float beta)
 {
-	bool outer = d.amode == CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F;
+	bool outer = d.amode == CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F, squares = d.amode == CUBLASLT_MATMUL_MATRIX_SCALE_BLK128x128_32F;
+	size_t wide = squares ? 128 : a.rows, stride = ((a.rows + 127) / 128 + 3) / 4 * 4; /* of A's scales: K in blocks, up to a multiple of 4 */
 	std::vector<float> w(a.rows), x(b.rows * b.cols);
 
 	for (size_t j = 0; j < b.cols; j++)
@@ -345,12 +355,17 @@ matmul(emu_lt_desc d, emu_lt_layout a, emu_lt_layout b, emu_lt_layout c, const v
 		for (size_t i = 0; i < a.rows; i++)
 			w[i] = value(pa, a.type, n * (size_t)a.ld + i);
 		for (size_t t = 0; t < b.cols; t++) {
-			float sum[8] = {}, s, *to = y + t * (size_t)c.ld + n;
+			float s = 0, *to = y + t * (size_t)c.ld + n;
 
-			for (size_t i = 0; i < a.rows; i += 8)
-				for (size_t j = 0; j < 8; j++)
-					sum[j] += w[i + j] * x[t * b.rows + i + j];
-			s = ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
+			for (size_t k = 0; k < a.rows; k += wide) {
+				float sum[8] = {}, part;
+
+				for (size_t i = k; i < a.rows && i < k + wide; i += 8)
+					for (size_t j = 0; j < 8; j++)
+						sum[j] += w[i + j] * x[t * b.rows + i + j];
+				part = ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
+				s += squares ? part * (d.ascale[n / 128 * stride + k / 128] * d.bscale[k / 128 * b.cols + t]) : part;
+			}
 			if (outer)
 				s *= d.ascale[n] * d.bscale[t];
 			*to = alpha * s + (beta != 0 ? beta * *to : 0);
