@@ -4,6 +4,7 @@
 #include <errno.h>
 #include <getopt.h>
 #include <inttypes.h>
+#include <pthread.h>
 #include <signal.h>
 #include <stddef.h>
 #include <stdio.h>
@@ -37,6 +38,8 @@ struct daemon {
 	struct plan *file_plan; /* of the file's active policy */
 	bool reloading, at_once;
 	int64_t shown_us;     /* progress was logged */
+	int tokenizer_rc;     /* of compile_tokenizer(), and why */
+	struct err tokenizer_err;
 };
 
 static const char *
@@ -124,6 +127,56 @@ check_device_memory(const struct octetd *d, struct model_shape *s, const struct 
 	return 0;
 }
 
+/* A thread of its own, beside the packing of the weights: a large vocabulary takes half a second. */
+static void *
+compile_tokenizer(void *arg)
+{
+	struct daemon *m = arg;
+	struct octetd *d = &m->d;
+	const struct model *model = d->model;
+	const struct tok_source src = {model->tokenizer_json, model->tokenizer_config_json, model->chat_template,
+	    model->tokenizer_json_len, model->tokenizer_config_json_len, model->chat_template_len};
+	struct tok *tok = NULL;
+	int rc;
+
+	rc = tok_compile_source(&src, model->shape.vocab, &d->tok_blob, &d->tok_len, &m->tokenizer_err);
+	if (rc == 0)
+		rc = tok_open(&tok, d->tok_blob, d->tok_len, &m->tokenizer_err);
+	if (rc != 0)
+		err_prefix(&m->tokenizer_err, "%s/tokenizer.json", model->path);
+	tok_free(&tok);
+	m->tokenizer_rc = rc;
+	return NULL;
+}
+
+static int
+pack_model(struct daemon *m, bool check_only, struct err *err)
+{
+	pthread_t thread;
+	sigset_t all, old;
+	bool beside;
+	int rc;
+
+	/* Signals belong to this thread. */
+	sigfillset(&all);
+	pthread_sigmask(SIG_BLOCK, &all, &old);
+	beside = pthread_create(&thread, NULL, compile_tokenizer, m) == 0;
+	pthread_sigmask(SIG_SETMASK, &old, NULL);
+	rc = model_pack(m->d.model, m->d.team, m->d.conf->kv_cache_bytes, check_only, check_only ? NULL : on_progress, m, err);
+	if (beside)
+		pthread_join(thread, NULL);
+	else
+		compile_tokenizer(m);
+	return rc;
+}
+
+static int
+load_tokenizer(const struct daemon *m, struct err *err)
+{
+	*err = m->tokenizer_err;
+	return m->tokenizer_rc;
+}
+
 static int
 load_model(struct daemon *m, bool check_only, struct err *err)
 {
@@ -146,10 +199,12 @@ load_model(struct daemon *m, bool check_only, struct err *err)
 		fall_back(&m->d, err);
 	}
 	m->shown_us = octetd_now_us();
-	rc = model_load(&m->d.model, c->model_path, m->d.team, (uint32_t)c->max_context, c->kv_cache_bytes, check_only,
-	    check_only ? NULL : on_progress, m, err);
-	if (rc != 0)
+	if ((rc = model_open(&m->d.model, c->model_path, (uint32_t)c->max_context, err)) != 0)
 		return rc;
+	if ((rc = pack_model(m, check_only, err)) != 0) {
+		model_free(&m->d.model);
+		return rc;
+	}
 	if (engine_kv_bytes(&m->d.model->shape, &cfg) == 0)
 		return err_set(err, -EINVAL, "%s: kv_cache_bytes = %" PRIu64 " is less than one page of this model", c->file,
 		    c->kv_cache_bytes);
@@ -159,24 +214,6 @@ load_model(struct daemon *m, bool check_only, struct err *err)
 		    m->d.model->shape.max_context, LOG_Q(human(m->d.model->weights_bytes, a)),
 		    LOG_Q(human(engine_kv_bytes(&m->d.model->shape, &cfg), b)), m->d.model->n_exceptions, m->d.model->digest);
 	return 0;
-}
-
-static int
-load_tokenizer(struct octetd *d, struct err *err)
-{
-	const struct model *m = d->model;
-	const struct tok_source src = {m->tokenizer_json, m->tokenizer_config_json, m->chat_template, m->tokenizer_json_len,
-	    m->tokenizer_config_json_len, m->chat_template_len};
-	struct tok *tok = NULL;
-	int rc;
-
-	rc = tok_compile_source(&src, m->shape.vocab, &d->tok_blob, &d->tok_len, err);
-	if (rc == 0)
-		rc = tok_open(&tok, d->tok_blob, d->tok_len, err);
-	if (rc != 0)
-		err_prefix(err, "%s/tokenizer.json", m->path);
-	tok_free(&tok);
-	return rc;
 }
 
 static int
@@ -230,7 +267,7 @@ load(struct daemon *m, struct err *err)
 	    (rc = octetd_clients_resolve(d->conf, err)) != 0)
 		return rc;
 	log_set_level_name(d->conf->log_level);
-	if ((rc = start_team(m, err)) != 0 || (rc = load_model(m, false, err)) != 0 || (rc = load_tokenizer(d, err)) != 0)
+	if ((rc = start_team(m, err)) != 0 || (rc = load_model(m, false, err)) != 0 || (rc = load_tokenizer(m, err)) != 0)
 		return rc;
 	return octetd_policies_check(d->conf, d->model->shape.n_layers, &m->file_plan, err);
 }
@@ -286,7 +323,7 @@ check(struct daemon *m, struct err *err)
 		return n;
 	if (bad(start_team(m, err), err) || bad(load_model(m, true, err), err))
 		return n + 1;
-	n += bad(load_tokenizer(d, err), err);
+	n += bad(load_tokenizer(m, err), err);
 	n += check_policies(m, err);
 	if (n == 0) {
 		printf("%s: ok\n", d->conf_path);

@@ -728,29 +728,63 @@ set_names(struct model *m, const char *dir, struct err *err)
 	return m->name != NULL ? 0 : err_set(err, -ENOMEM, "out of memory");
 }
 
+/* What is open between model_open() and model_pack(). */
+struct model_source {
+	struct shards shards;
+	char *config;
+	size_t config_len;
+};
+
+static void
+close_source(struct model *m)
+{
+	if (m->source == NULL)
+		return;
+	shards_close(&m->source->shards);
+	free(m->source->config);
+	free(m->source);
+	m->source = NULL;
+}
+
+int
+model_open(struct model **out, const char *dir, uint32_t max_context, struct err *err)
+{
+	struct model *m = calloc(1, sizeof(*m));
+	int rc;
+
+	*out = NULL;
+	if (m == NULL || (m->source = calloc(1, sizeof(*m->source))) == NULL)
+		rc = err_set(err, -ENOMEM, "out of memory");
+	else if ((rc = set_names(m, dir, err)) == 0)
+		rc = load_files(m, max_context, &m->source->config, &m->source->config_len, &m->source->shards, err);
+	if (rc != 0)
+		model_free(&m);
+	*out = m;
+	return rc;
+}
+
+int
+model_pack(struct model *m, struct team *team, uint64_t extra_bytes, bool check_only, void (*progress)(void *, int), void *arg,
+    struct err *err)
+{
+	struct work w = {.check_only = check_only, .progress = progress, .progress_arg = arg};
+	int rc = load_weights(m, &m->source->shards, team, extra_bytes, &w, err);
+
+	if (rc == 0)
+		m->digest = make_digest(m->source->config, m->source->config_len, &m->source->shards);
+	free_work(&w);
+	close_source(m);
+	return rc;
+}
+
 int
 model_load(struct model **out, const char *dir, struct team *team, uint32_t max_context, uint64_t extra_bytes,
     bool check_only, void (*progress)(void *, int), void *arg, struct err *err)
 {
-	struct work w = {.check_only = check_only, .progress = progress, .progress_arg = arg};
-	struct model *m = calloc(1, sizeof(*m));
-	struct shards st = {0};
-	char *config = NULL;
-	size_t len = 0;
-	int rc;
+	int rc = model_open(out, dir, max_context, err);
 
-	*out = NULL;
-	if (m == NULL)
-		return err_set(err, -ENOMEM, "out of memory");
-	if ((rc = set_names(m, dir, err)) == 0 && (rc = load_files(m, max_context, &config, &len, &st, err)) == 0 &&
-	    (rc = load_weights(m, &st, team, extra_bytes, &w, err)) == 0)
-		m->digest = make_digest(config, len, &st);
-	free_work(&w);
-	shards_close(&st);
-	free(config);
-	if (rc != 0)
-		model_free(&m);
-	*out = m;
+	if (rc == 0 && (rc = model_pack(*out, team, extra_bytes, check_only, progress, arg, err)) != 0)
+		model_free(out);
 	return rc;
 }
 
@@ -761,6 +795,7 @@ model_free(struct model **mp)
 
 	if (m == NULL)
 		return;
+	close_source(m);
 	for (uint32_t l = 0; m->layer != NULL && l < m->shape.n_layers; l++)
 		for (enum plan_group g = GROUP_Q; g <= GROUP_DOWN; g++)
 			free(m->layer[l].linear[g].exc);

@@ -36,17 +36,22 @@ struct model {
 	void *arena; size_t arena_bytes;
 	char *tokenizer_json, *tokenizer_config_json, *chat_template; /* whole files; the last two may be NULL */
 	size_t tokenizer_json_len, tokenizer_config_json_len, chat_template_len;
+	struct model_source *source; /* until it is packed */
 };
 
 /* Bytes the weights will take, from config.json alone. */
 uint64_t model_plan_bytes(const struct model_shape *);
 
-/* Reads and checks everything, then packs with the team (NULL: this thread).
- * check_only stops after the checks, NaN and Inf included, and frees nothing
- * less: *out is then a model without planes, for its shape. max_context: 0, or
- * a bound below the file's. progress (may be NULL) is called from this thread with 0..100.
- * extra_bytes: what else will be allocated (KV pool); the sum is checked
- * against the memory available, -ENOMEM with both numbers. */
+/* Reads the shape, the tokenizer's texts and the headers of the weights. max_context: 0, or a bound below the file's. */
+int model_open(struct model **out, const char *dir, uint32_t max_context, struct err *);
+/* Checks the weights, then packs them with the team (NULL: this thread), once. What model_open() read stays as it is: other
+ * threads may read it meanwhile. check_only stops after the checks, NaN and Inf included, and frees nothing less: it is then
+ * a model without planes, for its shape. progress (may be NULL) is called from this thread with 0..100.
+ * extra_bytes: what else will be allocated (KV pool); the sum is checked against the memory available, -ENOMEM with both
+ * numbers. After an error the model is only good for model_free(). */
+int model_pack(struct model *, struct team *, uint64_t extra_bytes, bool check_only, void (*progress)(void *, int percent),
+    void *arg, struct err *);
+/* Both. */
 int model_load(struct model **out, const char *dir, struct team *, uint32_t max_context,
     uint64_t extra_bytes, bool check_only, void (*progress)(void *, int percent), void *arg, struct err *);
 void model_free(struct model **);
