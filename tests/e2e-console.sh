@@ -383,7 +383,9 @@ if command -v bash >/dev/null; then
 	golden precision-80x24
 	keys q
 	ok "it still has its keys" gone '\[1 Precision\]'
-	keys "exec sh" Enter "PS1='shell> '; clear" Enter
+	keys "exec sh" Enter # bash would take what is typed ahead with it
+	until_shows '^[^ ]*[#$] *$'
+	keys "PS1='shell> '; clear" Enter
 	until_shows '^shell> *$'
 fi
 run "$console --replay $replay --speed 0"
