@@ -7,8 +7,11 @@ screen() { tm capture-pane -p -t t; }
 keys() { tm send-keys -t t "$@"; }
 seen() { screen | grep -qE -- "$1"; }
 unseen() { ! seen "$1"; }
-shows() { wait_for 30 seen "$1"; }
-gone() { wait_for 30 unseen "$1"; }
+shows() { wait_for 30 seen "$1" || { screen; return 1; }; }
+gone() { wait_for 30 unseen "$1" || { screen; return 1; }; }
+# Between tests: says nothing, or fails.
+until_shows() { wait_for 30 seen "$1" || ok "in time: $1" eval 'screen; false'; }
+until_gone() { wait_for 30 unseen "$1" || ok "gone in time: $1" eval 'screen; false'; }
 resize() { tm resize-window -t t -x "$1" -y "$2"; }
 # terminal WIDTH HEIGHT: a shell in a new terminal.
 terminal() {
@@ -19,7 +22,7 @@ terminal() {
 		tm new-session -d -s t -x "$1" -y "$2" "env LC_ALL=$LC_ALL sh"
 	fi
 	keys "PS1='shell> '; clear" Enter
-	shows '^shell>$'
+	until_shows '^shell>$'
 }
 # run COMMAND: with the console's path as $console, and what became of it after "left with".
 run() { keys "clear; $*; echo left with \$?" Enter; }

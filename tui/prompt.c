@@ -83,6 +83,7 @@ own_theme(struct ui *ui, const char *arg)
 		return REACT_DRAW;
 	}
 	ui->theme = theme_find(arg);
+	ui_say(ui, false, "theme %s", arg);
 	return REACT_THEME | REACT_REPAINT;
 }
 
