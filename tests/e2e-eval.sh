@@ -85,8 +85,8 @@ start || exit 1
 is "eval sees it" "$(octetctl eval --candidate fp8 --text "$scratch/text" --json | jq '.text.kl.mean > 0.1')" true
 is "but not where nothing is FP8" "$(octetctl eval --candidate fp8w --text "$scratch/text" --json | jq '.text.kl.mean < 0.05')" true
 head -c 600 "$scratch/text" >"$scratch/short"
-first() { octetctl sweep --by "$1" --text "$scratch/short" --json | jq -r '.trials[0].selector'; }
-is "sweep ranks its group and its layer first" "$(first group) $(first layer)" "mlp.up_proj *@3"
-[ -z "${OCTET_LONG-}" ] || is "and the site itself" "$(first site)" mlp.up_proj@3
+dearest() { octetctl sweep --by "$1" --text "$scratch/short" --json | jq -r '.trials | max_by(.kl_mean).selector'; }
+is "sweep finds its group and its layer the dearest" "$(dearest group) $(dearest layer)" "mlp.up_proj *@3"
+[ -z "${OCTET_LONG-}" ] || is "and the site itself" "$(dearest site)" mlp.up_proj@3
 stop
 finish
