@@ -4,7 +4,6 @@
 #include <errno.h>
 #include <getopt.h>
 #include <inttypes.h>
-#include <pthread.h>
 #include <signal.h>
 #include <stddef.h>
 #include <stdio.h>
@@ -153,15 +152,9 @@ static int
 pack_model(struct daemon *m, bool check_only, struct err *err)
 {
 	pthread_t thread;
-	sigset_t all, old;
-	bool beside;
+	bool beside = team_thread(&thread, compile_tokenizer, m) == 0;
 	int rc;
 
-	/* Signals belong to this thread. */
-	sigfillset(&all);
-	pthread_sigmask(SIG_BLOCK, &all, &old);
-	beside = pthread_create(&thread, NULL, compile_tokenizer, m) == 0;
-	pthread_sigmask(SIG_SETMASK, &old, NULL);
 	rc = model_pack(m->d.model, m->d.team, m->d.conf->kv_cache_bytes, check_only, check_only ? NULL : on_progress, m, err);
 	if (beside)
 		pthread_join(thread, NULL);

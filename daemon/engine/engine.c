@@ -3,7 +3,6 @@
 
 #include <errno.h>
 #include <sched.h>
-#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -340,7 +339,6 @@ engine_new(struct engine **out, const struct model *m, const struct k_ops *ops, 
     const struct engine_config *cfg, struct plan *plan, uint64_t epoch, struct err *err)
 {
 	struct engine *e = calloc(1, sizeof(*e));
-	sigset_t all, old;
 	int rc;
 
 	*out = NULL;
@@ -360,10 +358,7 @@ engine_new(struct engine **out, const struct model *m, const struct k_ops *ops, 
 	if (rc == 0) {
 		e->stats = (struct engine_stats){.epoch = epoch, .plan_digest = plan->digest, .kv_pages = e->kv.n_pages,
 		    .kv_page_tokens = KV_PAGE_TOKENS, .kv_bytes = e->kv.bytes};
-		sigfillset(&all);
-		pthread_sigmask(SIG_BLOCK, &all, &old);
-		rc = -pthread_create(&e->thread, NULL, engine_main, e);
-		pthread_sigmask(SIG_SETMASK, &old, NULL);
+		rc = team_thread(&e->thread, engine_main, e);
 		e->started = rc == 0;
 		if (rc != 0)
 			err_set(err, rc, "engine thread: %s", strerror(-rc));

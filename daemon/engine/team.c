@@ -115,10 +115,22 @@ affinity_cpus(void)
 }
 
 int
+team_thread(pthread_t *thread, void *(*fn)(void *), void *arg)
+{
+	sigset_t all, old;
+	int rc;
+
+	sigfillset(&all);
+	pthread_sigmask(SIG_BLOCK, &all, &old);
+	rc = -pthread_create(thread, NULL, fn, arg);
+	pthread_sigmask(SIG_SETMASK, &old, NULL);
+	return rc;
+}
+
+int
 team_new(struct team **out, uint32_t n, uint32_t spin_us)
 {
 	uint32_t cpus = affinity_cpus();
-	sigset_t all, old;
 	struct team *t;
 	int rc = 0;
 
@@ -135,9 +147,6 @@ team_new(struct team **out, uint32_t n, uint32_t spin_us)
 	if (t->thread == NULL)
 		rc = -ENOMEM;
 
-	/* Signals belong to the loop thread. */
-	sigfillset(&all);
-	pthread_sigmask(SIG_BLOCK, &all, &old);
 	while (rc == 0 && t->size < n) {
 		struct worker *w = malloc(sizeof(*w));
 
@@ -146,13 +155,12 @@ team_new(struct team **out, uint32_t n, uint32_t spin_us)
 			break;
 		}
 		*w = (struct worker){t, t->size};
-		rc = -pthread_create(&t->thread[t->size], NULL, worker_main, w);
+		rc = team_thread(&t->thread[t->size], worker_main, w);
 		if (rc != 0)
 			free(w);
 		else
 			t->size++;
 	}
-	pthread_sigmask(SIG_SETMASK, &old, NULL);
 	if (rc != 0)
 		team_free(&t);
 	*out = t;

@@ -6,8 +6,12 @@
  * together, over a spin-then-sleep barrier. One caller at a time. Workers
  * sleep when nothing runs, and have FTZ/DAZ set.
  */
+#include <pthread.h>
 #include <stdbool.h>
 #include <stdint.h>
+/* A thread that takes no signals: they belong to the loop thread. 0 or -errno. */
+int team_thread(pthread_t *, void *(*)(void *), void *arg);
+
 struct team;
 /* part 0 is the caller. Each part does its share of the work. */
 typedef void (*team_fn)(void *arg, uint32_t part, uint32_t parts);
