@@ -5,6 +5,9 @@
 command -v jq >/dev/null || { skip "rollout" "no jq"; finish; exit 0; }
 load() { octet bench --clients "${2:-4}" --requests "$1" --prompt-tokens 12 --output-tokens 8 >"$scratch/bench" 2>&1; }
 side() { octetctl rollout --json | jq -r "$@"; }
+# A request is counted a moment after its client has the last token.
+served() { side '.candidate.requests + .baseline.requests'; }
+counted() { [ "$(served)" -ge "$1" ]; }
 
 shadow_options='sample = 100%
 max_kl = 0.05
@@ -19,8 +22,9 @@ has "a wrong per cent" "$(octetctl rollout start fast --percent 120 2>&1)" '0 to
 octetctl rollout start fast --percent 10% --by request --guard kl=0.05 >/dev/null
 load 800
 # 800 requests at 10 %: 80, standard deviation 8.5.
-n=$(side .candidate.requests) all=$(side '.candidate.requests + .baseline.requests')
-is "all were counted" "$all" 800
+wait_for 10 counted 800
+n=$(side .candidate.requests)
+is "all were counted" "$(served)" 800
 ok "the share is what was asked ($n of 800)" test "$n" -ge 46 -a "$n" -le 114
 quiet() { [ "$(octetctl status --json | jq .shadow.waiting)" -eq 0 ]; }
 wait_for 60 quiet
@@ -36,7 +40,9 @@ start || exit 1
 is "kill -9 under load: the same state again" "$(side -c '[.policy, .percent, .by, .guard, .epoch]')" "$before"
 is "which is what was asked" "$(side '[.policy, .percent, .by, .guard.kl] | @csv')" '"fast",10,"request",0.05'
 ok "percent" octetctl rollout percent 0
+all=$(served)
 load 40
+wait_for 10 counted $((all + 40))
 is "none at 0 %" "$(side .candidate.requests)" 0
 ok "promote" octetctl rollout promote
 is "the candidate is active" "$(octetctl --json status | jq -r .policy)" fast
@@ -48,8 +54,9 @@ is "rollback undoes the promotion" "$(octetctl rollback >/dev/null; octetctl --j
 octetctl rollout start fast --percent 50 --by client >/dev/null
 sides=
 for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16; do
-	was=$(side .candidate.requests)
+	was=$(side .candidate.requests) all=$(served)
 	load 6 1
+	wait_for 10 counted $((all + 6))
 	sides="$sides $(($(side .candidate.requests) - was))"
 done
 is "each of 16 clients stays on its side ($sides)" "$(printf '%s' "$sides" | tr ' ' '\n' | grep -cxE '0|6')" 16
