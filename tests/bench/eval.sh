@@ -5,48 +5,34 @@
 # Beside: 8 clients that stream, the time between their tokens, in turns without and with an eval of fp8 against bf16. Alone:
 # tokens that an eval runs per second, those of both plans, from the difference between a long and a short text (what is done once
 # drops out), against the prompt tokens per second of requests for one token. Medians, of the ratios of neighbours too. Needs jq.
-set -eu
-[ $# -ge 3 ] || { sed -n '3,8s/^# \{0,1\}//p' "$0"; exit 2; }
+. "$(dirname "$0")/lib.sh"
+[ $# -ge 3 ] || usage
 build=$1 model=$(realpath "$2") text=$3 rounds=${4-5}
-dir=$(mktemp -d)
-daemon= eval=
-trap 'kill $eval $daemon 2>/dev/null || :; rm -rf "$dir"' EXIT
-trap 'exit 1' INT TERM
-export OCTET_SOCKET="$dir/s" OCTET_CONTROL_SOCKET="$dir/c"
-cat >"$dir/octet.ini" <<END
-[daemon]
-socket = $OCTET_SOCKET
-control_socket = $OCTET_CONTROL_SOCKET
-state_dir = $dir/state
-[model]
-path = $model
+config <<END
 [engine]
 prefix_cache = off
 END
-"$build/octetd" --config "$dir/octet.ini" 2>"$dir/log" &
-daemon=$!
-until "$build/octet" tokenize x >/dev/null 2>&1; do kill -0 "$daemon" || { cat "$dir/log"; exit 1; }; sleep 0.05; done
+start
 for n in 1 3 500; do
 	for i in $(seq "$n"); do cat "$text"; done >"$dir/text.$n"
 done
 
-eval_of() { "$build/octetctl" eval --candidate fp8 --text "$dir/text.$1" --context 256 --json; }
-median() { sort -g | awk '{ v[NR] = $1 } END { printf "%.3f", NR % 2 ? v[(NR + 1) / 2] : (v[NR / 2] + v[NR / 2 + 1]) / 2 }'; }
-stream() { "$build/octet" bench --json --clients 8 --requests 16 --prompt-tokens 16 --output-tokens 200 | jq '.inter_token_ms.p50, .inter_token_ms.p99'; }
-prefill() { "$build/octet" bench --json --clients 2 --requests 40 --prompt-tokens 256 --output-tokens 1 | jq .prompt_tokens_per_s; }
+eval_of() { octetctl eval --candidate fp8 --text "$dir/text.$1" --context 256 --json; }
+stream() { bench --clients 8 --requests 16 --prompt-tokens 16 --output-tokens 200 | jq '.inter_token_ms.p50, .inter_token_ms.p99'; }
+prefill() { bench --clients 2 --requests 40 --prompt-tokens 256 --output-tokens 1 | jq .prompt_tokens_per_s; }
 
 stream >/dev/null
 for round in $(seq "$rounds"); do
 	stream >"$dir/out"
 	sed -n 1p "$dir/out" >>"$dir/p50.without"; sed -n 2p "$dir/out" >>"$dir/p99.without"
-	"$build/octetctl" eval --candidate fp8 --text "$dir/text.500" --context 256 >/dev/null 2>&1 &
-	eval=$!
-	until [ "$("$build/octetctl" status --json | jq .kv.pages_used)" -gt 0 ]; do sleep 0.05; done
+	"$build/octetctl" eval --candidate fp8 --text "$dir/text.500" --context 256 >/dev/null 2>&1 & # no function: a kill must reach it
+	client=$!
+	until [ "$(octetctl status --json | jq .kv.pages_used)" -gt 0 ]; do sleep 0.05; done
 	stream >"$dir/out"
 	sed -n 1p "$dir/out" >>"$dir/p50.with"; sed -n 2p "$dir/out" >>"$dir/p99.with"
-	kill $eval
-	wait $eval || :
-	eval=
+	kill $client
+	wait $client || :
+	client=
 	for again in 1 2 3; do
 		a=$(prefill)
 		b=$(eval_of 1 | jq '.seconds, .text.tokens') c=$(eval_of 3 | jq '.seconds, .text.tokens')

@@ -5,38 +5,21 @@
 # Milliseconds a token behind contexts of more and more positions, KV cache in BF16 and in FP8, and the slope beside the bytes that a
 # position adds; tokens/s of 1 to 64 sequences; tokens/s of requests while 10 and while 10,000 wait. Rounds go in turns; medians.
 # TESTS picks: "context sequences queue"; CONTEXTS has the positions. Needs jq. What sampling costs: tests/check/checkkernels --bench.
-set -eu
-[ $# -ge 2 ] || { sed -n '3,7s/^# \{0,1\}//p' "$0"; exit 2; }
+. "$(dirname "$0")/lib.sh"
+[ $# -ge 2 ] || usage
 build=$1 model=$(realpath "$2") rounds=${3-3}
 : "${TESTS=context sequences queue}" "${CONTEXTS=128 512 1024 2048 4096 8000}"
-dir=$(mktemp -d)
-daemon=
-trap 'kill $daemon 2>/dev/null || :; rm -rf "$dir"' EXIT
-trap 'exit 1' INT TERM
-export OCTET_SOCKET="$dir/s" OCTET_CONTROL_SOCKET="$dir/c"
-cat >"$dir/octet.ini" <<END
-[daemon]
-socket = $OCTET_SOCKET
-control_socket = $OCTET_CONTROL_SOCKET
-state_dir = $dir/state
-log_level = warn
+config <<END
 max_queue = 20000
 max_clients = 400
 max_clients_per_uid = 400
 max_requests = 64
 max_requests_per_uid = 20000
-[model]
-path = $model
 [engine]
 kv_cache_bytes = 1G
 prefix_cache = off
 END
-"$build/octetd" --config "$dir/octet.ini" 2>"$dir/log" &
-daemon=$!
-until "$build/octet" tokenize x >/dev/null 2>&1; do kill -0 "$daemon" || { cat "$dir/log"; exit 1; }; sleep 0.05; done
-
-bench() { "$build/octet" bench --json "$@"; }
-median() { sort -g | awk '{ v[NR] = $1 } END { printf "%.4g", NR % 2 ? v[(NR + 1) / 2] : (v[NR / 2] + v[NR / 2 + 1]) / 2 }'; }
+start
 
 # Least squares of the medians; a position has K and V of every layer, in FP8 with two scales a head.
 contexts() {
@@ -57,11 +40,11 @@ for round in $(seq "$rounds"); do
 	case $TESTS in *context*)
 		for n in $CONTEXTS; do
 			for format in bf16 fp8; do
-				"$build/octetctl" set kv_cache=$format >/dev/null 2>&1 || :
+				octetctl set kv_cache=$format >/dev/null 2>&1 || :
 				bench --requests 1 --prompt-tokens "$n" --output-tokens 60 | jq "(.total_ms.p50 - .ttft_ms.p50) / 59" >>"$dir/context.$format.$n"
 			done
 		done
-		"$build/octetctl" set kv_cache=bf16 >/dev/null 2>&1 || : ;;
+		octetctl set kv_cache=bf16 >/dev/null 2>&1 || : ;;
 	esac
 	case $TESTS in *sequences*)
 		for n in 1 2 4 8 16 32 64; do
@@ -76,9 +59,7 @@ for round in $(seq "$rounds"); do
 		done ;;
 	esac
 done
-kill "$daemon"
-wait "$daemon" || :
-daemon=
+stop
 case $TESTS in *context*) contexts ;; esac
 for f in "$dir"/sequences.* "$dir"/queue.*; do
 	[ ! -f "$f" ] || echo "${f##*.} $(median <"$f")" | sed "s/^/$(basename "${f%.*}") /"

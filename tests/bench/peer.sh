@@ -8,29 +8,19 @@
 # TESTS picks: "prefill 512" "decode 32" and so on; "requests 32" is requests/s of 50 tokens in and 50 out from so many clients of a
 # daemon, beside so many sequences of llama-batched-bench, which serves nobody. The 8-bit rows have every linear layer and lm_head in 8
 # bits, the KV cache in 16. Builds nothing. Needs jq.
-set -eu
-[ $# -ge 3 ] || { sed -n '3,12s/^# \{0,1\}//p' "$0"; exit 2; }
-build=$1 llama=$2 model=$3 rounds=${4-5}
+. "$(dirname "$0")/lib.sh"
+[ $# -ge 3 ] || usage
+build=$1 llama=$2 model=$(realpath "$3") rounds=${4-5}
 : "${TESTS=prefill 128,prefill 512,prefill 2048,decode 1,decode 4,decode 8,decode 16,decode 32}"
 threads=$(nproc)
-dir=$(mktemp -d)
-daemon=
-trap 'kill $daemon 2>/dev/null || :; rm -rf "$dir"' EXIT
-trap 'exit 1' INT TERM
 
 note() { echo "$3" >>"$dir/$1.$2"; } # type, test (no blanks), tokens/s
 
 serve() { # format, clients
-	export OCTET_SOCKET="$dir/s" OCTET_CONTROL_SOCKET="$dir/c"
-	printf '[daemon]\nsocket = %s\ncontrol_socket = %s\nstate_dir = %s/state\nlog_level = warn\n[model]\npath = %s\n[engine]\nprefix_cache = off\n[precision]\npolicy = all\n[policy all]\n* = %s\n' \
-	    "$dir/s" "$dir/c" "$dir" "$(realpath "$model")" "$1" >"$dir/octet.ini"
-	"$build/octetd" --config "$dir/octet.ini" 2>"$dir/log" &
-	daemon=$!
-	until "$build/octet" tokenize x >/dev/null 2>&1; do kill -0 "$daemon" || { cat "$dir/log"; exit 1; }; sleep 0.05; done
-	"$build/octet" bench --json --clients "$2" --requests $(($2 * 2)) | jq .requests_per_s
-	kill "$daemon"
-	wait "$daemon" || :
-	daemon=
+	printf '[engine]\nprefix_cache = off\n[precision]\npolicy = all\n[policy all]\n* = %s\n' "$1" | config
+	start
+	bench --clients "$2" --requests $(($2 * 2)) | jq .requests_per_s
+	stop
 }
 
 octet_runs() { # prefill|decode|requests N
@@ -60,7 +50,6 @@ peer_runs() { # prefill|decode|requests N
 	done
 }
 
-median() { sort -g | awk '{ v[NR] = $1 } END { if (NR) printf "%.2f", NR % 2 ? v[(NR + 1) / 2] : (v[NR / 2] + v[NR / 2 + 1]) / 2 }'; }
 ratio() { # ours, theirs, test
 	[ -f "$dir/peer-$2.$3" ] || return 0
 	printf '  %s/%s %s' "$1" "$2" "$(paste "$dir/$1.$3" "$dir/peer-$2.$3" | awk '{ print $1 / $2 }' | median)"

@@ -6,61 +6,46 @@
 # forward pass is what the engine says of itself. With a daemon that never spins, so that waiting costs no CPU time: its CPU time less its
 # forward passes, per request and per token of long answers, which wake-ups make more than it is. Its system calls per token while an
 # app polls. Medians over the rounds. Needs jq; strace for the last line.
-set -eu
-[ $# -ge 2 ] || { sed -n '3,9s/^# \{0,1\}//p' "$0"; exit 2; }
+. "$(dirname "$0")/lib.sh"
+[ $# -ge 2 ] || usage
 build=$1 model=$(realpath "$2") rounds=${3-5}
-dir=$(mktemp -d)
-daemon=
-trap 'kill $daemon 2>/dev/null || :; rm -rf "$dir"' EXIT
-trap 'exit 1' INT TERM
-export OCTET_SOCKET="$dir/s" OCTET_CONTROL_SOCKET="$dir/c"
 ticks=$(getconf CLK_TCK)
 
-start() { # COMMAND that runs octetd, spin_us
-	printf '[daemon]\nsocket = %s\ncontrol_socket = %s\nstate_dir = %s/state\nlog_level = warn\n[model]\npath = %s\n[engine]\nspin_us = %s\n' \
-	    "$OCTET_SOCKET" "$OCTET_CONTROL_SOCKET" "$dir" "$model" "$2" >"$dir/octet.ini"
-	$1 "$build/octetd" --config "$dir/octet.ini" 2>"$dir/log" &
-	daemon=$!
-	until "$build/octet" tokenize x >/dev/null 2>&1; do kill -0 "$daemon" || { cat "$dir/log"; exit 1; }; sleep 0.05; done
-}
-stop() {
-	kill "$("$build/octetctl" status --json | jq .pid)"
-	wait "$daemon" || :
-	daemon=
-}
-bench() { # clients, requests, output tokens, ...
-	clients=$1 requests=$2 output=$3
+spin() { printf '[engine]\nspin_us = %s\n' "$1" | config; }
+requests() { # clients, requests, output tokens, ...
+	clients=$1 n=$2 output=$3
 	shift 3
-	"$build/octet" bench --json --clients "$clients" --requests "$requests" --prompt-tokens 4 --output-tokens "$output" "$@"
+	bench --clients "$clients" --requests "$n" --prompt-tokens 4 --output-tokens "$output" "$@"
 }
-passes() { "$build/octetctl" status --json | jq -r '"\(.forward_s) \(.step)"'; }
+passes() { octetctl status --json | jq -r '"\(.forward_s) \(.step)"'; }
 spent() { # seconds of CPU time beside forward passes
-	awk -v hz="$ticks" -v f="$("$build/octetctl" status --json | jq .forward_s)" '{ print ($14 + $15) / hz - f }' "/proc/$daemon/stat"
+	awk -v hz="$ticks" -v f="$(octetctl status --json | jq .forward_s)" '{ print ($14 + $15) / hz - f }' "/proc/$daemon/stat"
 }
-median() { sort -g | awk '{ v[NR] = $1 } END { printf "%.4g", NR % 2 ? v[(NR + 1) / 2] : (v[NR / 2] + v[NR / 2 + 1]) / 2 }'; }
 show() { printf '%-64s %s\n' "$1" "$(median <"$2")"; }
 
-start '' 50
-bench 1 1000 1 >/dev/null
+spin 50
+start
+requests 1 1000 1 >/dev/null
 for round in $(seq "$rounds"); do
 	before=$(passes)
-	bench 1 10000 1 | jq .total_ms.p50 >"$dir/p50"
+	requests 1 10000 1 | jq .total_ms.p50 >"$dir/p50"
 	echo $before $(passes) $(cat "$dir/p50") | awk '{ print $5 - 1e3 * ($3 - $1) / ($4 - $2) }' >>"$dir/overhead"
 	cat "$dir/p50" >>"$dir/latency"
-	bench 8 40000 1 | jq .requests_per_s >>"$dir/rate"
+	requests 8 40000 1 | jq .requests_per_s >>"$dir/rate"
 done
 stop
 show "1 client, 4 tokens in, 1 out: latency, ms p50" "$dir/latency"
 show "the same less the mean forward pass: overhead, ms" "$dir/overhead"
 show "8 clients: requests/s" "$dir/rate"
 
-start '' 0
+spin 0
+start
 for round in $(seq "$rounds"); do
 	before=$(spent)
-	bench 8 40000 1 >/dev/null
+	requests 8 40000 1 >/dev/null
 	spent | awk -v b="$before" '{ print ($1 - b) / 40000 * 1e6 }' >>"$dir/request"
 	before=$(spent)
-	bench 8 400 500 >/dev/null
+	requests 8 400 500 >/dev/null
 	spent | awk -v b="$before" '{ print ($1 - b) / 200000 * 1e6 }' >>"$dir/token"
 done
 stop
@@ -68,9 +53,10 @@ show "CPU beside forward and waiting, 8 clients: us a request" "$dir/request"
 show "the same, 500 tokens out: us a token" "$dir/token"
 
 strace -f -o /dev/null true 2>/dev/null || exit 0
+spin 50
 for tokens in 1000 8000; do
-	start "strace -f -c -o $dir/calls.$tokens" 50
-	bench 1 1 "$tokens" --poll >/dev/null
+	start strace -f -c -o "$dir/calls.$tokens"
+	requests 1 1 "$tokens" --poll >/dev/null
 	stop
 	awk '$NF == "total" { print $4 }' "$dir/calls.$tokens" >"$dir/n.$tokens"
 done
