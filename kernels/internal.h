@@ -7,6 +7,7 @@
 void kernels_fill_ref(struct k_ops *);
 void kernels_fill_avx2(struct k_ops *);
 void kernels_fill_avx512(struct k_ops *);
+void kernels_fill_avx512bf16(struct k_ops *);
 void kernels_fill_amx(struct k_ops *);
 
 /* Of avx512.c, for amx.c: weights [from, to) of a block as BF16, [2 tiles][16 input pairs][16 channels][2 inputs], in
@@ -80,7 +81,22 @@ double weights_avx512(const float *x, uint32_t n, float max, double temperature,
 bool scan_avx2(const float *x, uint32_t n, float *max);
 bool scan_avx512(const float *x, uint32_t n, float *max);
 
-bool amx_agrees(void); /* with ref on a block; in a thread after kernels_thread_init() */
+/* Does an instruction sum as ref does? In a thread after kernels_thread_init(). */
+bool amx_agrees(void);
+bool avx512bf16_agrees(void);
+bool avx512bf16_pays(void); /* is VDPBF16PS more than FMA here: it was measured at half of that, and at twice */
+
+/* For these: magnitudes from 2^-104 to 2^24, so that products underflow too, subnormals and signed zeros. */
+static inline uint16_t
+k_some_bf16(uint64_t *state)
+{
+	uint32_t r, exp;
+
+	*state = *state * 6364136223846793005u + 1442695040888963407u;
+	r = (uint32_t)(*state >> 33);
+	exp = r % 16 == 0 ? 0 : r % 16 < 8 ? 120 + r / 16 % 14 : 23 + r / 16 % 129;
+	return (uint16_t)((r >> 15 & 0x8000) | exp << 7 | (r % 32 == 0 ? 0 : r >> 20 & 0x7f));
+}
 
 /* -O2 leaves short loops alone, and arrays of registers in memory. */
 #ifdef __clang__

@@ -194,7 +194,7 @@ void k_linear_run(const struct k_ops *, const struct k_linear *);
 /* act_fp8 of each 128 inputs: scale [k_squares(n)]. */
 void k_act_squares(const struct k_ops *, const float *x, uint32_t n, uint32_t n_pad, uint16_t *out, float *scale);
 
-/* The best level of this machine, or the named one ("ref", "avx2", "avx512", "amx").
+/* The best level of this machine, or the named one ("ref", "avx2", "avx512", "avx512bf16", "amx").
  * NULL with why for a level that is unknown or that the machine lacks. */
 const struct k_ops *kernels_select(const char *level, char *why, size_t why_len);
 const char *kernels_level(size_t i); /* names from the lowest up, NULL past the end; not all may run here */

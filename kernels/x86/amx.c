@@ -518,18 +518,6 @@ attention_amx(const struct k_attention *a)
 
 /* ---- self-check ---- */
 
-/* Magnitudes from 2^-104 to 2^24, so that products underflow too, subnormals and signed zeros. */
-static uint16_t
-some_bf16(uint64_t *state)
-{
-	uint32_t r, exp;
-
-	*state = *state * 6364136223846793005u + 1442695040888963407u;
-	r = (uint32_t)(*state >> 33);
-	exp = r % 16 == 0 ? 0 : r % 16 < 8 ? 120 + r / 16 % 14 : 23 + r / 16 % 129;
-	return (uint16_t)((r >> 15 & 0x8000) | exp << 7 | (r % 32 == 0 ? 0 : r >> 20 & 0x7f));
-}
-
 /* Do tiles sum as ref does? The calling thread flushes subnormals. */
 AMX bool
 amx_agrees(void)
@@ -545,9 +533,9 @@ amx_agrees(void)
 	configure(16);
 	for (int round = 0; round < 64; round++) {
 		for (uint32_t i = 0; i < 512; i++)
-			x[i / 32][i % 32] = some_bf16(&state);
+			x[i / 32][i % 32] = k_some_bf16(&state);
 		for (uint32_t i = 0; i < 1024; i++)
-			w[i] = some_bf16(&state);
+			w[i] = k_some_bf16(&state);
 		for (uint32_t i = 0; i < 512; i++) {
 			uint32_t r = i / 32, c = i % 32;
 			float sum[2] = {0, 0};

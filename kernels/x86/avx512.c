@@ -11,12 +11,13 @@
 #include "kernels/internal.h"
 
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")))
+#define AVX512BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma")))
 #define INLINE static inline __attribute__((always_inline)) AVX512
 
 #define FEW 6u           /* rows that run together: their chains fill 24 registers */
-#define ROWS 96u         /* more rows share one unpacking into memory */
-#define GROUP 4u         /* panels that share one expansion of the inputs */
-#define CHUNK 4u         /* blocks of it: 128 inputs */
+#define ROWS 192u        /* rows that share one unpacking into memory; their totals of a panel half fill L1 */
+#define GROUP 8u         /* panels that share one expansion of the inputs */
+#define CHUNK 8u         /* blocks of it */
 #define AHEAD 4096u      /* bytes of prefetch: one core fills DRAM bandwidth only so; 2048 is an eighth slower on codes alone */
 
 /* ---- linear ---- */
@@ -68,12 +69,13 @@ channel_shift(const struct k_weight *w, uint32_t first)
 }
 
 /* Where the weights of a block come from. */
-enum source { CODES, PLANES, WORDS };
+enum source { CODES, PLANES, WORDS, OPERANDS };
 
 struct block {
 	const uint8_t *hi;
 	const int8_t *lo;
 	const uint16_t *word; /* [1024] unpacked */
+	const float *operand; /* [2 tiles][steps][2 chains][16 channels] of words, for many rows */
 };
 
 /* 32 weights, [16 channels][2 inputs], from i on. */
@@ -96,7 +98,7 @@ weights_at(const struct block *b, enum source from, uint32_t i)
 INLINE struct block
 block_at(const struct k_weight *w, uint32_t block, const uint16_t *word)
 {
-	return (struct block){w->hi + (size_t)block * 1024, w->lo + (size_t)block * 1024, word};
+	return (struct block){w->hi + (size_t)block * 1024, w->lo + (size_t)block * 1024, word, NULL};
 }
 
 static void
@@ -152,37 +154,9 @@ unpack_block(const struct k_weight *w, uint32_t block, enum k_format format, uin
 	unpack_part(w, block, format, 0, 1024, out);
 }
 
-/* [2 tiles][16 input pairs][2 inputs][16 channels] */
-typedef float floats[1024];
-
-/* For many rows it pays to shift and mask once, not once for each team of rows. */
-INLINE void
-spread_block(const uint16_t word[1024], floats out)
-{
-	const __m512i high = _mm512_set1_epi32((int)0xffff0000);
-
-	for (uint32_t i = 0; i < 1024; i += 32) {
-		__m512i w = _mm512_load_si512(word + i);
-
-		_mm512_store_ps(out + i, _mm512_castsi512_ps(_mm512_slli_epi32(w, 16)));
-		_mm512_store_ps(out + i + 16, _mm512_castsi512_ps(_mm512_and_si512(w, high)));
-	}
-}
-
-/* A pair of inputs of 16 channels. */
-INLINE void
-pair_at(const struct block *b, enum source from, uint32_t i, __m512 *even, __m512 *odd)
-{
-	__m512i w = weights_at(b, from, i);
-
-	*even = _mm512_castsi512_ps(_mm512_slli_epi32(w, 16));
-	*odd = _mm512_castsi512_ps(_mm512_and_si512(w, _mm512_set1_epi32((int)0xffff0000)));
-}
-
-typedef float inputs[CHUNK * K_BLOCK];
 typedef float totals[K_PANEL];
 
-/* For two FMA: a broadcast inside an FMA is one more load, and loads are what is short. */
+/* For two multiplications: a broadcast inside an instruction is one more load, and loads are what is short. */
 INLINE __m512
 broadcast(const float *x)
 {
@@ -190,50 +164,6 @@ broadcast(const float *x)
 
 	__asm__("" : "+v"(v));
 	return v;
-}
-
-/* One block against n rows (known where it is inlined). */
-INLINE void
-rows_block(const struct block *b, enum source from, const inputs *x, uint32_t x_at, totals *total, const uint32_t n)
-{
-	__m512 even[FEW][2], odd[FEW][2];
-
-	UNROLL
-	for (uint32_t r = 0; r < n; r++)
-		even[r][0] = even[r][1] = odd[r][0] = odd[r][1] = _mm512_setzero_ps();
-#pragma GCC unroll 2
-	for (uint32_t p = 0; p < 16; p++) {
-		__m512 e0, o0, e1, o1;
-
-		pair_at(b, from, p * 32, &e0, &o0);
-		pair_at(b, from, 512 + p * 32, &e1, &o1);
-		UNROLL
-		for (uint32_t r = 0; r < n; r++) {
-			__m512 xe = broadcast(&x[r][x_at + 2 * p]), xo = broadcast(&x[r][x_at + 2 * p + 1]);
-
-			even[r][0] = _mm512_fmadd_ps(e0, xe, even[r][0]);
-			even[r][1] = _mm512_fmadd_ps(e1, xe, even[r][1]);
-			odd[r][0] = _mm512_fmadd_ps(o0, xo, odd[r][0]);
-			odd[r][1] = _mm512_fmadd_ps(o1, xo, odd[r][1]);
-		}
-	}
-	UNROLL
-	for (uint32_t r = 0; r < n; r++)
-		UNROLL
-		for (uint32_t t = 0; t < 2; t++)
-			_mm512_store_ps(&total[r][t * 16], _mm512_add_ps(_mm512_load_ps(&total[r][t * 16]),
-			    _mm512_add_ps(even[r][t], odd[r][t])));
-}
-
-INLINE void
-expand_inputs(const uint16_t *x, size_t ldx, uint32_t rows, uint32_t n, inputs *out)
-{
-	for (uint32_t r = 0; r < rows; r++)
-		for (uint32_t i = 0; i < n; i += 16) {
-			__m512i u = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(const void *)(x + r * ldx + i)));
-
-			_mm512_store_ps(&out[r][i], _mm512_castsi512_ps(_mm512_slli_epi32(u, 16)));
-		}
 }
 
 /* `past`: past the caches, where a line is whole. Many rows of y are more than a cache holds, and to read them first is a
@@ -264,155 +194,6 @@ write_panel(const struct k_linear *a, uint32_t panel, uint32_t row, uint32_t row
 	}
 }
 
-/* Up to FEW rows: every weight is read once and used at once. */
-INLINE void
-few_panel(const struct k_linear *a, uint32_t panel, uint32_t row, const uint32_t n, enum source from)
-{
-	const struct k_weight *w = a->w;
-	uint32_t kb_n = w->k_pad / K_BLOCK;
-	_Alignas(64) uint16_t word[1024];
-	_Alignas(64) inputs x[FEW];
-	_Alignas(64) totals total[FEW] = {{0}};
-
-	for (uint32_t kb = 0; kb < kb_n; kb++) {
-		struct block b = block_at(w, panel * kb_n + kb, word);
-
-		if (kb % CHUNK == 0)
-			expand_inputs(a->x + row * a->ldx + kb * K_BLOCK, a->ldx, n,
-			    kb_n - kb < CHUNK ? (kb_n - kb) * K_BLOCK : CHUNK * K_BLOCK, x);
-		if (from == WORDS || (from == PLANES && w->flag[panel * kb_n + kb])) {
-			unpack_block(w, panel * kb_n + kb, a->format, word);
-			rows_block(&b, WORDS, (const inputs *)x, kb % CHUNK * K_BLOCK, total, n);
-		} else {
-			rows_block(&b, from, (const inputs *)x, kb % CHUNK * K_BLOCK, total, n);
-		}
-	}
-	write_panel(a, panel, row, n, false, (const totals *)total);
-}
-
-#define FEW_ROWS(n) \
-	AVX512 static void few_##n(const struct k_linear *a, uint32_t panel, uint32_t row) \
-	{ \
-		if (a->format == K_BF16) \
-			few_panel(a, panel, row, n, PLANES); \
-		else if (a->format == K_FP8T) \
-			few_panel(a, panel, row, n, WORDS); \
-		else \
-			few_panel(a, panel, row, n, CODES); \
-	}
-FEW_ROWS(1)
-FEW_ROWS(2)
-FEW_ROWS(3)
-FEW_ROWS(4)
-FEW_ROWS(5)
-FEW_ROWS(6)
-
-/* The even or the odd chain of a block of one or two panels against n rows. */
-INLINE void
-chain(const floats *w, const float *x, uint32_t odd, __m512 sum[FEW][4], const uint32_t n, const uint32_t panels)
-{
-	UNROLL
-	for (uint32_t r = 0; r < n; r++)
-		UNROLL
-		for (uint32_t t = 0; t < 2 * panels; t++)
-			sum[r][t] = _mm512_setzero_ps();
-	for (size_t p = 0; p < 16; p++) {
-		__m512 v[4];
-
-		UNROLL
-		for (uint32_t t = 0; t < 2 * panels; t++)
-			v[t] = _mm512_load_ps(&w[t / 2][t % 2 * 512 + p * 32 + odd * 16]);
-		UNROLL
-		for (uint32_t r = 0; r < n; r++) {
-			__m512 in = broadcast(x + r * CHUNK * K_BLOCK + 2 * p + odd);
-
-			UNROLL
-			for (uint32_t t = 0; t < 2 * panels; t++)
-				sum[r][t] = _mm512_fmadd_ps(v[t], in, sum[r][t]);
-		}
-	}
-}
-
-/* One chain after the other: four tiles share a broadcast then, and loads are what is short. */
-INLINE void
-rows_floats(const floats *w, const inputs *x, uint32_t x_at, totals (*total)[ROWS], uint32_t row, const uint32_t n,
-    const uint32_t panels)
-{
-	__m512 sum[FEW][4];
-	_Alignas(64) float even[FEW][4][16];
-
-	chain(w, &x[row][x_at], 0, sum, n, panels);
-	UNROLL
-	for (uint32_t r = 0; r < n; r++)
-		UNROLL
-		for (uint32_t t = 0; t < 2 * panels; t++)
-			_mm512_store_ps(even[r][t], sum[r][t]);
-	chain(w, &x[row][x_at], 1, sum, n, panels);
-	UNROLL
-	for (uint32_t r = 0; r < n; r++) {
-		UNROLL
-		for (uint32_t t = 0; t < 2 * panels; t++) {
-			float *to = &total[t / 2][row + r][t % 2 * 16];
-
-			_mm512_store_ps(to, _mm512_add_ps(_mm512_load_ps(to),
-			    _mm512_add_ps(_mm512_load_ps(even[r][t]), sum[r][t])));
-		}
-	}
-}
-
-/* An unpacked block of one or two panels against more than FEW rows, in even teams. */
-INLINE void
-many_block(const floats *w, const inputs *x, uint32_t x_at, totals (*total)[ROWS], uint32_t rows, const uint32_t panels)
-{
-	uint32_t teams = (rows + FEW - 1) / FEW;
-
-	for (uint32_t i = 0; i < teams; i++) {
-		uint32_t r = rows * i / teams;
-
-		switch (rows * (i + 1) / teams - r) {
-		case 3: rows_floats(w, x, x_at, total, r, 3, panels); break;
-		case 4: rows_floats(w, x, x_at, total, r, 4, panels); break;
-		case 5: rows_floats(w, x, x_at, total, r, 5, panels); break;
-		case 6: rows_floats(w, x, x_at, total, r, 6, panels); break;
-		}
-	}
-}
-
-/* Panels [p0, p1), at most GROUP, for up to ROWS rows, more than FEW. */
-AVX512 static void
-many_panels(const struct k_linear *a, uint32_t p0, uint32_t p1, uint32_t row, uint32_t rows)
-{
-	const struct k_weight *w = a->w;
-	uint32_t kb_n = w->k_pad / K_BLOCK;
-	_Alignas(64) uint16_t word[1024];
-	_Alignas(64) floats spread[2];
-	_Alignas(64) inputs x[ROWS];
-	_Alignas(64) totals total[GROUP][ROWS];
-
-	memset(total, 0, (p1 - p0) * sizeof(*total));
-	for (uint32_t kb0 = 0; kb0 < kb_n; kb0 += CHUNK) {
-		uint32_t kb1 = kb_n - kb0 < CHUNK ? kb_n : kb0 + CHUNK;
-
-		expand_inputs(a->x + row * a->ldx + kb0 * K_BLOCK, a->ldx, rows, (kb1 - kb0) * K_BLOCK, x);
-		for (uint32_t p = p0; p < p1; p += 2) {
-			uint32_t n = p1 - p < 2 ? 1 : 2;
-
-			for (uint32_t kb = kb0; kb < kb1; kb++) {
-				for (uint32_t i = 0; i < n; i++) {
-					unpack_block(w, (p + i) * kb_n + kb, a->format, word);
-					spread_block(word, spread[i]);
-				}
-				if (n == 2)
-					many_block((const floats *)spread, (const inputs *)x, (kb - kb0) * K_BLOCK, total + p - p0, rows, 2);
-				else
-					many_block((const floats *)spread, (const inputs *)x, (kb - kb0) * K_BLOCK, total + p - p0, rows, 1);
-			}
-		}
-	}
-	for (uint32_t p = p0; p < p1; p++)
-		write_panel(a, p, row, rows, false, (const totals *)total[p - p0]);
-}
-
 AVX512 void
 avx512_unpack(const struct k_weight *w, uint32_t block, enum k_format format, uint32_t from, uint32_t to, uint16_t out[1024])
 {
@@ -425,29 +206,63 @@ avx512_write_panel(const struct k_linear *a, uint32_t panel, uint32_t row, uint3
 	write_panel(a, panel, row, rows, past, total);
 }
 
-static void
-linear_avx512(const struct k_linear *a)
+/* FMA: an operand of 32 bits is a float, a step takes one link of each chain. */
+#define OF(name) name##_avx512
+#define TARGET AVX512
+#define STEPS 16u
+TARGET static inline __m512
+OF(multiply)(__m512 w, __m512 x, __m512 sum)
 {
-	static void (*const few[FEW])(const struct k_linear *, uint32_t, uint32_t) = {few_1, few_2, few_3, few_4, few_5,
-	    few_6};
-
-	if (a->rows == 0)
-		return;
-	if (a->rows <= FEW) {
-		for (uint32_t panel = a->panel0; panel < a->panel1; panel++)
-			few[a->rows - 1](a, panel, 0);
-		return;
-	}
-	for (uint32_t p0 = a->panel0; p0 < a->panel1; p0 += GROUP) {
-		uint32_t p1 = a->panel1 - p0 < GROUP ? a->panel1 : p0 + GROUP, passes = (a->rows + ROWS - 1) / ROWS;
-
-		for (uint32_t i = 0; i < passes; i++) {
-			uint32_t row = (uint32_t)((uint64_t)a->rows * i / passes);
-
-			many_panels(a, p0, p1, row, (uint32_t)((uint64_t)a->rows * (i + 1) / passes) - row);
-		}
-	}
+	return _mm512_fmadd_ps(w, x, sum);
 }
+
+INLINE void
+OF(split)(__m512i pair, __m512i next, __m512 *even, __m512 *odd)
+{
+	(void)next;
+	*even = _mm512_castsi512_ps(_mm512_slli_epi32(pair, 16));
+	*odd = _mm512_castsi512_ps(_mm512_and_si512(pair, _mm512_set1_epi32((int)0xffff0000)));
+}
+
+INLINE void
+OF(expand)(const uint16_t x[K_BLOCK], float *out)
+{
+	for (uint32_t i = 0; i < K_BLOCK; i += 16)
+		_mm512_store_ps(out + i, _mm512_castsi512_ps(_mm512_slli_epi32(
+		    _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(const void *)(x + i))), 16)));
+}
+#include "kernels/x86/linear512.h"
+
+/*
+ * VDPBF16PS adds the product of the high words, then that of the low ones, each rounded as an FMA would. Neighbours in a
+ * chain are inputs k and k + 2: with those two in an operand, high and low, a step takes two links of each chain.
+ */
+#define OF(name) name##_avx512bf16
+#define TARGET AVX512BF16
+#define STEPS 8u
+TARGET static inline __m512
+OF(multiply)(__m512 w, __m512 x, __m512 sum)
+{
+	return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)x);
+}
+
+INLINE void
+OF(split)(__m512i pair, __m512i next, __m512 *even, __m512 *odd)
+{
+	*even = _mm512_castsi512_ps(_mm512_mask_mov_epi16(_mm512_slli_epi32(pair, 16), 0x55555555u, next));
+	*odd = _mm512_castsi512_ps(_mm512_mask_mov_epi16(_mm512_srli_epi32(next, 16), 0xaaaaaaaau, pair));
+}
+
+INLINE void
+OF(expand)(const uint16_t x[K_BLOCK], float *out)
+{
+	/* Of four words the third, the first, the fourth, the second. */
+	const __m512i order = _mm512_set_epi64(0x001d001f001c001e, 0x0019001b0018001a, 0x0015001700140016, 0x0011001300100012,
+	    0x000d000f000c000e, 0x0009000b0008000a, 0x0005000700040006, 0x0001000300000002);
+
+	_mm512_store_ps(out, _mm512_castsi512_ps(_mm512_permutexvar_epi16(order, _mm512_loadu_si512(x))));
+}
+#include "kernels/x86/linear512.h"
 
 /* ---- rows ---- */
 
@@ -1211,6 +1026,76 @@ probe_fma_avx512(uint32_t rounds)
 	return 16.0 * 16 * 2 * rounds;
 }
 
+/* As probe_fma_avx512(). */
+AVX512BF16 static double
+probe_dot(uint32_t rounds)
+{
+	const __m512bh x = (__m512bh)_mm512_set1_epi32(0x3f003f00); /* 0.5 */
+	__m512 s[16];
+
+	UNROLL
+	for (int j = 0; j < 16; j++)
+		s[j] = _mm512_setzero_ps();
+	for (uint32_t i = 0; i < rounds; i++) {
+		UNROLL
+		for (int j = 0; j < 16; j++) {
+			s[j] = _mm512_dpbf16_ps(s[j], x, x);
+			__asm__ volatile("" : "+v"(s[j]));
+		}
+	}
+	UNROLL
+	for (int j = 0; j < 16; j++)
+		__asm__ volatile("" ::"v"(s[j]));
+	return 16.0 * 16 * 4 * rounds;
+}
+
+AVX512BF16 bool
+avx512bf16_agrees(void)
+{
+	const __m512i high = _mm512_set1_epi32((int)0xffff0000);
+	__m512 got = _mm512_setzero_ps(), want = got;
+	_Alignas(64) uint16_t word[2][32];
+	uint64_t state = 1;
+	bool same = true;
+
+	for (int round = 0; round < 2048; round++) {
+		__m512i w, x;
+
+		for (uint32_t i = 0; i < 64; i++)
+			word[i / 32][i % 32] = k_some_bf16(&state);
+		w = _mm512_load_si512(word[0]), x = _mm512_load_si512(word[1]);
+		got = _mm512_dpbf16_ps(got, (__m512bh)w, (__m512bh)x);
+		want = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(w, high)), _mm512_castsi512_ps(_mm512_and_si512(x, high)),
+		    want);
+		want = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(w, 16)), _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)),
+		    want);
+		same = same && _mm512_cmpneq_epi32_mask(_mm512_castps_si512(got), _mm512_castps_si512(want)) == 0;
+		if (round % 16 == 15)
+			got = want = _mm512_setzero_ps();
+	}
+	return same;
+}
+
+static double
+ticks_per_operation(double (*probe)(uint32_t))
+{
+	double best = INFINITY;
+
+	for (int i = 0; i < 8; i++) {
+		uint64_t from = __rdtsc();
+		double operations = probe(1000), ticks = (double)(__rdtsc() - from);
+
+		best = ticks / operations < best ? ticks / operations : best;
+	}
+	return best;
+}
+
+bool
+avx512bf16_pays(void)
+{
+	return ticks_per_operation(probe_dot) < 0.8 * ticks_per_operation(probe_fma_avx512);
+}
+
 void
 kernels_fill_avx512(struct k_ops *ops)
 {
@@ -1227,4 +1112,11 @@ kernels_fill_avx512(struct k_ops *ops)
 	ops->divergence = divergence_avx512;
 	ops->scan = scan_avx512;
 	ops->weights = weights_avx512;
+}
+
+void
+kernels_fill_avx512bf16(struct k_ops *ops)
+{
+	ops->linear = linear_avx512bf16;
+	ops->probe_fma = probe_dot;
 }
