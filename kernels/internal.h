@@ -17,30 +17,17 @@ void avx512_unpack(const struct k_weight *, uint32_t block, enum k_format, uint3
 void avx512_write_panel(const struct k_linear *, uint32_t panel, uint32_t row, uint32_t rows, bool past,
     const float (*total)[K_PANEL]);
 
-/* Also of avx512.c, for attention in tiles. Query vectors are (row, head) pairs that share a KV head. */
-#define K_VECTORS 64u
-struct k_vectors {
-	_Alignas(64) float out[K_VECTORS * 256]; /* [n, hd_pad] so far */
-	float m[K_VECTORS], l[K_VECTORS];        /* maximum and sum so far; l is 0 before the first block */
-	_Alignas(64) float block_m[K_VECTORS], block_l[K_VECTORS];
-	uint32_t valid[K_VECTORS];               /* slots of this block that count */
-	uint32_t n, hd_pad;
+/* Also of avx512.c: attention of many query vectors, up to 64 at a time, by these products. q is BF16 [n, hd_pad], or what
+ * prepare() made of that; k, v: one KV head of a page in BF16; score [n][32] and out [n, hd_pad] may be written up to the
+ * next 16 vectors. */
+struct k_products {
+	void (*prepare)(const uint16_t *q, uint32_t n, uint32_t hd_pad, float *operands); /* NULL: nothing to do */
+	void (*score)(const void *q, uint32_t n, uint32_t hd_pad, const uint16_t *k, float (*score)[32]);
+	void (*weigh)(const uint16_t (*p)[32], uint32_t n, uint32_t hd_pad, const uint16_t *v, float *out);
 };
+bool avx512_are_many(const struct k_attention *); /* are there enough for that to pay */
+void avx512_attend(const struct k_attention *, const struct k_products *);
 void attention_avx512(const struct k_attention *);
-/* x [n] as BF16, zeros up to n_pad. */
-void avx512_round(const float *x, uint32_t n, uint32_t n_pad, uint16_t *out);
-/* One KV head of a block with FP8 positions as BF16, [hd_pad * 32] each, and its scales [32], 1 in BF16 positions. */
-void avx512_mix_page(const struct k_attention *, const struct k_kv_block *, uint32_t kv_head, uint16_t *k, uint16_t *v,
-    float *ks, float *vs);
-/* V of a block with zeros in the slots after `last`; false if what is left is not all finite. */
-bool avx512_trim_page(const uint16_t *v, uint32_t hd_pad, uint32_t last, uint16_t *out);
-/* Vectors [from, to), by 16 (what lies beyond `to` is overwritten): scores [][32], which it scales, to probabilities in
- * BF16; ks, vs NULL: all positions are BF16. */
-void avx512_softmax(struct k_vectors *, uint32_t from, uint32_t to, float (*score)[32], float scale, const float *ks,
-    const float *vs, uint16_t (*p)[32]);
-/* Adds block outputs [to - from][hd_pad]. */
-void avx512_merge(struct k_vectors *, uint32_t from, uint32_t to, const float *block);
-void avx512_divide(const struct k_vectors *, uint32_t vector, uint32_t n, float *out); /* [n] */
 
 /* k_pack_panel() without vectors: it defines the bytes. */
 int k_pack_panel_ref(struct k_weight *, uint32_t panel, const uint16_t *rows, struct k_exception **exc, uint32_t *n_exc,

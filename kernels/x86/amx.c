@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * AMX BF16: linear layers in tiles, one row too (the tiles take less of the core
- * than FMA do, so that unpacking keeps up with memory), and attention of FEWEST
- * query vectors and more. A block of 32 inputs is one TDPBF16PS, which sums as
- * ref does; rows of x are A tiles as they lie, unpacked blocks, K and V of a
- * page are B tiles. Everything else is avx512.c's.
+ * than FMA do, so that unpacking keeps up with memory), and attention of many
+ * query vectors. A block of 32 inputs is one TDPBF16PS, which sums as ref does;
+ * rows of x are A tiles as they lie, unpacked blocks, K and V of a page are B
+ * tiles. Everything else is avx512.c's.
  *
  * With AMX_EMULATED the tiles are plain C, by the instruction's documentation:
  * checkkernels holds the blocking against ref where there is no AMX.
@@ -15,7 +15,6 @@
 
 #include "kernels/internal.h"
 
-#define FEWEST 16u       /* query vectors that attention takes through tiles; fewer are quicker without */
 #define TEAM 32u         /* rows that run together: two tiles, times two of a panel */
 #define ROWS 512u        /* rows that share one unpacking */
 #define GROUP 8u         /* panels that share a visit to the inputs */
@@ -351,20 +350,14 @@ linear_amx(const struct k_linear *a)
 
 /* ---- attention ---- */
 
-/* One KV head of a block. */
-struct head_page {
-	const uint16_t *k, *v;
-	const float *ks, *vs;   /* NULL: all positions are BF16 */
-};
-
 /* Scores of up to two tiles of vectors against a page. */
 AMX static void
-score_page(const uint16_t *q, uint32_t ld, bool two, const struct head_page *page, float (*score)[32])
+score_two(const uint16_t *q, uint32_t ld, bool two, const uint16_t *k, float (*score)[32])
 {
 	zero_four();
 	for (uint32_t d = 0; d < ld; d += K_BLOCK) {
-		tile_load(6, page->k + d * K_BLOCK, 4 * K_BLOCK);
-		tile_load(7, page->k + d * K_BLOCK + 32, 4 * K_BLOCK);
+		tile_load(6, k + d * K_BLOCK, 4 * K_BLOCK);
+		tile_load(7, k + d * K_BLOCK + 32, 4 * K_BLOCK);
 		tile_load(4, q + d, ld * 2);
 		tile_multiply(0, 4, 6);
 		tile_multiply(1, 4, 7);
@@ -384,14 +377,14 @@ score_page(const uint16_t *q, uint32_t ld, bool two, const struct head_page *pag
 
 /* Their sums over V. */
 AMX static void
-weigh_page(const uint16_t (*p)[32], uint32_t ld, bool two, const struct head_page *page, float *out)
+weigh_two(const uint16_t (*p)[32], uint32_t ld, bool two, const uint16_t *v, float *out)
 {
 	tile_load(4, p[0], sizeof(p[0]));
 	if (two)
 		tile_load(5, p[16], sizeof(p[0]));
 	for (uint32_t d = 0; d < ld; d += 32) {
-		tile_load(6, page->v + d * 2, ld * 4);
-		tile_load(7, page->v + d * 2 + 32, ld * 4);
+		tile_load(6, v + d * 2, ld * 4);
+		tile_load(7, v + d * 2 + 32, ld * 4);
 		zero_four();
 		tile_multiply(0, 4, 6);
 		tile_multiply(1, 4, 7);
@@ -406,113 +399,35 @@ weigh_page(const uint16_t (*p)[32], uint32_t ld, bool two, const struct head_pag
 	}
 }
 
-/* All vectors against a page, each stage for all of them, so that one waits for the one before only once. What the tiles
- * hold beyond the last vector is computed too, and not read. */
+/* What the tiles hold beyond the last vector is computed too, and not read. */
 AMX static void
-attend_page(struct k_vectors *s, const uint16_t *q, const struct head_page *page, float scale)
+score_page(const void *q, uint32_t n, uint32_t ld, const uint16_t *k, float (*score)[32])
 {
-	uint32_t ld = s->hd_pad;
-	_Alignas(64) float score[K_VECTORS][32], out[32 * 256];
-	_Alignas(64) uint16_t p[K_VECTORS][32];
-
-	for (uint32_t from = 0; from < s->n; from += 32)
-		score_page(q + (size_t)from * ld, ld, s->n - from > 16, page, score + from);
+	for (uint32_t from = 0; from < n; from += 32)
+		score_two((const uint16_t *)q + (size_t)from * ld, ld, n - from > 16, k, score + from);
 	__asm__ volatile("" ::: "memory");
-	avx512_softmax(s, 0, s->n, score, scale, page->ks, page->vs, p);
-	__asm__ volatile("" ::: "memory");
-	for (uint32_t from = 0; from < s->n; from += 32) {
-		weigh_page((const uint16_t (*)[32])p + from, ld, s->n - from > 16, page, out);
-		__asm__ volatile("" ::: "memory");
-		avx512_merge(s, from, s->n - from < 32 ? s->n : from + 32, out);
-	}
 }
 
-/* Which slots of a block count for each vector; is that all of them for all? */
-static bool
-set_valid(const struct k_attention *a, struct k_vectors *s, uint32_t block, uint32_t heads)
+AMX static void
+weigh_page(const uint16_t (*p)[32], uint32_t n, uint32_t ld, const uint16_t *v, float *out)
 {
-	uint32_t at = block * K_BLOCK, all = 0xffffffffu, last = a->pos + a->rows - 1;
-
-	if (a->pos >= at + 31 && k_window_first(last, a->window) <= at) {
-		memset(s->valid, 0xff, s->n * sizeof(*s->valid));
-		return true;
-	}
-	for (uint32_t i = 0; i < s->n; i++) {
-		uint32_t pos = a->pos + i / heads, first = k_window_first(pos, a->window);
-
-		s->valid[i] = pos < at || first > at + 31 ? 0 : 0xffffffffu;
-		if (pos >= at && pos - at < 31)
-			s->valid[i] &= (2u << (pos - at)) - 1;
-		if (first > at && first < at + K_BLOCK)
-			s->valid[i] &= 0xffffffffu << (first - at);
-		all &= s->valid[i];
-	}
-	return all == 0xffffffffu;
-}
-
-/* Rows of one call, with heads [h0, h1) of one KV head: K_VECTORS in all at most. False if a value that does not count
- * is not finite: with tiles it would. */
-AMX static bool
-attend_vectors(const struct k_attention *a, uint32_t h0, uint32_t h1)
-{
-	uint32_t heads = h1 - h0, last = a->pos + a->rows - 1, kvh = h0 / (a->n_heads / a->n_kv_heads);
-	size_t at = (size_t)kvh * a->hd_pad * K_BLOCK;
-	_Alignas(64) uint16_t q[K_VECTORS * 256], k[256 * K_BLOCK], v[256 * K_BLOCK], trimmed[256 * K_BLOCK];
-	_Alignas(64) float ks[32], vs[32];
-	struct k_vectors s;
-
-	s.n = a->rows * heads, s.hd_pad = a->hd_pad;
-	memset(s.l, 0, sizeof(s.l));
-	memset(s.valid, 0, sizeof(s.valid));
-	for (uint32_t i = 0; i < s.n; i++)
-		avx512_round(a->q + i / heads * a->ld + (size_t)(h0 + i % heads) * a->head_dim, a->head_dim, a->hd_pad,
-		    q + (size_t)i * a->hd_pad);
-	for (uint32_t b = k_window_first(a->pos, a->window) / K_BLOCK; b <= last / K_BLOCK; b++) {
-		const struct k_kv_block *kv = &a->block[b];
-		struct head_page page = {k, v, ks, vs};
-
-		if (kv->fp8 == 0)
-			page = (struct head_page){kv->k + at, kv->v + at, NULL, NULL};
-		else
-			avx512_mix_page(a, kv, kvh, k, v, ks, vs);
-		if (!set_valid(a, &s, b, heads)) {
-			uint32_t left = last - b * K_BLOCK;
-
-			if (!avx512_trim_page(page.v, a->hd_pad, left < 31 ? left : 31, trimmed))
-				return false;
-			page.v = trimmed;
-		}
-		attend_page(&s, q, &page, a->scale);
-	}
-	for (uint32_t i = 0; i < s.n; i++)
-		avx512_divide(&s, i, a->head_dim, a->out + i / heads * a->ld + (size_t)(h0 + i % heads) * a->head_dim);
-	return true;
+	__asm__ volatile("" ::: "memory");
+	for (uint32_t from = 0; from < n; from += 32)
+		weigh_two(p + from, ld, n - from > 16, v, out + (size_t)from * ld);
+	__asm__ volatile("" ::: "memory");
 }
 
 AMX static void
 attention_amx(const struct k_attention *a)
 {
-	uint32_t group = a->n_heads / a->n_kv_heads, to;
+	static const struct k_products tiles_do = {NULL, score_page, weigh_page};
 
-	if (a->rows * (group < a->head1 - a->head0 ? group : a->head1 - a->head0) < FEWEST) {
+	if (!avx512_are_many(a)) {
 		attention_avx512(a);
 		return;
 	}
 	configure(TEAM);
-	for (uint32_t h = a->head0; h < a->head1; h = to) {
-		uint32_t rows;
-
-		to = k_heads_end(a, h, K_VECTORS);
-		rows = K_VECTORS / (to - h);
-		for (uint32_t r = 0; r < a->rows; r += rows) {
-			struct k_attention some = k_attention_row(a, r);
-
-			some.rows = a->rows - r < rows ? a->rows - r : rows;
-			some.head0 = h, some.head1 = to;
-			if (!attend_vectors(&some, h, to))
-				attention_avx512(&some);
-		}
-	}
+	avx512_attend(a, &tiles_do);
 	tile_release();
 }
 

@@ -814,8 +814,8 @@ attend_heads(const struct k_attention *a, uint32_t kvh, uint32_t h0, uint32_t h1
 			    _mm512_div_ps(_mm512_load_ps(head[h - h0].out + d), _mm512_set1_ps(head[h - h0].l)));
 }
 
-void
-attention_avx512(const struct k_attention *a)
+static void
+attend_rows(const struct k_attention *a)
 {
 	uint32_t group = a->n_heads / a->n_kv_heads;
 
@@ -829,24 +829,21 @@ attention_avx512(const struct k_attention *a)
 	}
 }
 
-/* ---- what attention in tiles needs besides products ---- */
+/* ---- attention of many query vectors: (row, head) pairs that share a KV head ---- */
 
-AVX512 void
-avx512_round(const float *x, uint32_t n, uint32_t n_pad, uint16_t *out)
-{
-	act_bf16_avx512(x, n, n_pad, out);
-}
+#define VECTORS 64u
 
-AVX512 void
-avx512_mix_page(const struct k_attention *a, const struct k_kv_block *b, uint32_t kv_head, uint16_t *k, uint16_t *v,
-    float *ks, float *vs)
-{
-	mix_page(a, b, kv_head, k, v);
-	mix_scales(a, b, kv_head, ks, vs);
-}
+struct vectors {
+	_Alignas(64) float out[VECTORS * 256]; /* [n, hd_pad] so far */
+	float m[VECTORS], l[VECTORS];        /* maximum and sum so far; l is 0 before the first block */
+	_Alignas(64) float block_m[VECTORS], block_l[VECTORS];
+	uint32_t valid[VECTORS];               /* slots of this block that count */
+	uint32_t n, hd_pad;
+};
 
-AVX512 bool
-avx512_trim_page(const uint16_t *v, uint32_t hd_pad, uint32_t last, uint16_t *out)
+/* V of a block with zeros in the slots after `last`; false if what is left is not all finite. */
+AVX512 static bool
+trim_page(const uint16_t *v, uint32_t hd_pad, uint32_t last, uint16_t *out)
 {
 	const __m512i inf = _mm512_set1_epi16(0x7f80);
 	__mmask32 bad = 0;
@@ -916,11 +913,12 @@ scale_scores(const uint32_t valid[16], float (*score)[32], float scale, const fl
 	_mm512_storeu_ps(m, _mm512_mask_mov_ps(fold_all(max, false), (__mmask16)nan, _mm512_set1_ps(NAN)));
 }
 
-AVX512 void
-avx512_softmax(struct k_vectors *s, uint32_t from, uint32_t to, float (*score)[32], float scale, const float *ks,
-    const float *vs, uint16_t (*p)[32])
+/* Scores, which it scales, to probabilities, of 16 vectors at a time: what lies beyond the last is overwritten. ks, vs NULL:
+ * all positions are BF16. */
+AVX512 static void
+softmax_all(struct vectors *s, float (*score)[32], float scale, const float *ks, const float *vs, uint16_t (*p)[32])
 {
-	for (uint32_t i = from; i < to; i += 16, score += 16, p += 16) {
+	for (uint32_t i = 0; i < s->n; i += 16, score += 16, p += 16) {
 		__m512 sum[16];
 
 		scale_scores(s->valid + i, score, scale, ks, s->block_m + i);
@@ -942,11 +940,12 @@ avx512_softmax(struct k_vectors *s, uint32_t from, uint32_t to, float (*score)[3
 	}
 }
 
-AVX512 void
-avx512_merge(struct k_vectors *s, uint32_t from, uint32_t to, const float *block)
+/* Adds the outputs of a block, [n, hd_pad]. */
+AVX512 static void
+merge_all(struct vectors *s, const float *block)
 {
-	for (uint32_t i = from; i < to; i += 16) {
-		__mmask16 in = tail(i, to);
+	for (uint32_t i = 0; i < s->n; i += 16) {
+		__mmask16 in = tail(i, s->n);
 		__m512 m = _mm512_maskz_loadu_ps(in, s->m + i), bm = _mm512_maskz_loadu_ps(in, s->block_m + i);
 		__m512 l = _mm512_maskz_loadu_ps(in, s->l + i), bl = _mm512_maskz_loadu_ps(in, s->block_l + i);
 		__mmask16 has = _mm512_mask_cmpneq_epi32_mask(in, _mm512_maskz_loadu_epi32(in, s->valid + i), _mm512_setzero_si512());
@@ -959,9 +958,9 @@ avx512_merge(struct k_vectors *s, uint32_t from, uint32_t to, const float *block
 		l = _mm512_fmadd_ps(l, _mm512_load_ps(fa), _mm512_mul_ps(bl, _mm512_load_ps(fb)));
 		_mm512_mask_storeu_ps(s->m + i, has, _mm512_mask_mov_ps(bm, had, max));
 		_mm512_mask_storeu_ps(s->l + i, has, _mm512_mask_mov_ps(bl, had, l));
-		for (uint32_t j = 0; j < 16 && i + j < to; j++) {
+		for (uint32_t j = 0; j < 16 && i + j < s->n; j++) {
 			float *out = s->out + (size_t)(i + j) * s->hd_pad;
-			const float *b = block + (size_t)(i - from + j) * s->hd_pad;
+			const float *b = block + (size_t)(i + j) * s->hd_pad;
 
 			if (!(has >> j & 1))
 				continue;
@@ -976,13 +975,137 @@ avx512_merge(struct k_vectors *s, uint32_t from, uint32_t to, const float *block
 	}
 }
 
-AVX512 void
-avx512_divide(const struct k_vectors *s, uint32_t vector, uint32_t n, float *out)
+AVX512 static void
+divide(const struct vectors *s, uint32_t vector, uint32_t n, float *out)
 {
 	const float *v = s->out + (size_t)vector * s->hd_pad;
 
 	for (uint32_t d = 0; d < n; d += 16)
 		_mm512_mask_storeu_ps(out + d, tail(d, n), _mm512_div_ps(_mm512_load_ps(v + d), _mm512_set1_ps(s->l[vector])));
+}
+
+/* All vectors against a page, each stage for all of them, so that one waits for the one before only once. */
+static void
+attend_all(struct vectors *s, const void *q, const struct head_page *page, float scale, const struct k_products *by)
+{
+	_Alignas(64) float score[VECTORS][32], out[VECTORS * 256];
+	_Alignas(64) uint16_t p[VECTORS][32];
+
+	by->score(q, s->n, s->hd_pad, page->k, score);
+	softmax_all(s, score, scale, page->ks, page->vs, p);
+	by->weigh((const uint16_t (*)[32])p, s->n, s->hd_pad, page->v, out);
+	merge_all(s, out);
+}
+
+/* Which slots of a block count for each vector; is that all of them for all? */
+static bool
+set_valid(const struct k_attention *a, struct vectors *s, uint32_t block, uint32_t heads)
+{
+	uint32_t at = block * K_BLOCK, all = 0xffffffffu, last = a->pos + a->rows - 1;
+
+	if (a->pos >= at + 31 && k_window_first(last, a->window) <= at) {
+		memset(s->valid, 0xff, s->n * sizeof(*s->valid));
+		return true;
+	}
+	for (uint32_t i = 0; i < s->n; i++) {
+		uint32_t pos = a->pos + i / heads, first = k_window_first(pos, a->window);
+
+		s->valid[i] = pos < at || first > at + 31 ? 0 : 0xffffffffu;
+		if (pos >= at && pos - at < 31)
+			s->valid[i] &= (2u << (pos - at)) - 1;
+		if (first > at && first < at + K_BLOCK)
+			s->valid[i] &= 0xffffffffu << (first - at);
+		all &= s->valid[i];
+	}
+	return all == 0xffffffffu;
+}
+
+/* Rows of one call, with heads [h0, h1) of one KV head: VECTORS in all at most. False if a value that does not count is
+ * not finite: in a product it would. */
+AVX512 static bool
+attend_vectors(const struct k_attention *a, uint32_t h0, uint32_t h1, const struct k_products *by)
+{
+	uint32_t heads = h1 - h0, last = a->pos + a->rows - 1, kvh = h0 / (a->n_heads / a->n_kv_heads);
+	size_t at = (size_t)kvh * a->hd_pad * K_BLOCK;
+	_Alignas(64) uint16_t q[VECTORS * 256], k[256 * K_BLOCK], v[256 * K_BLOCK], trimmed[256 * K_BLOCK];
+	_Alignas(64) float ks[32], vs[32], operands[VECTORS * 256];
+	struct vectors s;
+
+	s.n = a->rows * heads, s.hd_pad = a->hd_pad;
+	memset(s.l, 0, sizeof(s.l));
+	memset(s.valid, 0, sizeof(s.valid));
+	for (uint32_t i = 0; i < s.n; i++)
+		act_bf16_avx512(a->q + i / heads * a->ld + (size_t)(h0 + i % heads) * a->head_dim, a->head_dim, a->hd_pad,
+		    q + (size_t)i * a->hd_pad);
+	if (by->prepare != NULL)
+		by->prepare(q, s.n, a->hd_pad, operands);
+	for (uint32_t b = k_window_first(a->pos, a->window) / K_BLOCK; b <= last / K_BLOCK; b++) {
+		const struct k_kv_block *kv = &a->block[b];
+		struct head_page page = {.k = k, .v = v, .ks = ks, .vs = vs};
+
+		if (kv->fp8 == 0) {
+			page = (struct head_page){.k = kv->k + at, .v = kv->v + at};
+		} else {
+			mix_page(a, kv, kvh, k, v);
+			mix_scales(a, kv, kvh, ks, vs);
+		}
+		if (!set_valid(a, &s, b, heads)) {
+			uint32_t left = last - b * K_BLOCK;
+
+			if (!trim_page(page.v, a->hd_pad, left < 31 ? left : 31, trimmed))
+				return false;
+			page.v = trimmed;
+		}
+		attend_all(&s, by->prepare != NULL ? (const void *)operands : q, &page, a->scale, by);
+	}
+	for (uint32_t i = 0; i < s.n; i++)
+		divide(&s, i, a->head_dim, a->out + i / heads * a->ld + (size_t)(h0 + i % heads) * a->head_dim);
+	return true;
+}
+
+#define FEWEST 16u       /* vectors that go together; fewer are quicker on their own */
+
+bool
+avx512_are_many(const struct k_attention *a)
+{
+	uint32_t group = a->n_heads / a->n_kv_heads, heads = a->head1 - a->head0;
+
+	return a->rows * (group < heads ? group : heads) >= FEWEST;
+}
+
+void
+avx512_attend(const struct k_attention *a, const struct k_products *by)
+{
+	for (uint32_t h = a->head0, to; h < a->head1; h = to) {
+		uint32_t rows;
+
+		to = k_heads_end(a, h, VECTORS);
+		rows = VECTORS / (to - h);
+		for (uint32_t r = 0; r < a->rows; r += rows) {
+			struct k_attention some = k_attention_row(a, r);
+
+			some.rows = a->rows - r < rows ? a->rows - r : rows;
+			some.head0 = h, some.head1 = to;
+			if (!avx512_are_many(&some) || !attend_vectors(&some, h, to, by))
+				attend_rows(&some);
+		}
+	}
+}
+
+void
+attention_avx512(const struct k_attention *a)
+{
+	static const struct k_products fma = {prepare_avx512, score_avx512, weigh_avx512};
+
+	avx512_attend(a, &fma);
+}
+
+static void
+attention_avx512bf16(const struct k_attention *a)
+{
+	static const struct k_products dot = {prepare_avx512bf16, score_avx512bf16, weigh_avx512bf16};
+
+	avx512_attend(a, &dot);
 }
 
 /* ---- probes ---- */
@@ -1118,5 +1241,6 @@ void
 kernels_fill_avx512bf16(struct k_ops *ops)
 {
 	ops->linear = linear_avx512bf16;
+	ops->attention = attention_avx512bf16;
 	ops->probe_fma = probe_dot;
 }

@@ -7,13 +7,14 @@
  */
 typedef float OF(operands)[2 * STEPS];
 
+/* A tile of 16 pairs of inputs, ld words apart. */
 TARGET static inline void
-OF(spread_block)(const uint16_t word[1024], float out[64 * STEPS])
+OF(spread)(const uint16_t *word, size_t ld, float out[32 * STEPS])
 {
-	for (uint32_t i = 0; i < 1024; i += 512 / STEPS, out += 32) {
+	for (uint32_t i = 0; i < STEPS; i++, word += 16 / STEPS * ld, out += 32) {
 		__m512 even, odd;
 
-		OF(split)(_mm512_load_si512(word + i), _mm512_load_si512(word + i + 512 / STEPS - 32), &even, &odd);
+		OF(split)(_mm512_loadu_si512(word), _mm512_loadu_si512(word + (16 / STEPS - 1) * ld), &even, &odd);
 		_mm512_store_ps(out, even);
 		_mm512_store_ps(out + 16, odd);
 	}
@@ -35,9 +36,9 @@ OF(step_at)(const struct block *b, enum source from, uint32_t tile, uint32_t ste
 	}
 }
 
-/* One block against n rows (known where it is inlined). */
+/* One block against n rows (known where it is inlined), whose totals lie ld apart. */
 TARGET static inline __attribute__((always_inline)) void
-OF(rows_block)(const struct block *b, enum source from, const OF(operands) *x, totals *total, const uint32_t n)
+OF(rows_block)(const struct block *b, enum source from, const OF(operands) *x, float *total, size_t ld, const uint32_t n)
 {
 	__m512 even[FEW][2], odd[FEW][2];
 
@@ -64,7 +65,7 @@ OF(rows_block)(const struct block *b, enum source from, const OF(operands) *x, t
 	for (uint32_t r = 0; r < n; r++)
 		UNROLL
 		for (uint32_t t = 0; t < 2; t++)
-			_mm512_store_ps(&total[r][t * 16], _mm512_add_ps(_mm512_load_ps(&total[r][t * 16]),
+			_mm512_store_ps(total + r * ld + t * 16, _mm512_add_ps(_mm512_load_ps(total + r * ld + t * 16),
 			    _mm512_add_ps(even[r][t], odd[r][t])));
 }
 
@@ -87,9 +88,9 @@ OF(few_panel)(const struct k_linear *a, uint32_t panel, const uint32_t n, enum s
 				OF(expand)(a->x + r * a->ldx + i * K_BLOCK, x[i - kb][r]);
 		if (from == WORDS || (from == PLANES && w->flag[panel * kb_n + kb])) {
 			unpack_block(w, panel * kb_n + kb, a->format, word);
-			OF(rows_block)(&b, WORDS, in, total, n);
+			OF(rows_block)(&b, WORDS, in, total[0], K_PANEL, n);
 		} else {
-			OF(rows_block)(&b, from, in, total, n);
+			OF(rows_block)(&b, from, in, total[0], K_PANEL, n);
 		}
 	}
 	write_panel(a, panel, 0, n, false, (const totals *)total);
@@ -114,8 +115,8 @@ FEW_ROWS(6)
 #undef FEW_ROWS
 
 /* More rows than FEW, in even teams. */
-TARGET static inline void
-OF(many_rows)(const struct block *b, const OF(operands) *x, totals *total, uint32_t rows)
+TARGET static inline __attribute__((always_inline)) void
+OF(many_rows)(const struct block *b, const OF(operands) *x, float *total, size_t ld, uint32_t rows)
 {
 	uint32_t teams = (rows + FEW - 1) / FEW;
 
@@ -123,10 +124,10 @@ OF(many_rows)(const struct block *b, const OF(operands) *x, totals *total, uint3
 		uint32_t r = rows * i / teams;
 
 		switch (rows * (i + 1) / teams - r) {
-		case 3: OF(rows_block)(b, OPERANDS, x + r, total + r, 3); break;
-		case 4: OF(rows_block)(b, OPERANDS, x + r, total + r, 4); break;
-		case 5: OF(rows_block)(b, OPERANDS, x + r, total + r, 5); break;
-		case 6: OF(rows_block)(b, OPERANDS, x + r, total + r, 6); break;
+		case 3: OF(rows_block)(b, OPERANDS, x + r, total + r * ld, ld, 3); break;
+		case 4: OF(rows_block)(b, OPERANDS, x + r, total + r * ld, ld, 4); break;
+		case 5: OF(rows_block)(b, OPERANDS, x + r, total + r * ld, ld, 5); break;
+		case 6: OF(rows_block)(b, OPERANDS, x + r, total + r * ld, ld, 6); break;
 		}
 	}
 }
@@ -153,8 +154,9 @@ OF(many_panels)(const struct k_linear *a, uint32_t p0, uint32_t p1, uint32_t row
 		for (uint32_t p = p0; p < p1; p++)
 			for (uint32_t kb = kb0; kb < kb1; kb++) {
 				unpack_block(w, p * kb_n + kb, a->format, word);
-				OF(spread_block)(word, spread);
-				OF(many_rows)(&b, (const OF(operands) *)x[kb - kb0], total[p - p0], rows);
+				OF(spread)(word, 32, spread);
+				OF(spread)(word + 512, 32, spread + 32 * STEPS);
+				OF(many_rows)(&b, (const OF(operands) *)x[kb - kb0], total[p - p0][0], K_PANEL, rows);
 			}
 	}
 	for (uint32_t p = p0; p < p1; p++)
@@ -180,6 +182,51 @@ OF(linear)(const struct k_linear *a)
 
 			OF(many_panels)(a, p0, p1, row, (uint32_t)((uint64_t)a->rows * (i + 1) / passes) - row);
 		}
+	}
+}
+
+/* ---- attention: as a linear layer of the positions of a page, and of its dimensions ---- */
+
+/* Operands of q, [hd_pad / 32][n]. */
+TARGET static void
+OF(prepare)(const uint16_t *q, uint32_t n, uint32_t hd_pad, float *operands)
+{
+	OF(operands) *x = (OF(operands) *)(void *)operands;
+
+	for (uint32_t i = 0; i < n; i++)
+		for (uint32_t d = 0; d < hd_pad; d += K_BLOCK)
+			OF(expand)(q + (size_t)i * hd_pad + d, x[d / K_BLOCK * n + i]);
+}
+
+TARGET static void
+OF(score)(const void *q, uint32_t n, uint32_t hd_pad, const uint16_t *k, float (*score)[32])
+{
+	const OF(operands) *x = q;
+	_Alignas(64) float spread[64 * STEPS];
+	const struct block b = {.operand = spread};
+
+	memset(score, 0, ((n + 15) & ~15u) * sizeof(*score));
+	for (uint32_t d = 0; d < hd_pad; d += K_BLOCK, x += n) {
+		OF(spread)(k + d * K_BLOCK, 2 * K_BLOCK, spread);
+		OF(spread)(k + d * K_BLOCK + 32, 2 * K_BLOCK, spread + 32 * STEPS);
+		OF(many_rows)(&b, x, score[0], 32, n);
+	}
+}
+
+TARGET static void
+OF(weigh)(const uint16_t (*p)[32], uint32_t n, uint32_t hd_pad, const uint16_t *v, float *out)
+{
+	_Alignas(64) OF(operands) x[64];
+	_Alignas(64) float spread[64 * STEPS];
+	const struct block b = {.operand = spread};
+
+	for (uint32_t i = 0; i < n; i++)
+		OF(expand)(p[i], x[i]);
+	memset(out, 0, (size_t)n * hd_pad * sizeof(*out));
+	for (uint32_t d = 0; d < hd_pad; d += 32) {
+		OF(spread)(v + d * 2, 2 * hd_pad, spread);
+		OF(spread)(v + d * 2 + 32, 2 * hd_pad, spread + 32 * STEPS);
+		OF(many_rows)(&b, (const OF(operands) *)x, out + d, hd_pad, n);
 	}
 }
 

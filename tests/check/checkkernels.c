@@ -607,6 +607,7 @@ check_level(void)
 	if (strcmp(ops->name, EMULATED) == 0) {
 		ok(amx_agrees_emulated(), "self-check", "");
 		check_linear();
+		check_attention();
 		return;
 	}
 	check_codes();
