@@ -18,7 +18,9 @@
 #define ROWS 192u        /* rows that share one unpacking into memory; their totals of a panel half fill L1 */
 #define GROUP 8u         /* panels that share one expansion of the inputs */
 #define CHUNK 8u         /* blocks of it */
-#define AHEAD 4096u      /* bytes of prefetch: one core fills DRAM bandwidth only so; 2048 is an eighth slower on codes alone */
+#define AHEAD 8192u      /* bytes of prefetch: one core fills DRAM bandwidth only so */
+#define AHEAD_PLANES 3072u /* of each of the two */
+#define AHEAD_UNPACK 4096u /* for what is unpacked into memory first */
 
 /* ---- linear ---- */
 
@@ -84,15 +86,21 @@ weights_at(const struct block *b, enum source from, uint32_t i)
 {
 	if (from == WORDS)
 		return _mm512_load_si512(b->word + i);
-	if (i % 64 == 0) {
-		_mm_prefetch((const char *)b->hi + i + AHEAD, _MM_HINT_T0);
-		if (from == PLANES)
-			_mm_prefetch((const char *)b->lo + i + AHEAD, _MM_HINT_T0);
-	}
 	if (from == CODES)
 		return e4m3_to_bf16(b->hi + i);
 	return _mm512_add_epi16(e4m3_to_bf16(b->hi + i),
 	    _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)(const void *)(b->lo + i))));
+}
+
+/* Prefetches n lines from line `first` of a plane's block on. Memory likes lines in order: where a kernel reads two tiles
+ * at once its reads alone would be four streams of two planes. */
+INLINE void
+prefetch(const struct block *b, enum source from, uint32_t first, uint32_t n, uint32_t ahead)
+{
+	for (uint32_t i = first * 64; i < (first + n) * 64 && (from == CODES || from == PLANES); i += 64)
+		_mm_prefetch((const char *)b->hi + i + ahead, _MM_HINT_T0);
+	for (uint32_t i = first * 64; i < (first + n) * 64 && from == PLANES; i += 64)
+		_mm_prefetch((const char *)b->lo + i + ahead, _MM_HINT_T0);
 }
 
 INLINE struct block
@@ -127,6 +135,7 @@ unpack_part(const struct k_weight *w, uint32_t block, enum k_format format, uint
 		for (uint32_t i = from; i < to; i += 32) {
 			__m512i v = weights_at(&b, CODES, i), shift = channel_shift(w, channel + i / 512 * 16);
 
+			prefetch(&b, CODES, i / 64, i % 64 == 0, AHEAD_UNPACK);
 			/* magnitude | sign of v */
 			_mm512_store_si512(out + i, _mm512_ternarylogic_epi32(shrink(_mm512_andnot_si512(sign, v), shift), v, sign,
 			    0xf8));
@@ -135,6 +144,7 @@ unpack_part(const struct k_weight *w, uint32_t block, enum k_format format, uint
 	}
 	if (format == K_BF16) {
 		for (uint32_t i = from; i < to; i += 64) {
+			prefetch(&b, PLANES, i / 64, 1, AHEAD_UNPACK);
 			_mm512_store_si512(out + i, weights_at(&b, PLANES, i));
 			_mm512_store_si512(out + i + 32, weights_at(&b, PLANES, i + 32));
 		}
@@ -143,6 +153,7 @@ unpack_part(const struct k_weight *w, uint32_t block, enum k_format format, uint
 		return;
 	}
 	for (uint32_t i = from; i < to; i += 64) {
+		prefetch(&b, CODES, i / 64, 1, AHEAD_UNPACK);
 		_mm512_store_si512(out + i, weights_at(&b, CODES, i));
 		_mm512_store_si512(out + i + 32, weights_at(&b, CODES, i + 32));
 	}

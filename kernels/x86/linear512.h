@@ -49,6 +49,7 @@ OF(rows_block)(const struct block *b, enum source from, const OF(operands) *x, f
 	for (uint32_t p = 0; p < STEPS; p++) {
 		__m512 e0, o0, e1, o1;
 
+		prefetch(b, from, p * (16 / STEPS), 16 / STEPS, from == PLANES ? AHEAD_PLANES : AHEAD);
 		OF(step_at)(b, from, 0, p, &e0, &o0);
 		OF(step_at)(b, from, 1, p, &e1, &o1);
 		UNROLL
