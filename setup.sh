@@ -3,7 +3,7 @@
 # an up-to-date build tree.
 
 packages_build="gcc make autoconf automake libtool pkg-config libuv1-dev libncurses-dev libinih-dev
- libjansson-dev libpcre2-dev libutf8proc-dev libmd-dev"
+ libjansson-dev libpcre2-dev libutf8proc-dev libmd-dev libxxhash-dev"
 packages_test="libcmocka-dev tmux jq procps g++ strace"
 
 # setup_packages [test]: apt-get is called only for what is missing.

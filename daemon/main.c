@@ -201,11 +201,13 @@ load_model(struct daemon *m, bool check_only, struct err *err)
 	if (engine_kv_bytes(&m->d.model->shape, &cfg) == 0)
 		return err_set(err, -EINVAL, "%s: kv_cache_bytes = %" PRIu64 " is less than one page of this model", c->file,
 		    c->kv_cache_bytes);
+	if (*m->d.model->packed_why.text != '\0')
+		log_warn("model.packed", "why=%s", LOG_Q(m->d.model->packed_why.text));
 	if (!check_only)
 		log_info("model", "name=%s layers=%u vocab=%u context=%u weights=%s kv_cache=%s exceptions=%" PRIu64
-		    " digest=%016" PRIx64, LOG_Q(m->d.model->name), m->d.model->shape.n_layers, m->d.model->shape.vocab,
+		    " digest=%016" PRIx64 " from=%s", LOG_Q(m->d.model->name), m->d.model->shape.n_layers, m->d.model->shape.vocab,
 		    m->d.model->shape.max_context, LOG_Q(human(m->d.model->weights_bytes, a)),
-		    LOG_Q(human(engine_kv_bytes(&m->d.model->shape, &cfg), b)), m->d.model->n_exceptions, m->d.model->digest);
+		    LOG_Q(human(engine_kv_bytes(&m->d.model->shape, &cfg), b)), m->d.model->n_exceptions, m->d.model->digest, m->d.model->packed.map != NULL ? PACKED_NAME : "checkpoint");
 	return 0;
 }
 
@@ -662,6 +664,7 @@ static const char usage[] =
     "usage: octetd [--config FILE] [--check] [--help] [--help-options] [--version]\n"
     "       octetd --bench MODEL_DIR [--threads N] [--only WORDS] [--rounds N] [--backend cpu|cuda] [--context N]\n"
     "                                [--json]\n"
+    "       octetd --pack MODEL_DIR [--threads N]\n"
     "  --config FILE   configuration file (default " OCTET_SYSCONFDIR "/octet.ini)\n"
     "  --check         read and check the file, the model and the policies, then end\n"
     "  --bench DIR     measure a model in every format beside the machine's ceilings, serve nobody\n"
@@ -671,6 +674,7 @@ static const char usage[] =
     "    --backend B   cpu (default) or cuda\n"
     "    --context N   positions behind a decoding sequence (default: 128)\n"
     "    --json        one JSON object\n"
+    "  --pack DIR      pack a model once and for all, into DIR/" PACKED_NAME ": the next start maps that\n"
     "  --help-options  every option of the file\n"
     "  --version       the version\n"
     "Signals: SIGHUP reads the file again, SIGTERM and SIGINT stop. See octetd(8).\n";
@@ -690,18 +694,45 @@ number(const char *option, const char *text, uint32_t max, uint32_t *out)
 	return true;
 }
 
+static int
+pack_once(const char *dir, uint32_t threads, struct err *err)
+{
+	double from = (double)octetd_now_us();
+	struct model *model = NULL;
+	struct team *team;
+	int rc = team_new(&team, threads, 0);
+
+	if (rc != 0)
+		return err_set(err, rc, "worker threads: %s", strerror(-rc));
+	if ((rc = model_open(&model, dir, 0, err)) == 0) {
+		model->from_checkpoint = true;
+		if ((rc = model_pack(model, team, 0, false, NULL, NULL, err)) == 0)
+			rc = model_write_packed(model, team, err);
+	}
+	if (rc == 0) {
+		char size[32];
+
+		printf("%s/" PACKED_NAME ": %s in %.1f s\n", model->path, human(model->weights_bytes, size),
+		    ((double)octetd_now_us() - from) / 1e6);
+	}
+	model_free(&model);
+	team_free(&team);
+	return rc;
+}
+
 int
 main(int argc, char **argv)
 {
 	static const struct option longs[] = {{"config", required_argument, NULL, 'c'}, {"check", no_argument, NULL, 't'},
-	    {"bench", required_argument, NULL, 'b'}, {"threads", required_argument, NULL, 'n'},
+	    {"bench", required_argument, NULL, 'b'}, {"pack", required_argument, NULL, 'p'}, {"threads", required_argument, NULL, 'n'},
 	    {"only", required_argument, NULL, 'y'}, {"rounds", required_argument, NULL, 'r'}, {"backend", required_argument, NULL, 'B'}, {"context", required_argument, NULL, 'C'},
 	    {"json", no_argument, NULL, 'j'},
 	    {"help", no_argument, NULL, 'h'}, {"help-options", no_argument, NULL, 'o'}, {"version", no_argument, NULL, 'v'},
 	    {NULL, 0, NULL, 0}};
 	static struct daemon m;
 	struct bench_options bench = {0};
-	bool check_only = false, for_bench = false;
+	bool check_only = false, for_bench = false, threads = false;
+	const char *pack = NULL;
 	struct err err;
 	int c, rc;
 
@@ -711,8 +742,9 @@ main(int argc, char **argv)
 		case 'c': m.d.conf_path = optarg; break;
 		case 't': check_only = true; break;
 		case 'b': bench.model = optarg; break;
+		case 'p': pack = optarg; break;
 		case 'n':
-			for_bench = true;
+			threads = true;
 			if (!number("--threads", optarg, 1024, &bench.threads))
 				return 2;
 			break;
@@ -746,9 +778,15 @@ main(int argc, char **argv)
 		fprintf(stderr, "octetd: unexpected '%s'\n%s", argv[optind], usage);
 		return 2;
 	}
-	if (for_bench && bench.model == NULL) {
-		fprintf(stderr, "octetd: --threads, --only, --rounds, --backend, --context and --json belong to --bench\n%s", usage);
+	if (bench.model == NULL && (for_bench || (threads && pack == NULL))) {
+		fprintf(stderr, "octetd: --threads, --only, --rounds, --backend, --context and --json belong to --bench, --threads to --pack too\n%s", usage);
 		return 2;
+	}
+	if (pack != NULL) {
+		if (pack_once(pack, bench.threads, &err) == 0)
+			return 0;
+		complain(NULL, err.text);
+		return 1;
 	}
 	if (bench.model != NULL) {
 		if (bench_run(&bench, &err) == 0)

@@ -88,4 +88,30 @@ has "reload takes a new policy" "$(octetctl reload)" 'mixed'
 is "as a flip" "$(octetctl --json history | jq -r 'last|"\(.why) \(.policy)"')" "reload mixed"
 is "of one epoch" "$(epoch)" $((before + 1))
 ok "the end" stop
+
+# From a packed file; then from one that is of another checkpoint, and from a broken one.
+mkdir "$scratch/model"
+cp "$srcdir"/models/proof/*.json "$srcdir"/models/proof/*.safetensors "$scratch/model"
+[ -z "$daemon" ] || stop
+has "a model is packed" "$("$builddir/octetd" --pack "$scratch/model" 2>&1)" "$scratch/model/packed.octet: .* in [0-9.]+ s"
+model=$scratch/model config </dev/null
+from() { sed -n 's/.*info model name=.* from=//p' "$scratch/log" | tail -1; }
+ok "a daemon starts from it" start
+is "which it says" "$(from)" packed.octet
+is "the same text" "$(octet complete "$wrong")" "$out"
+octetctl set '*=fp8' >/dev/null
+has "in fp8 too" "$(octet complete "$wrong")" '^I have seen the results'
+stop
+touch "$scratch/model/model.safetensors"
+ok "another time of change" start
+is "packs the checkpoint" "$(from)" checkpoint
+has "and says why" "$(grep model.packed "$scratch/log")" 'made of another checkpoint'
+stop
+"$builddir/octetd" --pack "$scratch/model" >/dev/null
+printf x | dd of="$scratch/model/packed.octet" bs=1 seek=3000000 conv=notrunc 2>/dev/null
+ok "a byte that is not what it was" start
+has "is seen" "$(grep model.packed "$scratch/log" | tail -1)" 'do not have their hash'
+is "and the checkpoint serves" "$(octet complete "$wrong")" "$out"
+stop
+
 finish

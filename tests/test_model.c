@@ -9,6 +9,7 @@
 #include <setjmp.h>
 #include <cmocka.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <inttypes.h>
 #include <math.h>
 #include <stdio.h>
@@ -26,7 +27,7 @@
 static char scratch[] = "/tmp/octet-model-XXXXXX";
 static const char *const files[] = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
     "model.safetensors", "model.safetensors.index.json", "model-00001-of-00003.safetensors",
-    "model-00002-of-00003.safetensors", "model-00003-of-00003.safetensors"};
+    "model-00002-of-00003.safetensors", "model-00003-of-00003.safetensors", PACKED_NAME};
 
 /* ---- random numbers: splitmix64 ---- */
 
@@ -439,6 +440,15 @@ load(const char *dir, struct team *team)
 	return m;
 }
 
+/* What a model has of what model_plan_bytes() says. */
+static uint64_t
+planned(const struct model *m)
+{
+	uint64_t table = (uint64_t)m->shape.max_context * (m->shape.head_dim / 2) * sizeof(float);
+
+	return m->arena_bytes + 2 * ((table + 63) / 64 * 64);
+}
+
 static void
 assert_linear(const struct k_weight *w, const uint16_t *bits, uint32_t n, uint32_t k, const char *name)
 {
@@ -751,7 +761,7 @@ test_archs(void **state)
 		assert_true((one->layer[1].q_norm != NULL) == s.qk_norm);
 		/* The shape alone says how much it will be. */
 		assert_int_equal(config_read(&read, scratch, NULL, NULL, &err), 0);
-		assert_true(model_plan_bytes(&read) == one->arena_bytes);
+		assert_true(model_plan_bytes(&read) == planned(one));
 		model_free(&one);
 		model_free(&two);
 		fake_free(f);
@@ -788,7 +798,7 @@ test_variants(void **state)
 	fake_write(f);
 	m = load(scratch, NULL);
 	digest = m->digest;
-	assert_true(model_plan_bytes(&m->shape) == m->arena_bytes);
+	assert_true(model_plan_bytes(&m->shape) == planned(m));
 	assert_null(m->tokenizer_config_json);
 	model_free(&m);
 
@@ -1480,6 +1490,109 @@ mutate(uint8_t *p, size_t len, size_t head)
 	return len;
 }
 
+/* ---- the packed file ---- */
+
+/* From the checkpoint or from the packed file, as it must be, the same weights. */
+static void
+load_again(const struct model *want, struct team *team, const char *why)
+{
+	struct model *m = load(scratch, team);
+
+	if (!matches(m->packed_why.text, why) || (m->packed.map == NULL) != (why[0] != '\0'))
+		fail_msg("packed: '%s', expected '%s'", m->packed_why.text, why);
+	assert_same_model(m, want);
+	model_free(&m);
+}
+
+/* A file whose hashes are right, with an exception somewhere. */
+static void
+write_wrong_exception(const struct model *m, struct k_exception x)
+{
+	const struct k_weight *w[2 * (GROUP_DOWN + 1) + 1];
+	struct k_weight one = m->layer[0].linear[0];
+	struct packed_key key = {m->digest, m->files};
+	uint32_t n = m->shape.n_layers * (GROUP_DOWN + 1);
+	struct err err;
+
+	assert_true(n < sizeof(w) / sizeof(*w));
+	for (uint32_t i = 0; i < n; i++)
+		w[i] = &m->layer[i / (GROUP_DOWN + 1)].linear[i % (GROUP_DOWN + 1)];
+	w[n] = &m->lm_head;
+	one.exc = &x, one.n_exc = 1;
+	w[0] = &one;
+	assert_int_equal(packed_write(in_scratch(PACKED_NAME), &key, m->arena, m->arena_bytes, w, n + 1, NULL, &err), 0);
+}
+
+static void
+test_packed(void **state)
+{
+	static const char *const broken[] = {"@" PACKED_NAME ": no header of such a file",
+	    "@" PACKED_NAME ": the table of exceptions does not have its hash", "@" PACKED_NAME ": the weights do not have their hash"};
+	struct fake *f = fake_new(&small, "BF16", false, 31);
+	struct team *team;
+	struct model *m;
+	struct err err = {""};
+	struct stat st;
+	char expect[3][512];
+	int fd;
+
+	(void)state;
+	assert_int_equal(team_new(&team, 2, 50), 0);
+	for (int i = 0; i < 3; i++)
+		snprintf(expect[i], sizeof(expect[i]), "%s/%s", scratch, broken[i] + 1);
+	fake_write(f);
+	m = load(scratch, team);
+	assert_null(m->packed.map);
+	assert_true(m->n_exceptions > 0);
+	assert_int_equal(model_write_packed(m, team, &err), 0);
+	load_again(m, team, "");
+	load_again(m, NULL, "");
+
+	/* One byte of each part: header, table, weights; then the end. */
+	assert_int_equal(stat(in_scratch(PACKED_NAME), &st), 0);
+	fd = open(in_scratch(PACKED_NAME), O_RDWR);
+	assert_true(fd >= 0);
+	for (uint32_t i = 0; i < 60; i++) {
+		uint64_t table = 8 * m->n_exceptions + 8;
+		off_t at = i % 3 == 0 ? (off_t)below(80) : i % 3 == 1 ? (off_t)(4096 + below((uint32_t)table)) :
+		    st.st_size - 1 - (off_t)below((uint32_t)m->arena_bytes);
+		uint8_t old, new;
+
+		assert_int_equal(pread(fd, &old, 1, at), 1);
+		new = old ^ (uint8_t)(1 + below(255));
+		assert_int_equal(pwrite(fd, &new, 1, at), 1);
+		load_again(m, NULL, expect[i % 3]);
+		assert_int_equal(pwrite(fd, &old, 1, at), 1);
+	}
+	load_again(m, NULL, "");
+	for (uint32_t i = 0; i < 20; i++) {
+		assert_int_equal(model_write_packed(m, NULL, &err), 0);
+		assert_int_equal(truncate(in_scratch(PACKED_NAME), i == 0 ? 0 : (off_t)below((uint32_t)st.st_size)), 0);
+		load_again(m, NULL, "*");
+	}
+	close(fd);
+
+	/* Right hashes do not make it safe. */
+	write_wrong_exception(m, (struct k_exception){.block = 1u << 30});
+	load_again(m, NULL, PACKED_NAME ": exception 0 of a weight is out of its place");
+	write_wrong_exception(m, (struct k_exception){.index = 1024});
+	load_again(m, NULL, PACKED_NAME ": exception 0 of a weight is out of its place");
+
+	/* Other weights of the same shape, at another time; a directory that cannot be written. */
+	assert_int_equal(model_write_packed(m, NULL, &err), 0);
+	assert_int_equal(utimensat(AT_FDCWD, in_scratch("model.safetensors"), (struct timespec[]){{1, 0}, {1, 0}}, 0), 0);
+	load_again(m, NULL, "*made of another checkpoint*");
+	unlink(in_scratch(PACKED_NAME));
+	assert_int_equal(mkdir(in_scratch(PACKED_NAME), 0700), 0);
+	assert_int_equal(model_write_packed(m, NULL, &err), -EISDIR);
+	assert_true(access(in_scratch(PACKED_NAME ".new"), F_OK) != 0);
+	assert_int_equal(rmdir(in_scratch(PACKED_NAME)), 0);
+	model_free(&m);
+	team_free(&team);
+	fake_free(f);
+	clean_scratch();
+}
+
 static void
 test_mutations(void **state)
 {
@@ -1587,6 +1700,7 @@ main(void)
 		cmocka_unit_test(test_broken),
 		cmocka_unit_test(test_files),
 		cmocka_unit_test(test_shards),
+		cmocka_unit_test(test_packed),
 		cmocka_unit_test(test_mutations),
 		cmocka_unit_test(test_index_mutations),
 	};

@@ -11,6 +11,7 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
+#include <xxhash.h>
 
 #include "daemon/engine/shards.h"
 
@@ -403,7 +404,7 @@ cut_into_items(struct work *w, struct err *err)
 
 /* ---- packing ---- */
 
-/* One memory for all: base NULL sets sizes only. Same sum as model_plan_bytes(). */
+/* One memory for all weights: base NULL sets sizes only. With RoPE's tables the sum of model_plan_bytes(). */
 static uint64_t
 arrange(struct model *m, char *base)
 {
@@ -419,8 +420,6 @@ arrange(struct model *m, char *base)
 	} while (0)
 
 	TAKE(m->final_norm, norm);
-	TAKE(m->rope_cos, rope_bytes(s));
-	TAKE(m->rope_sin, rope_bytes(s));
 	for (uint32_t l = 0; l < s->n_layers; l++) {
 		TAKE(m->layer[l].input_norm, norm);
 		TAKE(m->layer[l].post_norm, norm);
@@ -441,6 +440,17 @@ arrange(struct model *m, char *base)
 #undef TAKE
 #undef TAKE_LINEAR
 	return at;
+}
+
+static int
+allocate_rope(struct model *m, struct err *err)
+{
+	m->rope = aligned_alloc(64, 2 * rope_bytes(&m->shape));
+	if (m->rope == NULL)
+		return err_set(err, -ENOMEM, "out of memory");
+	m->rope_cos = m->rope;
+	m->rope_sin = (float *)(void *)((char *)m->rope + rope_bytes(&m->shape));
+	return 0;
 }
 
 static int
@@ -647,19 +657,100 @@ rope_part(void *arg, uint32_t part, uint32_t parts)
 	}
 }
 
+static uint32_t
+n_linear(const struct model *m)
+{
+	return m->shape.n_layers * (GROUP_DOWN + 1) + 1;
+}
+
+/* By number, lm_head last. */
+static struct k_weight *
+linear_at(const struct model *m, uint32_t i)
+{
+	return i / (GROUP_DOWN + 1) < m->shape.n_layers ? &m->layer[i / (GROUP_DOWN + 1)].linear[i % (GROUP_DOWN + 1)] :
+	    (struct k_weight *)(uintptr_t)&m->lm_head;
+}
+
+static int
+packed_path(const struct model *m, char path[4096], struct err *err)
+{
+	return snprintf(path, 4096, "%s/" PACKED_NAME, m->path) < 4096 ? 0 : err_set(err, -ENAMETOOLONG, "%s: %s", m->path,
+	    strerror(ENAMETOOLONG));
+}
+
+static struct packed_key
+packed_key(const struct model *m)
+{
+	return (struct packed_key){m->digest, m->files};
+}
+
+/* False: there is no packed file of this checkpoint. */
+static bool
+take_packed(struct model *m, struct team *team)
+{
+	struct packed_key key = packed_key(m);
+	uint64_t bytes = arrange(m, NULL);
+	struct err *err = &m->packed_why;
+	char path[4096];
+	int rc = packed_path(m, path, err);
+
+	if (rc == 0 && (rc = packed_open(&m->packed, path, &key, bytes, team, err)) == 0)
+		arrange(m, m->packed.arena);
+	for (uint32_t i = 0; rc == 0 && i < n_linear(m); i++) {
+		struct k_weight *w = linear_at(m, i);
+
+		if ((rc = packed_take(&m->packed, w, err)) == 0)
+			m->n_exceptions += w->n_exc;
+	}
+	if (rc == 0) {
+		m->arena = m->packed.arena;
+		m->arena_bytes = bytes;
+		return true;
+	}
+	if (rc == -ENOENT)
+		*err->text = '\0';
+	packed_close(&m->packed);
+	m->n_exceptions = 0;
+	return false;
+}
+
+int
+model_write_packed(const struct model *m, struct team *team, struct err *err)
+{
+	const struct k_weight **w = calloc(n_linear(m), sizeof(*w));
+	struct packed_key key = packed_key(m);
+	char path[4096];
+	int rc = packed_path(m, path, err);
+
+	if (w == NULL)
+		rc = err_set(err, -ENOMEM, "out of memory");
+	for (uint32_t i = 0; rc == 0 && i < n_linear(m); i++)
+		w[i] = linear_at(m, i);
+	if (rc == 0)
+		rc = packed_write(path, &key, m->arena, m->arena_bytes, w, n_linear(m), team, err);
+	free(w);
+	return rc;
+}
+
 static int
 load_weights(struct model *m, const struct shards *st, struct team *team, uint64_t extra, struct work *w,
     struct err *err)
 {
+	bool packed;
 	int rc;
 
 	m->layer = calloc(m->shape.n_layers, sizeof(*m->layer));
 	if (m->layer == NULL)
 		return err_set(err, -ENOMEM, "out of memory");
 	if ((rc = collect(w, st, m, err)) != 0 || (rc = check_memory(m, extra, err)) != 0 ||
-	    (rc = cut_into_items(w, err)) != 0 || (!w->check_only && (rc = allocate(m, err)) != 0) ||
-	    (rc = run_work(w, m, team, err)) != 0)
+	    (!w->check_only && (rc = allocate_rope(m, err)) != 0))
 		return rc;
+	packed = !w->check_only && !m->from_checkpoint && take_packed(m, team);
+	if (!packed && ((rc = cut_into_items(w, err)) != 0 || (!w->check_only && (rc = allocate(m, err)) != 0) ||
+	    (rc = run_work(w, m, team, err)) != 0))
+		return rc;
+	if (packed && w->progress != NULL)
+		w->progress(w->progress_arg, 100);
 	if (!w->check_only)
 		team_run(team, rope_part, m);
 	m->weights_bytes = model_plan_bytes(&m->shape) - 2 * rope_bytes(&m->shape);
@@ -688,6 +779,21 @@ make_digest(const char *config, size_t len, const struct shards *st)
 	for (int i = 0; i < 8; i++)
 		digest = digest << 8 | sum[i];
 	return digest;
+}
+
+/* Names, sizes and times of change: another checkpoint of the same shape has the same digest. */
+static uint64_t
+identify(const struct shards *st)
+{
+	uint64_t sum = 0;
+
+	for (size_t f = 0; f < st->n; f++) {
+		const struct safetensors *s = &st->file[f];
+
+		sum = XXH3_64bits_withSeed(s->file, strlen(s->file), sum);
+		sum = XXH3_64bits_withSeed((uint64_t[]){s->bytes, (uint64_t)s->changed_ns}, 2 * sizeof(uint64_t), sum);
+	}
+	return sum;
 }
 
 static int
@@ -768,10 +874,11 @@ model_pack(struct model *m, struct team *team, uint64_t extra_bytes, bool check_
     struct err *err)
 {
 	struct work w = {.check_only = check_only, .progress = progress, .progress_arg = arg};
-	int rc = load_weights(m, &m->source->shards, team, extra_bytes, &w, err);
+	int rc;
 
-	if (rc == 0)
-		m->digest = make_digest(m->source->config, m->source->config_len, &m->source->shards);
+	m->digest = make_digest(m->source->config, m->source->config_len, &m->source->shards);
+	m->files = identify(&m->source->shards);
+	rc = load_weights(m, &m->source->shards, team, extra_bytes, &w, err);
 	free_work(&w);
 	close_source(m);
 	return rc;
@@ -796,13 +903,13 @@ model_free(struct model **mp)
 	if (m == NULL)
 		return;
 	close_source(m);
-	for (uint32_t l = 0; m->layer != NULL && l < m->shape.n_layers; l++)
-		for (enum plan_group g = GROUP_Q; g <= GROUP_DOWN; g++)
-			free(m->layer[l].linear[g].exc);
+	for (uint32_t i = 0; m->layer != NULL && m->packed.map == NULL && i < n_linear(m); i++)
+		free(linear_at(m, i)->exc);
 	free(m->layer);
-	free(m->lm_head.exc);
-	if (m->arena != NULL)
+	free(m->rope);
+	if (m->arena != NULL && m->packed.map == NULL)
 		munmap(m->arena, m->arena_bytes);
+	packed_close(&m->packed);
 	free(m->tokenizer_json);
 	free(m->tokenizer_config_json);
 	free(m->chat_template);

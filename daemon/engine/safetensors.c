@@ -66,6 +66,7 @@ map_file(struct safetensors *s, struct err *err)
 	else {
 		s->map = p;
 		s->bytes = (size_t)st.st_size;
+		s->changed_ns = (int64_t)st.st_mtim.tv_sec * 1000000000 + st.st_mtim.tv_nsec;
 	}
 	close(fd);
 	return rc;

@@ -33,6 +33,7 @@ struct safetensors {
 	const char *file;           /* the last part of path */
 	const uint8_t *map;
 	size_t bytes, header_bytes; /* header: 8-byte length and JSON */
+	int64_t changed_ns;         /* time of its last change */
 	struct st_tensor *tensor;   /* [n] in the order of the data */
 	struct st_tensor **by_name; /* [n] */
 	size_t n;

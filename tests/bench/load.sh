@@ -3,19 +3,22 @@
 # tests/bench/load.sh BUILD_DIR LLAMA_BIN_DIR MODEL_DIR [ROUNDS]: from the start of the program until it answers, octetd and
 # llama-server in turns, with the files in the page cache.
 #
-# MODEL_DIR holds model.safetensors and, of the same weights, model-bf16.gguf. Also prints the largest memory octetd had by then over
+# MODEL_DIR holds model.safetensors and, of the same weights, model-bf16.gguf; octetd starts from packed.octet if that is there
+# (octetd --pack). Also prints the largest memory octetd had by then over
 # its weights: its KV cache is not touched before the first request. Medians; of the ratio within a round too. Needs curl and jq.
 . "$(dirname "$0")/lib.sh"
 [ $# -ge 3 ] || usage
 build=$1 llama=$2 model=$(realpath "$3") rounds=${4-5}
 config </dev/null
-cat "$model/model.safetensors" "$model/model-bf16.gguf" >/dev/null
+from=packed.octet
+[ -f "$model/$from" ] || from=model.safetensors
+cat "$model/$from" "$model/model-bf16.gguf" >/dev/null
 
 timed() { # name, command that succeeds when it answers
-	name=$1 from=$(date +%s.%N)
+	name=$1 begin=$(date +%s.%N)
 	shift
 	until_ready "$@"
-	echo "$from $(date +%s.%N)" | awk '{ print $2 - $1 }' >>"$dir/$name"
+	echo "$begin $(date +%s.%N)" | awk '{ print $2 - $1 }' >>"$dir/$name"
 }
 
 for round in $(seq "$rounds"); do
@@ -29,5 +32,5 @@ for round in $(seq "$rounds"); do
 	kill $daemon; wait $daemon || :
 	daemon=
 done
-echo "octetd $(median <"$dir/octet") s, llama-server $(median <"$dir/peer") s; $(paste "$dir/octet" "$dir/peer" | awk '{ print $1 / $2 }' | median) times"
+echo "octetd $from $(median <"$dir/octet") s, llama-server $(median <"$dir/peer") s; $(paste "$dir/octet" "$dir/peer" | awk '{ print $1 / $2 }' | median) times"
 echo "largest memory until then: $(median <"$dir/memory") times the weights"
