@@ -18,12 +18,14 @@ void avx512_write_panel(const struct k_linear *, uint32_t panel, uint32_t row, u
     const float (*total)[K_PANEL]);
 
 /* Also of avx512.c: attention of many query vectors, up to 64 at a time, by these products. q is BF16 [n, hd_pad], or what
- * prepare() made of that; k, v: one KV head of a page in BF16; score [n][32] and out [n, hd_pad] may be written up to the
- * next 16 vectors. */
+ * prepare() made of that; k, v: one KV head of a page in BF16, next: what will be read after it, to be prefetched; score
+ * [n][32] and out [n, hd_pad] may be written up to the next 16 vectors. */
 struct k_products {
 	void (*prepare)(const uint16_t *q, uint32_t n, uint32_t hd_pad, float *operands); /* NULL: nothing to do */
-	void (*score)(const void *q, uint32_t n, uint32_t hd_pad, const uint16_t *k, float (*score)[32]);
-	void (*weigh)(const uint16_t (*p)[32], uint32_t n, uint32_t hd_pad, const uint16_t *v, float *out);
+	void (*score)(const void *q, uint32_t n, uint32_t hd_pad, const uint16_t *k, const uint16_t *next,
+	    float (*score)[32]);
+	void (*weigh)(const uint16_t (*p)[32], uint32_t n, uint32_t hd_pad, const uint16_t *v, const uint16_t *next,
+	    float *out);
 };
 bool avx512_are_many(const struct k_attention *); /* are there enough for that to pay */
 void avx512_attend(const struct k_attention *, const struct k_products *);

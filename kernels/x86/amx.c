@@ -401,16 +401,18 @@ weigh_two(const uint16_t (*p)[32], uint32_t ld, bool two, const uint16_t *v, flo
 
 /* What the tiles hold beyond the last vector is computed too, and not read. */
 AMX static void
-score_page(const void *q, uint32_t n, uint32_t ld, const uint16_t *k, float (*score)[32])
+score_page(const void *q, uint32_t n, uint32_t ld, const uint16_t *k, const uint16_t *next, float (*score)[32])
 {
+	(void)next; /* prefetches made it slower */
 	for (uint32_t from = 0; from < n; from += 32)
 		score_two((const uint16_t *)q + (size_t)from * ld, ld, n - from > 16, k, score + from);
 	__asm__ volatile("" ::: "memory");
 }
 
 AMX static void
-weigh_page(const uint16_t (*p)[32], uint32_t n, uint32_t ld, const uint16_t *v, float *out)
+weigh_page(const uint16_t (*p)[32], uint32_t n, uint32_t ld, const uint16_t *v, const uint16_t *next, float *out)
 {
+	(void)next;
 	__asm__ volatile("" ::: "memory");
 	for (uint32_t from = 0; from < n; from += 32)
 		weigh_two(p + from, ld, n - from > 16, v, out + (size_t)from * ld);

@@ -71,13 +71,15 @@ channel_shift(const struct k_weight *w, uint32_t first)
 }
 
 /* Where the weights of a block come from. */
-enum source { CODES, PLANES, WORDS, OPERANDS };
+enum source { CODES, PLANES, WORDS, OPERANDS, PAGE };
 
 struct block {
 	const uint8_t *hi;
 	const int8_t *lo;
 	const uint16_t *word; /* [1024] unpacked */
 	const float *operand; /* [2 tiles][steps][2 chains][16 channels] of words, for many rows */
+	size_t pair_ld;       /* PAGE: words between pairs of inputs; the second tile lies 32 behind the first */
+	const uint16_t *next; /* PAGE: prefetched beside */
 };
 
 /* 32 weights, [16 channels][2 inputs], from i on. */
@@ -106,7 +108,7 @@ prefetch(const struct block *b, enum source from, uint32_t first, uint32_t n, ui
 INLINE struct block
 block_at(const struct k_weight *w, uint32_t block, const uint16_t *word)
 {
-	return (struct block){w->hi + (size_t)block * 1024, w->lo + (size_t)block * 1024, word, NULL};
+	return (struct block){w->hi + (size_t)block * 1024, w->lo + (size_t)block * 1024, word, NULL, 0, NULL};
 }
 
 static void
@@ -522,44 +524,46 @@ kv_write_avx512(const struct k_kv_block *b, const float *k, const float *v, uint
 
 /* ---- attention ---- */
 
-#define HEADS 16u        /* query heads of one KV head that share its unpacking */
-#define TEAM 4u          /* of these, those whose chains run together */
-
-/* One KV head of a block as BF16, and the scales of its positions (NULL: all BF16). */
-struct head_page {
-	const uint16_t *k, *v;
-	const float *ks, *vs;   /* [32], 1 in BF16 positions */
-	uint32_t lo, hi;        /* slots that count */
-};
-
-/* What a query head has so far. */
-struct head {
-	_Alignas(64) float q[256], out[256], block[256], p[32];
-	float m, l, block_m, block_l;
-};
-
-/* The FP8 positions of a head's K and V as BF16 beside those that are BF16 already. */
+/* One KV head of K as BF16: its FP8 positions beside those that are BF16 already. */
 INLINE void
-mix_page(const struct k_attention *a, const struct k_kv_block *b, uint32_t kvh, uint16_t *k, uint16_t *v)
+mix_k(const struct k_attention *a, const struct k_kv_block *b, uint32_t kvh, const void *next, uint16_t *k)
+{
+	uint32_t size = a->hd_pad * K_BLOCK;
+	size_t head = (size_t)kvh * size;
+	bool mixed = b->k != NULL && b->fp8 != 0xffffffffu;
+
+	for (uint32_t i = 0; i < size; i += 32) { /* 16 positions of one pair of dimensions */
+		__m512i q = e4m3_to_bf16(b->q + head + i);
+
+		if (i % 64 == 0)
+			_mm_prefetch((const char *)next + i, _MM_HINT_T0);
+		if (mixed)
+			q = _mm512_mask_mov_epi32(_mm512_loadu_si512(b->k + head + i), (__mmask16)(b->fp8 >> (i / 32 % 2 * 16)), q);
+		_mm512_store_si512(k + i, q);
+	}
+}
+
+INLINE __mmask32
+pair_mask(uint32_t slots, uint32_t pair)
+{
+	return (slots >> (2 * pair) & 1) * 0x55555555u | (slots >> (2 * pair + 1) & 1) * 0xaaaaaaaau;
+}
+
+INLINE void
+mix_v(const struct k_attention *a, const struct k_kv_block *b, uint32_t kvh, const void *next, uint16_t *v)
 {
 	uint32_t size = a->hd_pad * K_BLOCK;
 	size_t head = (size_t)kvh * size, half = (size_t)a->n_kv_heads * size;
 	bool mixed = b->k != NULL && b->fp8 != 0xffffffffu;
 
-	for (uint32_t i = 0; i < size; i += 32) {
-		__m512i kq = e4m3_to_bf16(b->q + head + i), vq = e4m3_to_bf16(b->q + half + head + i);
+	for (uint32_t i = 0; i < size; i += 32) { /* 16 dimensions of one pair of positions */
+		__m512i q = e4m3_to_bf16(b->q + half + head + i);
 
-		if (mixed) {
-			/* 16 positions of one pair of dimensions; 16 dimensions of one pair of positions. */
-			__mmask16 at = (__mmask16)(b->fp8 >> (i / 32 % 2 * 16));
-			uint32_t pair = b->fp8 >> (i / (2 * a->hd_pad) * 2) & 3;
-			__mmask32 of = (pair & 1) * 0x55555555u | (pair >> 1) * 0xaaaaaaaau;
-
-			kq = _mm512_mask_mov_epi32(_mm512_loadu_si512(b->k + head + i), at, kq);
-			vq = _mm512_mask_mov_epi16(_mm512_loadu_si512(b->v + head + i), of, vq);
-		}
-		_mm512_store_si512(k + i, kq);
-		_mm512_store_si512(v + i, vq);
+		if (i % 64 == 0)
+			_mm_prefetch((const char *)next + i, _MM_HINT_T0);
+		if (mixed)
+			q = _mm512_mask_mov_epi16(_mm512_loadu_si512(b->v + head + i), pair_mask(b->fp8, i / (2 * a->hd_pad)), q);
+		_mm512_store_si512(v + i, q);
 	}
 }
 
@@ -574,60 +578,6 @@ mix_scales(const struct k_attention *a, const struct k_kv_block *b, uint32_t kvh
 		_mm512_store_ps(ks + t * 16, _mm512_mask_loadu_ps(one, m, b->scale + kvh * K_BLOCK + t * 16));
 		_mm512_store_ps(vs + t * 16,
 		    _mm512_mask_loadu_ps(one, m, b->scale + (a->n_kv_heads + kvh) * K_BLOCK + t * 16));
-	}
-}
-
-INLINE void
-halves(const uint16_t *at, __m512 *even, __m512 *odd)
-{
-	__m512i w = _mm512_loadu_si512(at);
-
-	*even = _mm512_castsi512_ps(_mm512_slli_epi32(w, 16));
-	*odd = _mm512_castsi512_ps(_mm512_and_si512(w, _mm512_set1_epi32((int)0xffff0000)));
-}
-
-/* Scores of the 32 positions of a page for n heads, into p. */
-INLINE void
-page_scores(const struct k_attention *a, const struct head_page *page, struct head *head, const uint32_t n)
-{
-	__m512 total[TEAM][2], even[TEAM][2], odd[TEAM][2], e[2], o[2];
-
-	UNROLL
-	for (uint32_t h = 0; h < n; h++)
-		total[h][0] = total[h][1] = _mm512_setzero_ps();
-	for (uint32_t d0 = 0; d0 < a->head_dim; d0 += K_BLOCK) {
-		UNROLL
-		for (uint32_t h = 0; h < n; h++)
-			even[h][0] = even[h][1] = odd[h][0] = odd[h][1] = _mm512_setzero_ps();
-		for (uint32_t d = d0; d < d0 + K_BLOCK && d < a->head_dim; d += 2) {
-			halves(page->k + d * K_BLOCK, &e[0], &o[0]);
-			halves(page->k + d * K_BLOCK + 32, &e[1], &o[1]);
-			UNROLL
-			for (uint32_t h = 0; h < n; h++) {
-				__m512 qe = broadcast(&head[h].q[d]), qo = broadcast(&head[h].q[d + 1]);
-
-				even[h][0] = _mm512_fmadd_ps(e[0], qe, even[h][0]);
-				even[h][1] = _mm512_fmadd_ps(e[1], qe, even[h][1]);
-				odd[h][0] = _mm512_fmadd_ps(o[0], qo, odd[h][0]);
-				odd[h][1] = _mm512_fmadd_ps(o[1], qo, odd[h][1]);
-			}
-		}
-		UNROLL
-		for (uint32_t h = 0; h < n; h++) {
-			total[h][0] = _mm512_add_ps(total[h][0], _mm512_add_ps(even[h][0], odd[h][0]));
-			total[h][1] = _mm512_add_ps(total[h][1], _mm512_add_ps(even[h][1], odd[h][1]));
-		}
-	}
-	UNROLL
-	for (uint32_t h = 0; h < n; h++) {
-		UNROLL
-		for (uint32_t t = 0; t < 2; t++) {
-			__m512 s = total[h][t];
-
-			if (page->ks != NULL)
-				s = _mm512_mul_ps(s, _mm512_load_ps(page->ks + t * 16));
-			_mm512_store_ps(head[h].p + t * 16, _mm512_mul_ps(s, _mm512_set1_ps(a->scale)));
-		}
 	}
 }
 
@@ -665,184 +615,10 @@ high_words(__m512 a, __m512 b)
 	return _mm512_permutex2var_epi16(_mm512_castps_si512(a), odd, _mm512_castps_si512(b));
 }
 
-/* Scores of the slots that count to probabilities, BF16 values; their maximum and sum. vs: NULL, or scales of V. */
-INLINE void
-softmax(__m512 v[2], uint32_t slots, const float *vs, float *m, float *l)
-{
-	const __m512 low = _mm512_set1_ps(-INFINITY);
-	const __mmask16 valid[2] = {(__mmask16)slots, (__mmask16)(slots >> 16)};
-	__mmask16 nan = (__mmask16)(_mm512_mask_cmp_ps_mask(valid[0], v[0], v[0], _CMP_UNORD_Q) |
-	    _mm512_mask_cmp_ps_mask(valid[1], v[1], v[1], _CMP_UNORD_Q));
+/* Query vectors are (row, head) pairs that share a KV head. */
 
-	*m = nan ? NAN : _mm512_reduce_max_ps(_mm512_max_ps(_mm512_mask_mov_ps(low, valid[0], v[0]),
-	    _mm512_mask_mov_ps(low, valid[1], v[1])));
-	UNROLL
-	for (uint32_t t = 0; t < 2; t++)
-		v[t] = probability(_mm512_sub_ps(v[t], _mm512_set1_ps(*m)), valid[t]);
-	*l = fold16(_mm512_add_ps(v[0], v[1]));
-	UNROLL
-	for (uint32_t t = 0; t < 2 && vs != NULL; t++)
-		v[t] = by_scale(v[t], vs + t * 16, valid[t]);
-}
-
-/* Scores in p to probabilities. */
-INLINE void
-page_softmax(const struct head_page *page, struct head *head)
-{
-	uint32_t slots = (page->hi == 32 ? 0xffffffffu : (1u << page->hi) - 1) & ~((1u << page->lo) - 1);
-	__m512 v[2] = {_mm512_load_ps(head->p), _mm512_load_ps(head->p + 16)};
-
-	softmax(v, slots, page->vs, &head->block_m, &head->block_l);
-	_mm512_store_ps(head->p, v[0]);
-	_mm512_store_ps(head->p + 16, v[1]);
-}
-
-/* The block's output for n heads, 32 dimensions at a time: hd_pad has them. */
-INLINE void
-page_output(const struct k_attention *a, const struct head_page *page, struct head *head, const uint32_t n)
-{
-	const __m512 zero = _mm512_setzero_ps(); /* added last: +0, never -0, as tiles have it */
-
-	for (uint32_t d = 0; d < a->head_dim; d += 32) {
-		__m512 even[TEAM][2], odd[TEAM][2], e[2], o[2];
-
-		UNROLL
-		for (uint32_t h = 0; h < n; h++)
-			even[h][0] = even[h][1] = odd[h][0] = odd[h][1] = _mm512_setzero_ps();
-		for (uint32_t j = page->lo & ~1u; j < page->hi; j += 2) {
-			const uint16_t *v = page->v + (j / 2 * a->hd_pad + d) * 2;
-
-			halves(v, &e[0], &o[0]);
-			halves(v + 32, &e[1], &o[1]);
-			/* The even slot of the first pair and the odd one of the last may hold anything. */
-			if (j >= page->lo)
-				UNROLL
-				for (uint32_t h = 0; h < n; h++) {
-					__m512 p = broadcast(&head[h].p[j]);
-
-					even[h][0] = _mm512_fmadd_ps(e[0], p, even[h][0]);
-					even[h][1] = _mm512_fmadd_ps(e[1], p, even[h][1]);
-				}
-			if (j + 1 < page->hi)
-				UNROLL
-				for (uint32_t h = 0; h < n; h++) {
-					__m512 p = broadcast(&head[h].p[j + 1]);
-
-					odd[h][0] = _mm512_fmadd_ps(o[0], p, odd[h][0]);
-					odd[h][1] = _mm512_fmadd_ps(o[1], p, odd[h][1]);
-				}
-		}
-		UNROLL
-		for (uint32_t h = 0; h < n; h++) {
-			_mm512_store_ps(head[h].block + d, _mm512_add_ps(zero, _mm512_add_ps(even[h][0], odd[h][0])));
-			_mm512_store_ps(head[h].block + d + 16, _mm512_add_ps(zero, _mm512_add_ps(even[h][1], odd[h][1])));
-		}
-	}
-}
-
-INLINE float
-exp_one(float x)
-{
-	return _mm512_cvtss_f32(exp_avx512(_mm512_set1_ps(x)));
-}
-
-/* Adds a block to what the head has. */
-INLINE void
-merge(struct head *h, uint32_t hd, bool first)
-{
-	float to, fa, fb;
-
-	if (first) {
-		h->m = h->block_m, h->l = h->block_l;
-		memcpy(h->out, h->block, hd * sizeof(*h->out));
-		return;
-	}
-	to = h->block_m > h->m ? h->block_m : h->m;
-	fa = exp_one(h->m - to), fb = exp_one(h->block_m - to);
-	h->l = fmaf(h->l, fa, h->block_l * fb);
-	for (uint32_t d = 0; d < hd; d += 16)
-		_mm512_store_ps(h->out + d, _mm512_fmadd_ps(_mm512_load_ps(h->out + d), _mm512_set1_ps(fa),
-		    _mm512_mul_ps(_mm512_load_ps(h->block + d), _mm512_set1_ps(fb))));
-	h->m = to;
-}
-
-INLINE void
-attend_page(const struct k_attention *a, const struct head_page *page, struct head *head, bool first, const uint32_t n)
-{
-	page_scores(a, page, head, n);
-	for (uint32_t h = 0; h < n; h++)
-		page_softmax(page, &head[h]);
-	page_output(a, page, head, n);
-	for (uint32_t h = 0; h < n; h++)
-		merge(&head[h], a->head_dim, first);
-}
-
-#define ATTEND(n) \
-	AVX512 static void attend_##n(const struct k_attention *a, const struct head_page *page, struct head *head, \
-	    bool first) \
-	{ \
-		attend_page(a, page, head, first, n); \
-	}
-ATTEND(1)
-ATTEND(2)
-ATTEND(3)
-ATTEND(4)
-
-/* Heads [h0, h1) of one KV head, at most HEADS. */
-AVX512 static void
-attend_heads(const struct k_attention *a, uint32_t kvh, uint32_t h0, uint32_t h1)
-{
-	static void (*const attend[TEAM])(const struct k_attention *, const struct head_page *, struct head *, bool) = {
-	    attend_1, attend_2, attend_3, attend_4};
-	uint32_t hd = a->head_dim, start = k_window_first(a->pos, a->window), first = start / K_BLOCK;
-	size_t at = (size_t)kvh * a->hd_pad * K_BLOCK;
-	_Alignas(64) uint16_t k[256 * K_BLOCK], v[256 * K_BLOCK];
-	_Alignas(64) float ks[32], vs[32];
-	struct head head[HEADS];
-
-	for (uint32_t h = h0; h < h1; h++)
-		for (uint32_t d = 0; d < hd; d += 16)
-			_mm512_store_ps(head[h - h0].q + d, _mm512_castsi512_ps(_mm512_slli_epi32(
-			    round_bf16(_mm512_maskz_loadu_ps(tail(d, hd), a->q + (size_t)h * hd + d)), 16)));
-	for (uint32_t b = first; b <= a->pos / K_BLOCK; b++) {
-		const struct k_kv_block *kv = &a->block[b];
-		struct head_page page = {k, v, ks, vs, b == first ? start % K_BLOCK : 0,
-		    a->pos - b * K_BLOCK + 1 < K_BLOCK ? a->pos - b * K_BLOCK + 1 : K_BLOCK};
-
-		if (kv->fp8 == 0) {
-			page.k = kv->k + at, page.v = kv->v + at;
-			page.ks = page.vs = NULL;
-		} else {
-			mix_page(a, kv, kvh, k, v);
-			mix_scales(a, kv, kvh, ks, vs);
-		}
-		for (uint32_t h = 0; h < h1 - h0; h += TEAM)
-			attend[(h1 - h0 - h < TEAM ? h1 - h0 - h : TEAM) - 1](a, &page, head + h, b == first);
-	}
-	for (uint32_t h = h0; h < h1; h++)
-		for (uint32_t d = 0; d < hd; d += 16)
-			_mm512_mask_storeu_ps(a->out + (size_t)h * hd + d, tail(d, hd),
-			    _mm512_div_ps(_mm512_load_ps(head[h - h0].out + d), _mm512_set1_ps(head[h - h0].l)));
-}
-
-static void
-attend_rows(const struct k_attention *a)
-{
-	uint32_t group = a->n_heads / a->n_kv_heads;
-
-	for (uint32_t r = 0; r < a->rows; r++) {
-		const struct k_attention one = k_attention_row(a, r);
-
-		for (uint32_t h = a->head0, to; h < a->head1; h = to) {
-			to = k_heads_end(a, h, HEADS);
-			attend_heads(&one, h / group, h, to);
-		}
-	}
-}
-
-/* ---- attention of many query vectors: (row, head) pairs that share a KV head ---- */
-
-#define VECTORS 64u
+#define VECTORS 64u      /* at most together */
+#define FEWEST 16u       /* that go page by page; fewer take several pages at once */
 
 struct vectors {
 	_Alignas(64) float out[VECTORS * 256]; /* [n, hd_pad] so far */
@@ -852,23 +628,20 @@ struct vectors {
 	uint32_t n, hd_pad;
 };
 
-/* V of a block with zeros in the slots after `last`; false if what is left is not all finite. */
+/* V of a block with zeros in the slots that do not count; false if what is left is not all finite. */
 AVX512 static bool
-trim_page(const uint16_t *v, uint32_t hd_pad, uint32_t last, uint16_t *out)
+trim_page(const uint16_t *v, uint32_t hd_pad, uint32_t slots, uint16_t *out)
 {
 	const __m512i inf = _mm512_set1_epi16(0x7f80);
 	__mmask32 bad = 0;
 
-	for (uint32_t j = 0; j < K_BLOCK; j += 2) {
-		__mmask32 keep = j + 1 <= last ? 0xffffffffu : j <= last ? 0x55555555u : 0;
-
-		for (uint32_t i = j / 2 * hd_pad * 2, to = i + hd_pad * 2; i < to; i += 32) {
-			__m512i w = _mm512_maskz_loadu_epi16(keep, v + i);
+	for (uint32_t j = 0; j < K_BLOCK / 2; j++)
+		for (uint32_t i = j * hd_pad * 2, to = i + hd_pad * 2; i < to; i += 32) {
+			__m512i w = _mm512_maskz_loadu_epi16(pair_mask(slots, j), v + i);
 
 			bad |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(w, inf), inf);
 			_mm512_store_si512(out + i, w);
 		}
-	}
 	return bad == 0;
 }
 
@@ -899,11 +672,16 @@ fold_all(const __m512 x[16], bool sum)
 	return combine(_mm512_shuffle_ps(g, h, 0x88), _mm512_shuffle_ps(g, h, 0xdd), sum);
 }
 
+/* Scales of a vector's K and V, [32] each, 1 in BF16 positions; NULL: all are BF16. */
+struct scales {
+	const float *k, *v;
+};
+
 /* Scales the scores of 16 vectors, -Inf where a slot does not count, and finds their maxima, NaN with any NaN. */
 INLINE void
-scale_scores(const uint32_t valid[16], float (*score)[32], float scale, const float *ks, float m[16])
+scale_scores(const uint32_t valid[16], float (*score)[32], float scale, const struct scales by[16], float m[16])
 {
-	const __m512 by = _mm512_set1_ps(scale), low = _mm512_set1_ps(-INFINITY);
+	const __m512 all = _mm512_set1_ps(scale), low = _mm512_set1_ps(-INFINITY);
 	__m512 max[16];
 	uint32_t nan = 0;
 
@@ -913,9 +691,9 @@ scale_scores(const uint32_t valid[16], float (*score)[32], float scale, const fl
 		UNROLL
 		for (uint32_t t = 0; t < 2; t++) {
 			v[t] = _mm512_load_ps(score[i] + t * 16);
-			if (ks != NULL)
-				v[t] = _mm512_mul_ps(v[t], _mm512_load_ps(ks + t * 16));
-			v[t] = _mm512_mask_mul_ps(low, (__mmask16)(valid[i] >> (t * 16)), v[t], by);
+			if (by[i].k != NULL)
+				v[t] = _mm512_mul_ps(v[t], _mm512_load_ps(by[i].k + t * 16));
+			v[t] = _mm512_mask_mul_ps(low, (__mmask16)(valid[i] >> (t * 16)), v[t], all);
 			_mm512_store_ps(score[i] + t * 16, v[t]);
 		}
 		nan |= (uint32_t)(_mm512_cmp_ps_mask(v[0], v[1], _CMP_UNORD_Q) != 0) << i;
@@ -924,42 +702,40 @@ scale_scores(const uint32_t valid[16], float (*score)[32], float scale, const fl
 	_mm512_storeu_ps(m, _mm512_mask_mov_ps(fold_all(max, false), (__mmask16)nan, _mm512_set1_ps(NAN)));
 }
 
-/* Scores, which it scales, to probabilities, of 16 vectors at a time: what lies beyond the last is overwritten. ks, vs NULL:
- * all positions are BF16. */
+/* Scores of vectors [at, at + 16), which it scales, to probabilities. */
 AVX512 static void
-softmax_all(struct vectors *s, float (*score)[32], float scale, const float *ks, const float *vs, uint16_t (*p)[32])
+softmax(struct vectors *s, uint32_t at, float (*score)[32], float scale, const struct scales by[16], uint16_t (*p)[32])
 {
-	for (uint32_t i = 0; i < s->n; i += 16, score += 16, p += 16) {
-		__m512 sum[16];
+	const uint32_t *valid = s->valid + at;
+	__m512 sum[16];
 
-		scale_scores(s->valid + i, score, scale, ks, s->block_m + i);
-		for (uint32_t j = 0; j < 16; j++) {
-			const __m512 m = _mm512_set1_ps(s->block_m[i + j]);
-			__m512 v[2];
+	scale_scores(valid, score, scale, by, s->block_m + at);
+	for (uint32_t j = 0; j < 16; j++) {
+		const __m512 m = _mm512_set1_ps(s->block_m[at + j]);
+		__m512 v[2];
 
-			UNROLL
-			for (uint32_t t = 0; t < 2; t++)
-				v[t] = probability(_mm512_sub_ps(_mm512_load_ps(score[j] + t * 16), m),
-				    (__mmask16)(s->valid[i + j] >> (t * 16)));
-			sum[j] = _mm512_add_ps(v[0], v[1]);
-			UNROLL
-			for (uint32_t t = 0; t < 2 && vs != NULL; t++)
-				v[t] = by_scale(v[t], vs + t * 16, (__mmask16)(s->valid[i + j] >> (t * 16)));
-			_mm512_store_si512(p[j], high_words(v[0], v[1]));
+		UNROLL
+		for (uint32_t t = 0; t < 2; t++)
+			v[t] = probability(_mm512_sub_ps(_mm512_load_ps(score[j] + t * 16), m), (__mmask16)(valid[j] >> (t * 16)));
+		sum[j] = _mm512_add_ps(v[0], v[1]);
+		if (by[j].v != NULL) {
+			v[0] = by_scale(v[0], by[j].v, (__mmask16)valid[j]);
+			v[1] = by_scale(v[1], by[j].v + 16, (__mmask16)(valid[j] >> 16));
 		}
-		_mm512_store_ps(s->block_l + i, fold_all(sum, true));
+		_mm512_store_si512(p[j], high_words(v[0], v[1]));
 	}
+	_mm512_store_ps(s->block_l + at, fold_all(sum, true));
 }
 
-/* Adds the outputs of a block, [n, hd_pad]. */
+/* Adds the outputs of a block, [n, hd_pad], whose maxima, sums and slots lie from `at` on. */
 AVX512 static void
-merge_all(struct vectors *s, const float *block)
+merge(struct vectors *s, uint32_t at, const float *block)
 {
 	for (uint32_t i = 0; i < s->n; i += 16) {
 		__mmask16 in = tail(i, s->n);
-		__m512 m = _mm512_maskz_loadu_ps(in, s->m + i), bm = _mm512_maskz_loadu_ps(in, s->block_m + i);
-		__m512 l = _mm512_maskz_loadu_ps(in, s->l + i), bl = _mm512_maskz_loadu_ps(in, s->block_l + i);
-		__mmask16 has = _mm512_mask_cmpneq_epi32_mask(in, _mm512_maskz_loadu_epi32(in, s->valid + i), _mm512_setzero_si512());
+		__m512 m = _mm512_maskz_loadu_ps(in, s->m + i), bm = _mm512_maskz_loadu_ps(in, s->block_m + at + i);
+		__m512 l = _mm512_maskz_loadu_ps(in, s->l + i), bl = _mm512_maskz_loadu_ps(in, s->block_l + at + i);
+		__mmask16 has = _mm512_mask_cmpneq_epi32_mask(in, _mm512_maskz_loadu_epi32(in, s->valid + at + i), _mm512_setzero_si512());
 		__mmask16 had = has & _mm512_cmp_ps_mask(l, _mm512_setzero_ps(), _CMP_NEQ_UQ);
 		__m512 max = _mm512_mask_mov_ps(m, _mm512_cmp_ps_mask(bm, m, _CMP_GT_OQ), bm);
 		_Alignas(64) float fa[16], fb[16];
@@ -995,86 +771,217 @@ divide(const struct vectors *s, uint32_t vector, uint32_t n, float *out)
 		_mm512_mask_storeu_ps(out + d, tail(d, n), _mm512_div_ps(_mm512_load_ps(v + d), _mm512_set1_ps(s->l[vector])));
 }
 
-/* All vectors against a page, each stage for all of them, so that one waits for the one before only once. */
+/* BF16 of the heads [h0, h1) of a call's rows, and what the products want of that. */
+struct queries {
+	_Alignas(64) uint16_t q[VECTORS * 256];
+	_Alignas(64) float operands[VECTORS * 256];
+};
+
+AVX512 static const void *
+prepare(const struct k_attention *a, uint32_t h0, uint32_t h1, const struct k_products *by, struct queries *to)
+{
+	uint32_t heads = h1 - h0, n = a->rows * heads;
+
+	for (uint32_t i = 0; i < n; i++)
+		act_bf16_avx512(a->q + i / heads * a->ld + (size_t)(h0 + i % heads) * a->head_dim, a->head_dim, a->hd_pad,
+		    to->q + (size_t)i * a->hd_pad);
+	if (by->prepare == NULL)
+		return to->q;
+	by->prepare(to->q, n, a->hd_pad, to->operands);
+	return to->operands;
+}
+
+/* ---- few vectors: pages by 16 / vectors, so that softmax takes 16 of these pairs at once ---- */
+
+#define PAGES_AHEAD 2u   /* of K or V, in the order they are read: a burst of prefetches would be dropped */
+
+/* One KV head of K, or of V, of a block, and its scales. */
+static const void *
+page_of(const struct k_attention *a, const struct k_kv_block *kv, uint32_t kvh, bool v)
+{
+	size_t size = (size_t)a->hd_pad * K_BLOCK;
+
+	if (kv->fp8 == 0)
+		return (v ? kv->v : kv->k) + kvh * size;
+	for (uint32_t i = 0; i < K_BLOCK; i += 16)
+		_mm_prefetch((const char *)(kv->scale + ((v ? a->n_kv_heads : 0) + kvh) * K_BLOCK + i), _MM_HINT_T0);
+	return kv->q + ((v ? a->n_kv_heads : 0) + kvh) * size;
+}
+
+/* What is read PAGES_AHEAD after K, or V, of page g of a batch of m from `block` on; the last page at the end. */
+static const void *
+page_ahead(const struct k_attention *a, uint32_t kvh, uint32_t block, uint32_t m, uint32_t g, bool v)
+{
+	uint32_t to = g + PAGES_AHEAD, last = a->pos / K_BLOCK;
+
+	if (to < m)
+		return page_of(a, &a->block[block + to], kvh, v);
+	if (!v)
+		return page_of(a, &a->block[block + (to - m < m ? to - m : m - 1)], kvh, true);
+	return page_of(a, &a->block[block + to < last ? block + to : last], kvh, false);
+}
+
+/* Slots of a block that a row at pos attends to. */
+static uint32_t
+slots_of(uint32_t pos, uint32_t window, uint32_t block)
+{
+	uint32_t at = block * K_BLOCK, first = k_window_first(pos, window), slots = 0xffffffffu;
+
+	if (pos < at || first > at + 31)
+		return 0;
+	if (pos - at < 31)
+		slots &= (2u << (pos - at)) - 1;
+	if (first > at)
+		slots &= 0xffffffffu << (first - at);
+	return slots;
+}
+
+/* One row, heads [h0, h1) of one KV head, fewer than FEWEST. */
+AVX512 static void
+attend_few(const struct k_attention *a, uint32_t h0, uint32_t h1, const struct k_products *by)
+{
+	uint32_t n = h1 - h0, kvh = h0 / (a->n_heads / a->n_kv_heads), last = a->pos / K_BLOCK, pages = FEWEST / n;
+	size_t at = (size_t)kvh * a->hd_pad * K_BLOCK;
+	_Alignas(64) float score[2 * FEWEST][32], out[FEWEST * 256], ks[FEWEST][32], vs[FEWEST][32];
+	_Alignas(64) uint16_t p[FEWEST][32], page[256 * K_BLOCK], trimmed[256 * K_BLOCK];
+	struct scales scales[FEWEST] = {{NULL, NULL}};
+	struct vectors s;
+	struct queries queries;
+	const void *q = prepare(a, h0, h1, by, &queries);
+
+	s.n = n, s.hd_pad = a->hd_pad;
+	memset(s.l, 0, sizeof(s.l));
+	memset(score, 0, sizeof(score));
+	for (uint32_t b = k_window_first(a->pos, a->window) / K_BLOCK; b <= last; b += pages) {
+		uint32_t m = last - b + 1 < pages ? last - b + 1 : pages;
+
+		memset(s.valid, 0, sizeof(s.valid));
+		for (uint32_t g = 0; g < m; g++) {
+			const struct k_kv_block *kv = &a->block[b + g];
+			const uint16_t *k = kv->fp8 == 0 ? kv->k + at : page;
+			const void *next = page_ahead(a, kvh, b, m, g, false);
+
+			if (kv->fp8 != 0) {
+				mix_k(a, kv, kvh, next, page);
+				next = page;
+				mix_scales(a, kv, kvh, ks[g], vs[g]);
+			}
+			by->score(q, n, a->hd_pad, k, next, score + g * n);
+			for (uint32_t i = g * n; i < (g + 1) * n; i++) {
+				s.valid[i] = slots_of(a->pos, a->window, b + g);
+				scales[i] = kv->fp8 == 0 ? (struct scales){NULL, NULL} : (struct scales){ks[g], vs[g]};
+			}
+		}
+		softmax(&s, 0, score, a->scale, scales, p);
+		for (uint32_t g = 0; g < m; g++) {
+			const struct k_kv_block *kv = &a->block[b + g];
+			const uint16_t *v = kv->fp8 == 0 ? kv->v + at : page;
+			const void *next = page_ahead(a, kvh, b, m, g, true);
+
+			if (kv->fp8 != 0) {
+				mix_v(a, kv, kvh, next, page);
+				next = page;
+			}
+			if (s.valid[g * n] != 0xffffffffu) {
+				trim_page(v, a->hd_pad, s.valid[g * n], trimmed);
+				v = trimmed;
+			}
+			by->weigh((const uint16_t (*)[32])p + g * n, n, a->hd_pad, v, next, out);
+			merge(&s, g * n, out);
+		}
+	}
+	for (uint32_t i = 0; i < n; i++)
+		divide(&s, i, a->head_dim, a->out + (size_t)(h0 + i) * a->head_dim);
+}
+
 static void
-attend_all(struct vectors *s, const void *q, const struct head_page *page, float scale, const struct k_products *by)
+attend_rows(const struct k_attention *a, const struct k_products *by)
+{
+	for (uint32_t r = 0; r < a->rows; r++) {
+		const struct k_attention one = k_attention_row(a, r);
+
+		for (uint32_t h = a->head0, to; h < a->head1; h = to) {
+			to = k_heads_end(a, h, FEWEST - 1);
+			attend_few(&one, h, to, by);
+		}
+	}
+}
+
+/* ---- many vectors ---- */
+
+/* All vectors against a page, each stage for all of them, so that one waits for the one before only once. What lies beyond
+ * the last vector, to a multiple of 16, is computed too, and not read. */
+static void
+attend_page(struct vectors *s, const void *q, const uint16_t *k, const uint16_t *v, const struct scales *scales, float scale,
+    const struct k_products *by)
 {
 	_Alignas(64) float score[VECTORS][32], out[VECTORS * 256];
 	_Alignas(64) uint16_t p[VECTORS][32];
 
-	by->score(q, s->n, s->hd_pad, page->k, score);
-	softmax_all(s, score, scale, page->ks, page->vs, p);
-	by->weigh((const uint16_t (*)[32])p, s->n, s->hd_pad, page->v, out);
-	merge_all(s, out);
+	for (uint32_t i = s->n; i % 16 != 0; i++)
+		memset(score[i], 0, sizeof(score[i]));
+	by->score(q, s->n, s->hd_pad, k, k, score);
+	for (uint32_t i = 0; i < s->n; i += 16)
+		softmax(s, i, score + i, scale, scales, p + i);
+	by->weigh((const uint16_t (*)[32])p, s->n, s->hd_pad, v, v, out);
+	merge(s, 0, out);
 }
 
-/* Which slots of a block count for each vector; is that all of them for all? */
-static bool
-set_valid(const struct k_attention *a, struct vectors *s, uint32_t block, uint32_t heads)
+/* Sets the slots of a block for each vector; returns those that count for all, and in *any for one at least. */
+static uint32_t
+set_valid(const struct k_attention *a, struct vectors *s, uint32_t block, uint32_t heads, uint32_t *any)
 {
-	uint32_t at = block * K_BLOCK, all = 0xffffffffu, last = a->pos + a->rows - 1;
+	uint32_t all = 0xffffffffu, slots = 0;
 
-	if (a->pos >= at + 31 && k_window_first(last, a->window) <= at) {
-		memset(s->valid, 0xff, s->n * sizeof(*s->valid));
-		return true;
-	}
+	*any = 0;
 	for (uint32_t i = 0; i < s->n; i++) {
-		uint32_t pos = a->pos + i / heads, first = k_window_first(pos, a->window);
-
-		s->valid[i] = pos < at || first > at + 31 ? 0 : 0xffffffffu;
-		if (pos >= at && pos - at < 31)
-			s->valid[i] &= (2u << (pos - at)) - 1;
-		if (first > at && first < at + K_BLOCK)
-			s->valid[i] &= 0xffffffffu << (first - at);
-		all &= s->valid[i];
+		if (i % heads == 0)
+			slots = slots_of(a->pos + i / heads, a->window, block);
+		s->valid[i] = slots;
+		all &= slots, *any |= slots;
 	}
-	return all == 0xffffffffu;
+	return all;
 }
 
-/* Rows of one call, with heads [h0, h1) of one KV head: VECTORS in all at most. False if a value that does not count is
- * not finite: in a product it would. */
+/* Rows of one call, with heads [h0, h1) of one KV head: VECTORS in all at most. False if a value that does not count for
+ * all is not finite: in a product it would. */
 AVX512 static bool
 attend_vectors(const struct k_attention *a, uint32_t h0, uint32_t h1, const struct k_products *by)
 {
-	uint32_t heads = h1 - h0, last = a->pos + a->rows - 1, kvh = h0 / (a->n_heads / a->n_kv_heads);
+	uint32_t heads = h1 - h0, last = a->pos + a->rows - 1, kvh = h0 / (a->n_heads / a->n_kv_heads), any;
 	size_t at = (size_t)kvh * a->hd_pad * K_BLOCK;
-	_Alignas(64) uint16_t q[VECTORS * 256], k[256 * K_BLOCK], v[256 * K_BLOCK], trimmed[256 * K_BLOCK];
-	_Alignas(64) float ks[32], vs[32], operands[VECTORS * 256];
+	_Alignas(64) uint16_t k[256 * K_BLOCK], v[256 * K_BLOCK], trimmed[256 * K_BLOCK];
+	_Alignas(64) float ks[32], vs[32];
 	struct vectors s;
+	struct queries queries;
+	const void *q = prepare(a, h0, h1, by, &queries);
 
 	s.n = a->rows * heads, s.hd_pad = a->hd_pad;
 	memset(s.l, 0, sizeof(s.l));
 	memset(s.valid, 0, sizeof(s.valid));
-	for (uint32_t i = 0; i < s.n; i++)
-		act_bf16_avx512(a->q + i / heads * a->ld + (size_t)(h0 + i % heads) * a->head_dim, a->head_dim, a->hd_pad,
-		    q + (size_t)i * a->hd_pad);
-	if (by->prepare != NULL)
-		by->prepare(q, s.n, a->hd_pad, operands);
 	for (uint32_t b = k_window_first(a->pos, a->window) / K_BLOCK; b <= last / K_BLOCK; b++) {
 		const struct k_kv_block *kv = &a->block[b];
-		struct head_page page = {.k = k, .v = v, .ks = ks, .vs = vs};
+		const uint16_t *pk = kv->fp8 == 0 ? kv->k + at : k, *pv = kv->fp8 == 0 ? kv->v + at : v;
+		struct scales scales[16];
 
-		if (kv->fp8 == 0) {
-			page = (struct head_page){.k = kv->k + at, .v = kv->v + at};
-		} else {
-			mix_page(a, kv, kvh, k, v);
+		for (uint32_t i = 0; i < 16; i++)
+			scales[i] = kv->fp8 == 0 ? (struct scales){NULL, NULL} : (struct scales){ks, vs};
+		if (kv->fp8 != 0) {
+			mix_k(a, kv, kvh, k, k);
+			mix_v(a, kv, kvh, v, v);
 			mix_scales(a, kv, kvh, ks, vs);
 		}
-		if (!set_valid(a, &s, b, heads)) {
-			uint32_t left = last - b * K_BLOCK;
-
-			if (!trim_page(page.v, a->hd_pad, left < 31 ? left : 31, trimmed))
+		if (set_valid(a, &s, b, heads, &any) != 0xffffffffu) {
+			if (!trim_page(pv, a->hd_pad, any, trimmed))
 				return false;
-			page.v = trimmed;
+			pv = trimmed;
 		}
-		attend_all(&s, by->prepare != NULL ? (const void *)operands : q, &page, a->scale, by);
+		attend_page(&s, q, pk, pv, scales, a->scale, by);
 	}
 	for (uint32_t i = 0; i < s.n; i++)
 		divide(&s, i, a->head_dim, a->out + i / heads * a->ld + (size_t)(h0 + i % heads) * a->head_dim);
 	return true;
 }
-
-#define FEWEST 16u       /* vectors that go together; fewer are quicker on their own */
 
 bool
 avx512_are_many(const struct k_attention *a)
@@ -1084,8 +991,9 @@ avx512_are_many(const struct k_attention *a)
 	return a->rows * (group < heads ? group : heads) >= FEWEST;
 }
 
-void
-avx512_attend(const struct k_attention *a, const struct k_products *by)
+/* Fewer than FEWEST vectors, and what products would spoil, by `few`, row by row. */
+static void
+attend(const struct k_attention *a, const struct k_products *by, const struct k_products *few)
 {
 	for (uint32_t h = a->head0, to; h < a->head1; h = to) {
 		uint32_t rows;
@@ -1098,25 +1006,30 @@ avx512_attend(const struct k_attention *a, const struct k_products *by)
 			some.rows = a->rows - r < rows ? a->rows - r : rows;
 			some.head0 = h, some.head1 = to;
 			if (!avx512_are_many(&some) || !attend_vectors(&some, h, to, by))
-				attend_rows(&some);
+				attend_rows(&some, few);
 		}
 	}
+}
+
+static const struct k_products fma_products = {prepare_avx512, score_avx512, weigh_avx512};
+static const struct k_products dot_products = {prepare_avx512bf16, score_avx512bf16, weigh_avx512bf16};
+
+void
+avx512_attend(const struct k_attention *a, const struct k_products *by)
+{
+	attend(a, by, &fma_products);
 }
 
 void
 attention_avx512(const struct k_attention *a)
 {
-	static const struct k_products fma = {prepare_avx512, score_avx512, weigh_avx512};
-
-	avx512_attend(a, &fma);
+	attend(a, &fma_products, &fma_products);
 }
 
 static void
 attention_avx512bf16(const struct k_attention *a)
 {
-	static const struct k_products dot = {prepare_avx512bf16, score_avx512bf16, weigh_avx512bf16};
-
-	avx512_attend(a, &dot);
+	attend(a, &dot_products, &dot_products);
 }
 
 /* ---- probes ---- */

@@ -29,6 +29,13 @@ OF(step_at)(const struct block *b, enum source from, uint32_t tile, uint32_t ste
 	if (from == OPERANDS) {
 		*even = _mm512_load_ps(b->operand + (tile * STEPS + step) * 32);
 		*odd = _mm512_load_ps(b->operand + (tile * STEPS + step) * 32 + 16);
+	} else if (from == PAGE) {
+		size_t at = tile * 32 + step * (16 / STEPS) * b->pair_ld;
+		const uint16_t *word = b->word + at;
+
+		for (uint32_t j = 0; j < 16 / STEPS; j++)
+			_mm_prefetch((const char *)(b->next + at + j * b->pair_ld), _MM_HINT_T0);
+		OF(split)(_mm512_loadu_si512(word), _mm512_loadu_si512(word + (16 / STEPS - 1) * b->pair_ld), even, odd);
 	} else {
 		__m512i pair = weights_at(b, from, i);
 
@@ -115,20 +122,24 @@ FEW_ROWS(5)
 FEW_ROWS(6)
 #undef FEW_ROWS
 
-/* More rows than FEW, in even teams. */
+/* Any rows, in even teams; of more than FEW none has fewer than three. */
 TARGET static inline __attribute__((always_inline)) void
-OF(many_rows)(const struct block *b, const OF(operands) *x, float *total, size_t ld, uint32_t rows)
+OF(all_rows)(const struct block *b, enum source from, const OF(operands) *x, float *total, size_t ld, uint32_t rows)
 {
 	uint32_t teams = (rows + FEW - 1) / FEW;
 
 	for (uint32_t i = 0; i < teams; i++) {
-		uint32_t r = rows * i / teams;
+		uint32_t r = rows * i / teams, n = rows * (i + 1) / teams - r;
 
-		switch (rows * (i + 1) / teams - r) {
-		case 3: OF(rows_block)(b, OPERANDS, x + r, total + r * ld, ld, 3); break;
-		case 4: OF(rows_block)(b, OPERANDS, x + r, total + r * ld, ld, 4); break;
-		case 5: OF(rows_block)(b, OPERANDS, x + r, total + r * ld, ld, 5); break;
-		case 6: OF(rows_block)(b, OPERANDS, x + r, total + r * ld, ld, 6); break;
+		if (from == PAGE && n == 1)
+			OF(rows_block)(b, from, x + r, total + r * ld, ld, 1);
+		if (from == PAGE && n == 2)
+			OF(rows_block)(b, from, x + r, total + r * ld, ld, 2);
+		switch (n) {
+		case 3: OF(rows_block)(b, from, x + r, total + r * ld, ld, 3); break;
+		case 4: OF(rows_block)(b, from, x + r, total + r * ld, ld, 4); break;
+		case 5: OF(rows_block)(b, from, x + r, total + r * ld, ld, 5); break;
+		case 6: OF(rows_block)(b, from, x + r, total + r * ld, ld, 6); break;
 		}
 	}
 }
@@ -157,7 +168,7 @@ OF(many_panels)(const struct k_linear *a, uint32_t p0, uint32_t p1, uint32_t row
 				unpack_block(w, p * kb_n + kb, a->format, word);
 				OF(spread)(word, 32, spread);
 				OF(spread)(word + 512, 32, spread + 32 * STEPS);
-				OF(many_rows)(&b, (const OF(operands) *)x[kb - kb0], total[p - p0][0], K_PANEL, rows);
+				OF(all_rows)(&b, OPERANDS, (const OF(operands) *)x[kb - kb0], total[p - p0][0], K_PANEL, rows);
 			}
 	}
 	for (uint32_t p = p0; p < p1; p++)
@@ -199,35 +210,44 @@ OF(prepare)(const uint16_t *q, uint32_t n, uint32_t hd_pad, float *operands)
 			OF(expand)(q + (size_t)i * hd_pad + d, x[d / K_BLOCK * n + i]);
 }
 
+/* Of fewer vectors than a team the pages are split on the way, of more once. */
 TARGET static void
-OF(score)(const void *q, uint32_t n, uint32_t hd_pad, const uint16_t *k, float (*score)[32])
+OF(score)(const void *q, uint32_t n, uint32_t hd_pad, const uint16_t *k, const uint16_t *next, float (*score)[32])
 {
 	const OF(operands) *x = q;
 	_Alignas(64) float spread[64 * STEPS];
-	const struct block b = {.operand = spread};
+	struct block b = {.word = k, .next = next, .operand = spread, .pair_ld = 2 * K_BLOCK};
 
-	memset(score, 0, ((n + 15) & ~15u) * sizeof(*score));
-	for (uint32_t d = 0; d < hd_pad; d += K_BLOCK, x += n) {
-		OF(spread)(k + d * K_BLOCK, 2 * K_BLOCK, spread);
-		OF(spread)(k + d * K_BLOCK + 32, 2 * K_BLOCK, spread + 32 * STEPS);
-		OF(many_rows)(&b, x, score[0], 32, n);
+	memset(score, 0, n * sizeof(*score));
+	for (uint32_t d = 0; d < hd_pad; d += K_BLOCK, x += n, b.word += K_BLOCK * K_BLOCK, b.next += K_BLOCK * K_BLOCK) {
+		if (n <= FEW) {
+			OF(all_rows)(&b, PAGE, x, score[0], 32, n);
+			continue;
+		}
+		OF(spread)(b.word, 2 * K_BLOCK, spread);
+		OF(spread)(b.word + 32, 2 * K_BLOCK, spread + 32 * STEPS);
+		OF(all_rows)(&b, OPERANDS, x, score[0], 32, n);
 	}
 }
 
 TARGET static void
-OF(weigh)(const uint16_t (*p)[32], uint32_t n, uint32_t hd_pad, const uint16_t *v, float *out)
+OF(weigh)(const uint16_t (*p)[32], uint32_t n, uint32_t hd_pad, const uint16_t *v, const uint16_t *next, float *out)
 {
 	_Alignas(64) OF(operands) x[64];
 	_Alignas(64) float spread[64 * STEPS];
-	const struct block b = {.operand = spread};
+	struct block b = {.word = v, .next = next, .operand = spread, .pair_ld = 2 * hd_pad};
 
 	for (uint32_t i = 0; i < n; i++)
 		OF(expand)(p[i], x[i]);
 	memset(out, 0, (size_t)n * hd_pad * sizeof(*out));
-	for (uint32_t d = 0; d < hd_pad; d += 32) {
-		OF(spread)(v + d * 2, 2 * hd_pad, spread);
-		OF(spread)(v + d * 2 + 32, 2 * hd_pad, spread + 32 * STEPS);
-		OF(many_rows)(&b, (const OF(operands) *)x, out + d, hd_pad, n);
+	for (uint32_t d = 0; d < hd_pad; d += 32, b.word += 64, b.next += 64) {
+		if (n <= FEW) {
+			OF(all_rows)(&b, PAGE, (const OF(operands) *)x, out + d, hd_pad, n);
+			continue;
+		}
+		OF(spread)(b.word, 2 * hd_pad, spread);
+		OF(spread)(b.word + 32, 2 * hd_pad, spread + 32 * STEPS);
+		OF(all_rows)(&b, OPERANDS, (const OF(operands) *)x, out + d, hd_pad, n);
 	}
 }
 
