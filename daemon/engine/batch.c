@@ -247,7 +247,7 @@ batch_admit(struct engine *e)
 			seq_set_plan(s, e->plan, e->epoch);
 		promised += pages_wanted(e, s);
 		if (e->n_running > 0 && promised > kv_available(&e->kv) &&
-		    !(probe_drop_pages(e) && promised <= kv_available(&e->kv)))
+		    (probe_alone(e) || !probe_drop_pages(e) || promised > kv_available(&e->kv)))
 			return;
 		batch_unqueue(rp);
 		__atomic_sub_fetch(&e->n_queued, 1, __ATOMIC_RELAXED);
