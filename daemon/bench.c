@@ -50,6 +50,7 @@ struct bench {
 	struct plan *plan[K_N_FORMATS]; /* every linear layer and lm_head so; KV cache BF16 */
 	struct forward_row row[CHUNK];
 	struct device *device;   /* NULL: the CPU */
+	bool under_way;          /* a pass there */
 	uint32_t context, batch; /* behind a decoding sequence; sequences at most */
 
 	double read_gbs, fma_gflops, load_s, flip_us, flip_ratio;
@@ -241,7 +242,29 @@ sample_there(struct bench *b, uint32_t n)
 	static const struct sampling greedy;
 
 	for (uint32_t i = 0; i < n && b->device != NULL; i++)
-		device_want(b->device, &greedy, NULL, 0, 0);
+		device_want(b->device, &greedy, NULL, 0, 0, 0);
+}
+
+/* On a device the next pass is started while one runs, as the engine does it. */
+static void
+run_rows(struct bench *b, uint32_t n)
+{
+	if (b->device == NULL) {
+		forward_run(b->f, b->row, n);
+		return;
+	}
+	forward_start(b->f, b->row, n);
+	if (b->under_way)
+		forward_wait(b->f);
+	b->under_way = true;
+}
+
+static void
+finish_rows(struct bench *b)
+{
+	if (b->under_way)
+		forward_wait(b->f);
+	b->under_way = false;
 }
 
 static void
@@ -250,9 +273,10 @@ prefill(struct bench *b, const struct plan *plan, uint32_t n)
 	for (uint32_t done = 0, rows; done < n; done += rows) {
 		rows = n - done < CHUNK ? n - done : CHUNK;
 		for (uint32_t i = 0; i < rows; i++)
-			b->row[i] = (struct forward_row){some_token(b, done + i), done + i, &b->seq[0], plan, done + i + 1 == n};
+			b->row[i] = (struct forward_row){.token = some_token(b, done + i), .pos = done + i, .kv = &b->seq[0], .plan = plan,
+			    .wants_logits = done + i + 1 == n};
 		sample_there(b, done + rows == n);
-		forward_run(b->f, b->row, rows);
+		run_rows(b, rows);
 	}
 }
 
@@ -260,9 +284,18 @@ static void
 decode(struct bench *b, const struct plan *plan, uint32_t n, uint32_t step)
 {
 	for (uint32_t i = 0; i < n; i++)
-		b->row[i] = (struct forward_row){some_token(b, i + step), b->context + step % DECODE_ROOM, &b->seq[i], plan, true};
+		b->row[i] = (struct forward_row){.token = some_token(b, i + step), .pos = b->context + step % DECODE_ROOM, .kv = &b->seq[i],
+		    .plan = plan, .wants_logits = true};
 	sample_there(b, n);
-	forward_run(b->f, b->row, n);
+	run_rows(b, n);
+}
+
+/* A row, from beginning to end. */
+static void
+decode_alone(struct bench *b, const struct plan *plan, uint32_t step)
+{
+	decode(b, plan, 1, step);
+	finish_rows(b);
 }
 
 /* Seconds of one prefill, or of one decode step: the mean over a round. */
@@ -280,7 +313,8 @@ one_round(struct bench *b, const struct test *t, const struct plan *plan)
 		n++;
 		end = now();
 	} while (end - start < ROUND_SECONDS);
-	return (end - start) / n;
+	finish_rows(b);
+	return (now() - start) / n;
 }
 
 /* ---- what a step must read and compute ---- */
@@ -332,7 +366,7 @@ run_test(struct bench *b, const struct test *t, struct result result[K_N_FORMATS
 
 	for (int f = 0; f < N_LINEAR_FORMATS; f++)
 		if (is_wanted(b, t, f))
-			decode(b, b->plan[f], 1, 0); /* warm */
+			decode_alone(b, b->plan[f], 0); /* warm */
 	do {
 		for (int f = 0; f < N_LINEAR_FORMATS; f++)
 			if (is_wanted(b, t, f))
@@ -361,10 +395,10 @@ measure_flip(struct bench *b, struct err *err)
 			return rc;
 		derive[i] = now() - start;
 		start = now();
-		decode(b, plan, 1, 0);
+		decode_alone(b, plan, 0);
 		first[i] = now() - start;
 		start = now();
-		decode(b, plan, 1, 1);
+		decode_alone(b, plan, 1);
 		usual[i] = first[i] / (now() - start);
 		plan_unref(&plan);
 	}

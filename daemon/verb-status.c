@@ -74,11 +74,12 @@ device_json(const struct octetd *d)
 	if (d->device == NULL)
 		return json_null();
 	device_status(d->device, &s);
-	return json_pack("{s:s,s:s,s:I,s:I,s:i,s:i,s:i,s:i,s:i,s:i,s:I,s:I,s:I,s:f,s:f,s:s}", "name", s.device, "versions", s.kernels,
+	return json_pack("{s:s,s:s,s:I,s:I,s:i,s:i,s:i,s:i,s:i,s:i,s:I,s:I,s:I,s:f,s:f,s:f,s:s}", "name", s.device, "versions", s.kernels,
 	    "memory_used", (json_int_t)s.mem_used, "memory_total", (json_int_t)s.mem_total, "sm_mhz", (int)s.sm_mhz, "memory_mhz",
 	    (int)s.mem_mhz, "watts", (int)s.watts, "limit_watts", (int)s.limit_watts, "busy_percent", (int)s.busy_percent, "celsius",
 	    (int)s.celsius, "graphs", (json_int_t)s.graphs, "graph_launches", (json_int_t)s.graph_launches, "eager_steps",
-	    (json_int_t)s.eager_steps, "host_us", s.host_us, "device_us", s.device_us, "failure", s.failure);
+	    (json_int_t)s.eager_steps, "host_us", s.host_us, "device_us", s.device_us, "busy_s", s.busy_s,
+	    "failure", s.failure);
 }
 
 static json_t *
@@ -138,6 +139,7 @@ exec_status(struct octetd *d, struct call *call, const json_t *request, json_t *
 	    "p99", st.step_ms_p99, "max", st.step_ms_max));
 	json_object_set_new(r, "step", number(st.step));
 	json_object_set_new(r, "forward_s", json_real(st.forward_s));
+	json_object_set_new(r, "host_s", json_real(st.host_s));
 	epoch = flipper_unconfirmed(d->flips, &left);
 	json_object_set_new(r, "unconfirmed", epoch == 0 ? json_null() : json_pack("{s:o,s:i}", "epoch", number(epoch),
 	    "seconds_left", (int)left));

@@ -15,12 +15,13 @@
 #include <stdint.h>
 #include "kernels/kernels.h"
 
-#define KD_ABI 2u
+#define KD_ABI 3u
 #define KD_SYMBOL "octet_device_api"
 #define KD_LM_HEAD 7u   /* groups below are the linear layers of a layer */
 #define KD_KV_CACHE 8u
 #define KD_GROUPS 9u
 #define KD_MAX_TOP 20u
+#define KD_AHEAD 2u          /* steps that may be under way */
 
 struct kd_device;
 
@@ -64,12 +65,13 @@ struct kd_block {
 
 /* Rows of one sequence and one plan lie together, in ascending positions. */
 struct kd_row {
-	uint32_t token, pos;
+	uint32_t token, pos;                 /* drawn: the token is what the step before drew in its wanted row so numbered */
 	const struct kd_block *table;        /* [pos / 32 + 1][n_layers] */
 	uint64_t table_id;                   /* not 0. While it stays the same, blocks that were shown change only at the end */
 	const uint8_t *plan;                 /* [KD_GROUPS][n_layers] enum k_format */
 	uint64_t digest;                     /* equal plans have equal digests */
 	bool wants;                          /* logits */
+	bool drawn;
 };
 
 /* What is to become of the logits of a row that wants them. */
@@ -90,12 +92,12 @@ struct kd_want {
 	float temperature, top_p, min_p, repetition, presence, frequency;
 	uint32_t top_k, n_top;
 	bool logprob;
-	const struct kd_edit *edit;      /* [n_edit] */
+	const struct kd_edit *edit;      /* [n_edit]; without what a drawn row's own token does: it was output once more */
 	uint32_t n_edit;
 };
 
 struct kd_result {
-	uint32_t token;
+	uint32_t token;                  /* bad: 0, so that a row of the next step may have it */
 	float logprob;
 	bool bad;                        /* a logit is not finite */
 	uint32_t n_top;
@@ -108,7 +110,8 @@ struct kd_status {
 	uint64_t mem_used, mem_total;    /* bytes */
 	uint32_t sm_mhz, mem_mhz, watts, limit_watts, busy_percent, celsius; /* 0: not known */
 	uint64_t graphs, graph_launches, eager_steps;
-	double host_us, device_us;       /* of a step, lately */
+	double host_us, device_us;       /* of a step, lately: laying out and launching; running */
+	double busy_s;                   /* running steps, ever */
 	char failure[128];               /* empty: none */
 };
 
@@ -123,11 +126,13 @@ struct kd_api {
 	/* The bytes load() would take, by kd_model's sizes alone. */
 	void (*plan_memory)(struct kd_device *, const struct kd_model *, struct kd_memory *);
 	int (*load)(struct kd_device *, const struct kd_model *, char *why, size_t why_len);
-	/* Starts rows [0, n). want [n_wanted] may be NULL: then all logits are copied. logits: [n_wanted, vocab], the
-	 * rows of kind KD_LOGITS are written; result [n_wanted], the others. -EIO: the device failed, for good. */
+	/* Starts rows [0, n) behind those that were started before; KD_AHEAD steps at most are under way. want [n_wanted] may
+	 * be NULL: then all logits are copied. logits: [n_wanted, vocab], the rows of kind KD_LOGITS are written; result
+	 * [n_wanted], the others: both belong to the device until wait(). The rest may be used again at once, and pages too:
+	 * rows that are submitted later run later. -EIO: the device failed, for good. */
 	int (*submit)(struct kd_device *, const struct kd_row *, uint32_t n, const struct kd_want *, float *logits,
 	    struct kd_result *, char *why, size_t why_len);
-	/* Until what was started is done; what submit() was given may be used again. -EIO as there. */
+	/* Until the oldest step that is under way is done. -EIO as above. */
 	int (*wait)(struct kd_device *, char *why, size_t why_len);
 	/* One row again, to find where it first goes non-finite: 1 found, 0 not. */
 	int (*find_nonfinite)(struct kd_device *, const struct kd_row *, uint32_t *group, uint32_t *layer);

@@ -78,13 +78,19 @@ if [ -z "${OCTET_TEST_PLUGIN-}" ]; then
 	is "steps run eagerly" "$(octetctl --json status | jq -c '.device | [.graphs, .eager_steps > 4, .failure]')" '[0,true,""]'
 	stop
 	rm -rf "$scratch/state"
-	OCTET_EMU_FAULT=choices
+	OCTET_EMU_FAULT=choices OCTET_EMU_LATE=1 # memory grows while a step has yet to run
+	export OCTET_EMU_LATE
 	engine_options='backend = cuda
 max_batch = 16
 max_batch_tokens = 16' config </dev/null
 	ok "start with products to choose from" start
+	"$builddir/octet" complete --ignore-eos --max-tokens 200 "She go" >/dev/null 2>&1 &
+	one=$!
+	wait_for 10 sh -c "'$builddir/octetctl' --json status | jq -e '.requests.running > 0'"
 	is "16 rows" "$(octet bench --clients 16 --requests 16 --prompt-tokens 4 --output-tokens 3 --json | jq -c '[.failed, .tokens]')" "[0,48]"
+	kill $one
 	stop
+	unset OCTET_EMU_LATE
 	set -- "$scratch"/state/cublaslt-*
 	is "a line for each product" "$(wc -l <"$1")" 10
 	sed 's/ [0-9a-f]* \([0-9a-f]*\)\( 0 0 0 0 0 0\)$/ 0 \1\2/' "$1" >"$scratch/lines" # algorithms that the library does not know
@@ -137,6 +143,28 @@ END
 	wait $bench
 	is "flips under load fail no request" "$(jq -c '[.failed, .tokens]' "$scratch/bench")" "[0,24]"
 	is "graphs were captured" "$(octetctl --json status | jq '.device.graphs > 0 and .device.graph_launches > 0')" true
+	# Requests of several kinds and three plans (two are what a pass takes there), that come while others run: each has the
+	# tokens that it has alone. One of them goes away.
+	several() {
+		"$builddir/octet" complete --ignore-eos --max-tokens 400 "She go to" >/dev/null 2>&1 &
+		gone=$!
+		wait_for 10 sh -c "'$builddir/octetctl' --json status | jq -e '.requests.running > 0'"
+		for i in 1 2 3 4 5; do
+			set -- --ignore-eos
+			case $i in 1 | 5) set -- --ignore-eos --policy $([ $i = 1 ] && echo fp8t || echo kv8) ;; 2) set -- --repetition-penalty 1.3 --presence-penalty 0.5 ;; 3) set -- --temperature 0.9 --seed 5 --frequency-penalty 0.3 ;; 4) set -- --stop e ;; esac
+			octet complete --json --max-tokens $((3 + i)) "$@" "$(head -c $((6 * i)) "$scratch/text")" | tail -1 | jq -c .tokens >"$scratch/$when.$i" &
+			[ $when = together ] && [ $i -lt 5 ] || wait $!
+			[ $i -ne 2 ] || kill -TERM $gone
+		done
+		wait $gone
+		wait_for 20 sh -c "'$builddir/octetctl' --json status | jq -e '.requests.running == 0'"
+		cat "$scratch/$when".*
+	}
+	when=alone
+	several >"$scratch/alone"
+	when=together
+	several >"$scratch/together"
+	is "side by side, and one that goes away: the same tokens" "$(cat "$scratch/together")" "$(cat "$scratch/alone")"
 	before=$(octetctl --json status | jq .device.graphs)
 	after=$before
 	for i in 1 2 3 4 5; do # a card is quick: the two may not meet

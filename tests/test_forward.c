@@ -212,7 +212,8 @@ some_rows(const struct some_model *s, const struct kv_seq *kv, uint32_t done[SEQ
 				continue;
 			run = 1 + below(below(2) == 0 ? left : 1);
 			for (; run > 0 && at < to; run--, at++, done[q]++) {
-				row[at] = (struct forward_row){s->token[q][done[q]], done[q], &kv[q], s->plan[plan], true};
+				row[at] = (struct forward_row){.token = s->token[q][done[q]], .pos = done[q], .kv = &kv[q], .plan = s->plan[plan],
+				    .wants_logits = true};
 				who[at] = q;
 			}
 		}

@@ -93,7 +93,7 @@ check_case(struct fixture *x, json_t *c, const json_t *probe, const struct plan 
 		bool in_prompt = pos < n_prompt;
 		uint32_t token = (uint32_t)json_integer_value(in_prompt ? json_array_get(prompt, pos)
 		                                                        : json_array_get(tokens, pos - n_prompt));
-		struct forward_row row = {token, (uint32_t)pos, &seq, plan, pos + 1 >= n_prompt};
+		struct forward_row row = {.token = token, .pos = (uint32_t)pos, .kv = &seq, .plan = plan, .wants_logits = pos + 1 >= n_prompt};
 		size_t step = pos + 1 - n_prompt, best = 0;
 		const float *logits;
 
@@ -274,8 +274,8 @@ run_tiny(struct fixture *x, const json_t *tokens, const struct plan *plan, uint3
 		rows = n - pos < step ? n - pos : step;
 		for (uint32_t r = 0; r < rows; r++) {
 			assert_int_equal(kv_open(&x->kv, &seq, plan, pos + r), 0);
-			row[r] = (struct forward_row){(uint32_t)json_integer_value(json_array_get(tokens, pos + r)),
-			    pos + r, &seq, plan, true};
+			row[r] = (struct forward_row){.token = (uint32_t)json_integer_value(json_array_get(tokens, pos + r)),
+			    .pos = pos + r, .kv = &seq, .plan = plan, .wants_logits = true};
 		}
 		memcpy(all + (size_t)pos * vocab, forward_run(x->f, row, rows), (size_t)rows * vocab * sizeof(*all));
 	}

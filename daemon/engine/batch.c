@@ -45,8 +45,7 @@ batch_flush(struct engine *e)
 			flush(e->running[i]);
 }
 
-/* Ends a request: pages back, DONE out (its room was kept by SINK_ROOM), and
- * over to the front. The request may be freed as soon as the lock is released. */
+/* Its DONE has the room that SINK_ROOM kept. The request may be freed as soon as the lock is released. */
 void
 batch_finish(struct engine *e, struct request *r, enum wire_finish how, uint64_t detail)
 {
@@ -78,9 +77,19 @@ batch_finish(struct engine *e, struct request *r, enum wire_finish how, uint64_t
 }
 
 void
-batch_drop_running(struct engine *e, uint32_t i)
+batch_end(struct engine *e, struct seq *s, enum wire_finish how, uint64_t detail)
 {
-	e->running[i] = e->running[--e->n_running];
+	for (uint32_t i = 0; i < e->n_running; i++)
+		if (e->running[i] == s)
+			e->running[i] = e->running[--e->n_running];
+	for (uint32_t i = 0; i < e->n_under_way; i++) {
+		struct step *st = &e->steps[(e->step - i) % 2];
+
+		for (uint32_t j = 0; j < st->n_parts; j++)
+			if (st->part[j].seq == s)
+				st->part[j].seq = NULL;
+	}
+	batch_finish(e, s->req, how, detail);
 }
 
 bool
@@ -162,7 +171,7 @@ next_waiting(struct engine *e)
 static uint32_t
 pages_wanted(const struct engine *e, const struct seq *s)
 {
-	uint32_t blocks = kv_blocks_for(s->n_known + 1), window = e->m->shape.window;
+	uint32_t blocks = kv_blocks_for(s->n_known + s->n_ahead + 1), window = e->m->shape.window;
 
 	if (window != 0 && blocks > kv_blocks_for(window + e->cfg.max_batch_tokens) + 1)
 		blocks = kv_blocks_for(window + e->cfg.max_batch_tokens) + 1;
@@ -215,11 +224,11 @@ match_prefix(struct engine *e, struct seq *s)
 }
 
 void
-batch_publish(struct engine *e, struct seq *s)
+batch_publish(struct engine *e, struct seq *s, uint32_t ran)
 {
 	uint32_t end;
 
-	while (e->cfg.prefix_cache && (end = (s->kv.n_published + 1) * KV_PAGE_TOKENS) <= s->n_run &&
+	while (e->cfg.prefix_cache && (end = (s->kv.n_published + 1) * KV_PAGE_TOKENS) <= ran &&
 	    end <= seq_first_segment_end(s)) {
 		kv_publish(&e->kv, &s->kv, s->req->scope, s->seg[0].plan->digest, s->token);
 		if (s->kv.n_published * KV_PAGE_TOKENS != end)
@@ -247,7 +256,7 @@ batch_admit(struct engine *e)
 			seq_set_plan(s, e->plan, e->epoch);
 		promised += pages_wanted(e, s);
 		if (e->n_running > 0 && promised > kv_available(&e->kv) &&
-		    !(probe_drop_pages(e) && promised <= kv_available(&e->kv)))
+		    (probe_alone(e) || !probe_drop_pages(e) || promised > kv_available(&e->kv)))
 			return;
 		batch_unqueue(rp);
 		__atomic_sub_fetch(&e->n_queued, 1, __ATOMIC_RELAXED);
@@ -284,6 +293,15 @@ static uint32_t
 least_room(const struct seq *s)
 {
 	return SINK_ROOM + token_events(s) + (s->req->sampling.prompt_logprobs ? token_events(s) : 0);
+}
+
+/* What there will be when the steps under way have put their events. */
+static uint32_t
+room_ahead(const struct seq *s)
+{
+	uint32_t room = s->req->sink.room(s->req->sink.arg);
+
+	return room > s->n_owed ? room - s->n_owed : 0;
 }
 
 static void
@@ -345,8 +363,24 @@ victim(const struct engine *e)
 	return best;
 }
 
-/* Pages for the rows that were picked; fewer rows, or none, where they do not suffice. */
+/* running[] and pick[] without their NULLs. */
 static void
+drop_gone(struct engine *e)
+{
+	uint32_t n = 0;
+
+	for (uint32_t i = 0; i < e->n_running; i++) {
+		if (e->running[i] == NULL)
+			continue;
+		e->running[n] = e->running[i];
+		e->pick[n++] = e->pick[i];
+	}
+	e->n_running = n;
+}
+
+/* Pages for the rows that were picked; fewer rows, or none, where they do not suffice. False: others would have to
+ * give theirs, and may not now. */
+static bool
 reserve(struct engine *e, uint32_t i)
 {
 	for (;;) {
@@ -362,8 +396,10 @@ reserve(struct engine *e, uint32_t i)
 		}
 		if (got > 0 || e->pick[i].rows == 0) {
 			e->pick[i].rows = got;
-			return;
+			return true;
 		}
+		if (e->n_under_way > 0)
+			return false;
 		if (probe_drop_pages(e))
 			continue;
 		v = victim(e);
@@ -376,22 +412,8 @@ reserve(struct engine *e, uint32_t i)
 		e->running[v] = NULL;
 		e->pick[v].rows = 0;
 		if (v == i)
-			return;
+			return true;
 	}
-}
-
-void
-batch_drop_gone(struct engine *e)
-{
-	uint32_t n = 0;
-
-	for (uint32_t i = 0; i < e->n_running; i++) {
-		if (e->running[i] == NULL)
-			continue;
-		e->running[n] = e->running[i];
-		e->pick[n++] = e->pick[i];
-	}
-	e->n_running = n;
 }
 
 /* Rows that a sequence may have in a step: its sink must have room for what the
@@ -399,20 +421,30 @@ batch_drop_gone(struct engine *e)
 static uint32_t
 pending(const struct seq *s)
 {
-	uint32_t n = s->n_known - s->n_run, next = s->n_told + 1;
+	uint32_t total = s->n_known + s->n_ahead, n = total - s->n_run, next = s->n_told + 1;
 
+	if (s->n_ahead > 0 && total == s->n_max)
+		return 0; /* nobody asks what follows its last token */
+	if (s->n_owed > 0 && room_ahead(s) < least_room(s))
+		return 0; /* the reader may make room while the step runs */
 	/* The prefix cache may have covered the first segment to its end. */
 	while (next < s->n_seg && s->seg[next].from <= s->n_run)
 		next++;
 	if (next < s->n_seg && s->seg[next].from - s->n_run < n)
 		n = s->seg[next].from - s->n_run;
 	if (s->req->sampling.prompt_logprobs && s->state == SEQ_RUNNING) {
-		uint32_t room = s->req->sink.room(s->req->sink.arg);
+		uint32_t room = room_ahead(s);
 		uint32_t most = room > least_room(s) ? (room - least_room(s)) / token_events(s) + 1 : 1;
 
 		n = n < most ? n : most;
 	}
 	return n;
+}
+
+static bool
+draws(const struct seq *s, uint32_t pos)
+{
+	return pos + 1 == s->n_known + s->n_ahead;
 }
 
 /* Are the logits of a position wanted: to sample what follows, or to score it. */
@@ -421,17 +453,46 @@ wants_logits(const struct seq *s, uint32_t pos)
 {
 	const struct request *r = s->req;
 
-	if (pos + 1 == s->n_known)
+	if (draws(s, pos))
 		return r->sampling.max_tokens > 0;
 	return r->sampling.prompt_logprobs && pos + 1 < r->n_prompt && pos >= s->n_seen;
 }
 
-/* Fills rows; returns their number. */
-uint32_t
-batch_choose(struct engine *e)
+/* Rows, and the wants among them, of one sequence; returns the rows. */
+static uint32_t
+fill_part(struct step *st, struct seq *s, uint32_t rows, struct forward_row *row)
+{
+	struct part *p = &st->part[st->n_parts++];
+	uint32_t first = st->n_want;
+	bool drew = false;
+
+	*p = (struct part){.seq = s, .plan = plan_ref(s->plan), .epoch = s->epoch, .end = s->n_run + rows};
+	for (uint32_t pos = s->n_run; pos < p->end; pos++) {
+		bool drawn = pos >= s->n_known, wants = wants_logits(s, pos);
+
+		*row++ = (struct forward_row){.token = drawn ? s->drawn : s->token[pos], .drawn = drawn, .pos = pos, .kv = &s->kv,
+		    .plan = seq_segment_at(s, pos).plan, .wants_logits = wants};
+		if (!wants)
+			continue;
+		if (draws(s, pos)) {
+			s->drawn = st->n_want;
+			drew = true;
+		}
+		st->want[st->n_want++] = (struct want){s, pos};
+	}
+	p->n_want = st->n_want - first;
+	p->n_owed = 2 + p->n_want * token_events(s); /* two segments */
+	s->n_run = p->end;
+	s->n_ahead += drew;
+	s->n_owed += p->n_owed;
+	return rows;
+}
+
+void
+batch_choose(struct engine *e, struct step *st)
 {
 	struct sched_limits lim = {e->cfg.max_batch_tokens, e->cfg.max_batch_tokens};
-	uint32_t n = 0;
+	bool pages = true;
 
 	qsort(e->running, e->n_running, sizeof(*e->running), by_plan);
 	for (uint32_t i = 0; i < e->n_running; i++) {
@@ -447,24 +508,11 @@ batch_choose(struct engine *e)
 		lim.target_rows = rows < 1 ? 1 : rows < lim.max_rows ? (uint32_t)rows : lim.max_rows;
 	}
 	sched_pick(e->pick, e->n_running, &lim, &e->turn);
-	for (uint32_t i = 0; i < e->n_running; i++)
+	for (uint32_t i = 0; i < e->n_running && pages; i++)
 		if (e->running[i] != NULL)
-			reserve(e, i);
-	batch_drop_gone(e);
-
-	e->n_want = 0;
-	for (uint32_t i = 0; i < e->n_running; i++) {
-		struct seq *s = e->running[i];
-
-		for (uint32_t j = 0; j < e->pick[i].rows; j++) {
-			uint32_t pos = s->n_run + j;
-			bool wants = wants_logits(s, pos);
-
-			e->row[n++] = (struct forward_row){.token = s->token[pos], .pos = pos, .kv = &s->kv,
-			    .plan = seq_segment_at(s, pos).plan, .wants_logits = wants};
-			if (wants)
-				e->want[e->n_want++] = (struct want){s, pos};
-		}
-	}
-	return n;
+			pages = reserve(e, i);
+	drop_gone(e);
+	for (uint32_t i = 0; i < e->n_running && pages; i++)
+		if (e->pick[i].rows > 0)
+			st->rows += fill_part(st, e->running[i], e->pick[i].rows, e->row + st->rows);
 }

@@ -6,6 +6,15 @@
  * (who runs: admission, pages, rows) and step.c (one step and what came out of
  * it). Everything here is the engine thread's but for what struct engine keeps
  * under its locks.
+ *
+ * A step is chosen, runs, and is taken: what came out is told and kept. On the
+ * CPU one follows the other. With a device the next step is chosen while one
+ * runs, so that the device need not wait for the host. Then a sequence's next
+ * token is known by number only, not by value, and what a step turns out to have
+ * run for a sequence that ended is nobody's. Pages may go to others at once: rows
+ * that are submitted later run later. What such a step must not find changed
+ * under it waits until nothing is under way: pages taken from others
+ * (preemption), and probes.
  */
 #include <pthread.h>
 #include <time.h>
@@ -28,7 +37,10 @@ struct seq {
 	enum seq_state state;
 	uint64_t order;
 	uint32_t *token;      /* [n_max] prompt, then output */
-	uint32_t n_known, n_run, n_max;
+	uint32_t n_known, n_run, n_max; /* tokens, positions that are chosen to run, and the most of both */
+	uint32_t n_ahead;     /* tokens behind the known ones that steps under way draw */
+	uint32_t drawn;       /* the number of the last of them among its step's wants */
+	uint32_t n_owed;      /* events that steps under way may put */
 	uint32_t n_seen;      /* positions that were ever run: they are counted, and scored, once */
 	struct kv_seq kv;
 	struct plan *plan;    /* what its next new position runs; a reference, NULL before it is admitted */
@@ -37,6 +49,23 @@ struct seq {
 	uint32_t n_seg, cap_seg, n_told; /* the app knows the first n_told */
 	uint32_t n_fixed;     /* positions below run under seg[], whatever the plan is now */
 	bool flush_due;       /* its events are put, its reader is not woken yet */
+};
+
+/* What a step runs of one sequence. */
+struct part {
+	struct seq *seq;      /* NULL: it ended meanwhile */
+	struct plan *plan;    /* of its new positions, a reference; epoch: of that */
+	uint64_t epoch;
+	uint32_t end;         /* up to this position */
+	uint32_t n_want, n_owed;
+};
+
+struct step {
+	uint64_t number;
+	struct part *part;    /* [max_seqs] */
+	struct want { const struct seq *seq; uint32_t pos; } *want; /* [max_batch_tokens] logits of a position; in the order of parts */
+	uint32_t n_parts, n_want, rows, probe_rows; /* rows: without the probe's, which come behind them */
+	double start_ms, submitted_ms;
 };
 
 struct engine {
@@ -66,7 +95,9 @@ struct engine {
 
 	/* Engine thread. */
 	struct plan *plan;
-	uint64_t epoch, step, turn;
+	uint64_t epoch, step, turn; /* step: the last that was chosen */
+	struct step steps[2];       /* in turns, by number */
+	uint32_t n_under_way;       /* of them: the last is `step` */
 	struct kv_pool kv;
 	struct forward *forward;
 	uint32_t max_seqs;
@@ -75,12 +106,11 @@ struct engine {
 	struct request *waiting;    /* the first of each client, by ->next_client; the client's others by ->next */
 	uint32_t n_cancels;         /* those that drop_cancelled() has looked for */
 	struct sched_seq *pick;     /* [max_seqs] */
-	struct forward_row *row;    /* [max_batch_tokens] */
-	struct want { struct seq *seq; uint32_t pos; } *want; /* [max_batch_tokens] logits of a position */
-	struct result { struct sampled s; bool bad; } *result; /* [max_batch_tokens] of each */
+	struct forward_row *row;    /* [max_batch_tokens] of the step that is chosen */
+	struct result { struct sampled s; bool bad; } *result; /* [max_batch_tokens] of each want of the step that is taken */
 	struct sample_scratch **scratch; /* [parts] */
 	float *logits;
-	uint32_t n_want;
+	double taken_ms, ran_ms;    /* when the last step was taken; when it was found to have run */
 	uint64_t preemptions;
 	double ms_per_row;
 	struct probe *probes;       /* by ->next; the first runs */
@@ -126,9 +156,10 @@ void batch_put(struct request *, struct wire_event);
 /* Wakes the readers of those that run and have new events. On the CPU at the end of a step; with a device while
  * it runs the next one, so that it does not wait for system calls. */
 void batch_flush(struct engine *);
-/* Ends a request: pages back, DONE out, over to the front. It may be gone when this returns. */
+/* Ends a request that no step under way runs: pages back, DONE out, over to the front. It may be gone when this returns. */
 void batch_finish(struct engine *, struct request *, enum wire_finish, uint64_t detail);
-void batch_drop_running(struct engine *, uint32_t i);
+/* One that runs: it leaves running[], where the last takes its place, and the steps that are under way. */
+void batch_end(struct engine *, struct seq *, enum wire_finish, uint64_t detail);
 /* Waiting requests: a list a client, so that none of this walks a long queue. */
 void batch_queue(struct engine *, struct request *, bool front);
 void batch_unqueue(struct request **first); /* a client's first; *first is its next one, or another client's first */
@@ -136,11 +167,12 @@ void batch_unqueue(struct request **first); /* a client's first; *first is its n
 	for (struct request *first_ = (e)->waiting; first_ != NULL; first_ = first_->next_client) \
 		for (struct request *(r) = first_; (r) != NULL; (r) = (r)->next)
 void batch_admit(struct engine *);
-/* Picks sequences, opens their pages, fills rows and wants; returns the rows. */
-uint32_t batch_choose(struct engine *);
-void batch_publish(struct engine *, struct seq *); /* full blocks to the prefix cache */
-void batch_drop_gone(struct engine *); /* running[] and pick[] without their NULLs */
+/* Picks sequences, opens their pages, fills rows, parts and wants. While a step is under way it takes no pages from
+ * others: where it would have to, there are no rows. */
+void batch_choose(struct engine *, struct step *);
+void batch_publish(struct engine *, struct seq *, uint32_t end); /* full blocks that ran, before `end`, to the prefix cache */
 
-/* One step (step.c). False when there was nothing to run. */
+/* Chooses a step and takes one, the same or, with a device, the one before (step.c). False when there was nothing to run. */
 bool step_run(struct engine *);
+void step_finish(struct engine *); /* takes those that are under way */
 #endif

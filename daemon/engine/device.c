@@ -25,10 +25,13 @@ struct device {
 
 	struct kd_row *row;        /* [max_rows] */
 	struct kd_want *want;      /* [max_rows]; the first n_want were asked for, those after are KD_LOGITS */
-	struct kd_result *result;  /* [max_rows] */
 	uint32_t n_want;
-	uint32_t n_wanted;         /* of the step that was submitted, and where logits go */
-	float *logits;
+	struct flight {            /* of a step that was submitted */
+		struct kd_result *result; /* [max_rows] */
+		uint32_t n_want, n_wanted;
+		float *logits;     /* of those after the first n_want */
+	} flight[KD_AHEAD];
+	uint64_t n_submitted, n_waited; /* flights, in turns */
 	struct kd_edit *edit;      /* [cap_edit] of all wants of a step, one after the other */
 	uint32_t n_edit, cap_edit;
 	uint32_t *at;              /* [vocab] place in edit + 1 of a token of the want that is made; 0: none */
@@ -91,7 +94,9 @@ device_close(struct device **dp)
 		return;
 	if (d->dev != NULL)
 		d->api->close(&d->dev);
-	free(d->row), free(d->want), free(d->result), free(d->edit), free(d->at);
+	for (uint32_t i = 0; i < KD_AHEAD; i++)
+		free(d->flight[i].result);
+	free(d->row), free(d->want), free(d->edit), free(d->at);
 	free(d);
 	*dp = NULL;
 }
@@ -169,9 +174,11 @@ make_buffers(struct device *d)
 {
 	d->row = calloc(d->max_rows, sizeof(*d->row));
 	d->want = calloc(d->max_rows, sizeof(*d->want));
-	d->result = calloc(d->max_rows, sizeof(*d->result));
 	d->at = calloc(d->m->shape.vocab, sizeof(*d->at));
-	return d->row != NULL && d->want != NULL && d->result != NULL && d->at != NULL;
+	for (uint32_t i = 0; i < KD_AHEAD; i++)
+		if ((d->flight[i].result = calloc(d->max_rows, sizeof(*d->flight[i].result))) == NULL)
+			return false;
+	return d->row != NULL && d->want != NULL && d->at != NULL;
 }
 
 int
@@ -257,12 +264,13 @@ make_edits(struct device *d, const struct sampling *s, const uint32_t *token, ui
 }
 
 void
-device_want(struct device *d, const struct sampling *s, const uint32_t *token, uint32_t n_prompt, uint32_t n_known)
+device_want(struct device *d, const struct sampling *s, const uint32_t *token, uint32_t n_prompt, uint32_t n_known,
+    uint32_t position)
 {
 	uint32_t first = d->n_edit;
 	struct kd_want *w = &d->want[d->n_want++];
 
-	*w = (struct kd_want){.kind = KD_DRAW, .position = n_known, .seed = s->seed, .temperature = s->temperature,
+	*w = (struct kd_want){.kind = KD_DRAW, .position = position, .seed = s->seed, .temperature = s->temperature,
 	    .top_p = s->top_p, .min_p = s->min_p, .repetition = s->repetition_penalty == 0 ? 1 : s->repetition_penalty,
 	    .presence = s->presence_penalty, .frequency = s->frequency_penalty, .top_k = s->top_k,
 	    .n_top = s->top_logprobs, .logprob = s->logprobs || s->top_logprobs > 0};
@@ -280,7 +288,7 @@ device_score(struct device *d, uint32_t token, uint32_t n_top)
 bool
 device_result(const struct device *d, uint32_t i, struct sampled *out)
 {
-	const struct kd_result *r = &d->result[i];
+	const struct kd_result *r = &d->flight[(d->n_waited - 1) % KD_AHEAD].result[i];
 
 	if (r->bad)
 		return false;
@@ -296,22 +304,23 @@ static struct kd_row
 row_of(const struct forward_row *r)
 {
 	return (struct kd_row){.token = r->token, .pos = r->pos, .table = (const struct kd_block *)(const void *)r->kv->block, .table_id = r->kv->uid,
-	    .plan = r->plan->format, .digest = r->plan->digest, .wants = r->wants_logits};
+	    .plan = r->plan->format, .digest = r->plan->digest, .wants = r->wants_logits, .drawn = r->drawn};
 }
 
 static void
-give_up(struct device *d, uint32_t n_wanted, float *logits)
+give_up(struct device *d, const struct flight *f)
 {
 	d->failed = true;
-	for (uint32_t i = 0; i < n_wanted; i++)
-		d->result[i].bad = true;
-	for (size_t i = d->n_want * (size_t)d->m->shape.vocab; i < n_wanted * (size_t)d->m->shape.vocab; i++)
-		logits[i] = NAN;
+	for (uint32_t i = 0; i < f->n_wanted; i++)
+		f->result[i].bad = true;
+	for (size_t i = f->n_want * (size_t)d->m->shape.vocab; i < f->n_wanted * (size_t)d->m->shape.vocab; i++)
+		f->logits[i] = NAN;
 }
 
 void
 device_submit(struct device *d, const struct forward_row *row, uint32_t n, float *logits)
 {
+	struct flight *f = &d->flight[d->n_submitted++ % KD_AHEAD];
 	uint32_t n_wanted = 0, at = 0;
 	char why[256];
 
@@ -325,19 +334,20 @@ device_submit(struct device *d, const struct forward_row *row, uint32_t n, float
 	}
 	for (uint32_t i = d->n_want; i < n_wanted; i++)
 		d->want[i] = (struct kd_want){.kind = KD_LOGITS};
-	d->n_wanted = n_wanted, d->logits = logits;
+	f->n_want = d->n_want, f->n_wanted = n_wanted, f->logits = logits;
 	if (!d->failed)
-		d->failed = d->api->submit(d->dev, d->row, n, d->want, logits, d->result, why, sizeof(why)) != 0;
+		d->failed = d->api->submit(d->dev, d->row, n, d->want, logits, f->result, why, sizeof(why)) != 0;
+	d->n_want = d->n_edit = 0;
 }
 
 void
 device_wait(struct device *d)
 {
+	const struct flight *f = &d->flight[d->n_waited++ % KD_AHEAD];
 	char why[256];
 
 	if (d->failed || d->api->wait(d->dev, why, sizeof(why)) != 0)
-		give_up(d, d->n_wanted, d->logits);
-	d->n_want = d->n_edit = 0;
+		give_up(d, f);
 }
 
 bool

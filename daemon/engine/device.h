@@ -35,11 +35,14 @@ int device_load(struct device *, const struct model *, const struct kv_pool *, u
     const struct device_options *, struct err *);
 
 /* ---- a step: device_want() or device_score() for each row that wants logits and
- * is no probe's, in row order; forward_start(), forward_run(); then device_result() of each ---- */
+ * is no probe's, in row order; forward_start(), forward_wait(); then device_result() of each. KD_AHEAD steps may be
+ * started; what is waited for is the oldest ---- */
 
-void device_want(struct device *, const struct sampling *, const uint32_t *token, uint32_t n_prompt, uint32_t n_known);
+/* The token at `position` is to be drawn. It is n_known, or n_known + 1 where the row's own token is a drawn one. */
+void device_want(struct device *, const struct sampling *, const uint32_t *token, uint32_t n_prompt, uint32_t n_known,
+    uint32_t position);
 void device_score(struct device *, uint32_t token, uint32_t n_top);
-/* False: a logit was not finite. */
+/* Of the step that was waited for. False: a logit was not finite. */
 bool device_result(const struct device *, uint32_t i, struct sampled *);
 /* Of forward.c. Rows without a device_want() have their logits written, in row order
  * among all that want them. After a device failed, every result is "not finite" and every logit NaN: requests end

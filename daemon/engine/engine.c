@@ -204,10 +204,9 @@ drop_cancelled(struct engine *e)
 	for (uint32_t i = 0; i < e->n_running;) {
 		struct request *r = e->running[i]->req;
 
-		if (is_cancelled(r)) {
-			batch_drop_running(e, i);
-			batch_finish(e, r, WIRE_FINISH_CANCELLED, 0);
-		} else
+		if (is_cancelled(r))
+			batch_end(e, r->seq, WIRE_FINISH_CANCELLED, 0);
+		else
 			i++;
 	}
 	drop_cancelled_waiting(e);
@@ -250,7 +249,7 @@ static void
 note_state(struct engine *e)
 {
 	pthread_mutex_lock(&e->stats_lock);
-	e->stats.step = e->step;
+	e->stats.step = e->step - e->n_under_way;
 	e->stats.running = e->n_running;
 	e->stats.queued = __atomic_load_n(&e->n_queued, __ATOMIC_RELAXED);
 	e->stats.kv_pages_used = e->kv.n_used - e->kv.n_idle_pages;
@@ -275,9 +274,9 @@ engine_main(void *arg)
 		if (!step_run(e))
 			wait_for_mail(e);
 	}
-	for (uint32_t i = 0; i < e->n_running; i++)
-		batch_finish(e, e->running[i]->req, WIRE_FINISH_CANCELLED, 0);
-	e->n_running = 0;
+	step_finish(e);
+	while (e->n_running > 0)
+		batch_end(e, e->running[0], WIRE_FINISH_CANCELLED, 0);
 	while (e->waiting != NULL) {
 		struct request *r = e->waiting;
 
@@ -319,14 +318,18 @@ allocate(struct engine *e, struct err *err)
 	e->running = calloc(e->max_seqs, sizeof(*e->running));
 	e->pick = calloc(e->max_seqs, sizeof(*e->pick));
 	e->row = calloc(rows, sizeof(*e->row));
-	e->want = calloc(rows, sizeof(*e->want));
 	e->result = calloc(rows, sizeof(*e->result));
 	e->scratch = calloc(parts, sizeof(*e->scratch));
 	if (evidence_new(&e->evidence, e->m->shape.n_layers) != 0 ||
 	    evidence_new(&e->evidence_seen, e->m->shape.n_layers) != 0)
 		return err_set(err, -ENOMEM, "no memory for evidence");
-	if (e->running == NULL || e->pick == NULL || e->row == NULL || e->want == NULL || e->result == NULL ||
-	    e->scratch == NULL)
+	for (int i = 0; i < 2; i++) {
+		e->steps[i].part = calloc(e->max_seqs, sizeof(*e->steps[i].part));
+		e->steps[i].want = calloc(rows, sizeof(*e->steps[i].want));
+		if (e->steps[i].part == NULL || e->steps[i].want == NULL)
+			return err_set(err, -ENOMEM, "no memory for a batch of %u rows", rows);
+	}
+	if (e->running == NULL || e->pick == NULL || e->row == NULL || e->result == NULL || e->scratch == NULL)
 		return err_set(err, -ENOMEM, "no memory for a batch of %u rows", rows);
 	for (uint32_t i = 0; i < parts; i++)
 		if (sample_scratch_new(&e->scratch[i], e->ops, e->m->shape.vocab) != 0)
@@ -402,7 +405,9 @@ engine_free(struct engine **ep)
 	pthread_mutex_destroy(&e->lock);
 	pthread_cond_destroy(&e->wake);
 	pthread_mutex_destroy(&e->stats_lock);
-	free(e->running), free(e->pick), free(e->row), free(e->want), free(e->result), free(e->scratch);
+	free(e->running), free(e->pick), free(e->row), free(e->result), free(e->scratch);
+	for (int i = 0; i < 2; i++)
+		free(e->steps[i].part), free(e->steps[i].want);
 	free(e);
 	*ep = NULL;
 }

@@ -126,7 +126,7 @@ struct engine_stats {
 	double queue_ms;                  /* how long the oldest waits that does not run */
 	uint64_t kv_bytes;
 	double step_ms_p50, step_ms_p90, step_ms_p99, step_ms_max; /* last 1024 steps */
-	double forward_s;                 /* in forward passes, ever */
+	double forward_s, host_s;         /* in forward passes, ever; of steps beside them, or beside waiting for a device */
 	uint64_t epoch, plan_digest;      /* what the last step ran */
 };
 

@@ -36,7 +36,6 @@ struct forward {
 	struct team *team;
 	struct kv_pool *kv;
 	struct device *device; /* NULL: the CPU runs it */
-	bool started;          /* forward_start() went before */
 	uint32_t max_rows;
 
 	float *x;         /* [max_rows, hidden] residual */
@@ -592,10 +591,14 @@ keep_wanted(struct forward *f, uint32_t n)
 void
 forward_start(struct forward *f, const struct forward_row *row, uint32_t n)
 {
-	if (f->device == NULL)
-		return;
 	device_submit(f->device, row, n, f->logits);
-	f->started = true;
+}
+
+float *
+forward_wait(struct forward *f)
+{
+	device_wait(f->device);
+	return f->logits;
 }
 
 float *
@@ -604,11 +607,8 @@ forward_run(struct forward *f, const struct forward_row *row, uint32_t n)
 	uint32_t wanted;
 
 	if (f->device != NULL) {
-		if (!f->started)
-			forward_start(f, row, n);
-		f->started = false;
-		device_wait(f->device);
-		return f->logits;
+		forward_start(f, row, n);
+		return forward_wait(f);
 	}
 	f->row = row;
 	for (uint32_t r = 0; r < n; r++)

@@ -14,10 +14,11 @@
 #include "daemon/engine/plan.h"
 
 struct forward_row {
-	uint32_t token, pos;
+	uint32_t token, pos;      /* drawn: what the step started before draws for its want so numbered */
 	const struct kv_seq *kv;  /* opened up to pos */
 	const struct plan *plan;
 	bool wants_logits;
+	bool drawn;               /* on a device only */
 };
 
 /* Where a non-finite value appeared first. */
@@ -38,8 +39,9 @@ void forward_use_device(struct forward *, struct device *);
  * [n_wanted, vocab] FP32 of the rows that want them, in row order; valid until
  * the next call. */
 float *forward_run(struct forward *, const struct forward_row *, uint32_t n);
-/* With a device: starts what the forward_run() of the same rows will wait for. On the CPU it does nothing. */
+/* The two halves of it, with a device: KD_AHEAD passes may be started, those that were not waited for. */
 void forward_start(struct forward *, const struct forward_row *, uint32_t n);
+float *forward_wait(struct forward *);
 
 /* The next forward_run() also notes what FP8 would do to the inputs of one of its rows. */
 void forward_sample(struct forward *, struct evidence *, uint32_t row);

@@ -311,6 +311,12 @@ rows_beside(const struct engine *e, const struct probe *p)
 	return p->rows_beside < 1 ? 1 : p->rows_beside < e->cfg.max_batch_tokens ? (uint32_t)p->rows_beside : e->cfg.max_batch_tokens;
 }
 
+bool
+probe_due(const struct engine *e)
+{
+	return e->probes != NULL && (probe_alone(e) || rows_beside(e, e->probes) > 0);
+}
+
 /* A pass of the candidate beside live rows ended: how many rows may both sides have next? */
 static void
 learn_rows(const struct engine *e, struct probe *p)

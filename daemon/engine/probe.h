@@ -88,6 +88,8 @@ struct probe *engine_reap_probes(struct engine *); /* list by ->next, or NULL */
 struct forward_row;
 /* Does the first probe ask for a step without live rows? */
 bool probe_alone(const struct engine *);
+/* Does it ask for rows in the next step? That step runs neither behind nor before another that is under way. */
+bool probe_due(const struct engine *);
 /* Adds rows of the first probe after n_live rows; returns their number. */
 uint32_t probe_choose(struct engine *, uint32_t n_live);
 /* Takes what a step computed: n rows whose logits start at `logits`. ms: of the

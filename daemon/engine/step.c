@@ -7,18 +7,26 @@
 
 #include "daemon/engine/device.h"
 
+/* The step that was chosen last. */
+static struct step *
+step_last(struct engine *e)
+{
+	return &e->steps[e->step % 2];
+}
+
 static void
 sample_part(void *arg, uint32_t part, uint32_t parts)
 {
 	struct engine *e = arg;
+	const struct step *st = step_last(e);
 	uint32_t vocab = e->m->shape.vocab, from, to;
 
-	team_share(e->n_want, part, parts, &from, &to);
+	team_share(st->n_want, part, parts, &from, &to);
 	for (uint32_t i = from; i < to; i++) {
 		float *logits = e->logits + (size_t)i * vocab;
-		const struct seq *s = e->want[i].seq;
+		const struct seq *s = st->want[i].seq;
 		struct result *out = &e->result[i];
-		uint32_t next = e->want[i].pos + 1;
+		uint32_t next = st->want[i].pos + 1;
 
 		if (next < s->n_known)
 			out->bad = !sample_score(logits, s->token[next], s->req->sampling.top_logprobs, e->scratch[part], &out->s);
@@ -30,27 +38,25 @@ sample_part(void *arg, uint32_t part, uint32_t parts)
 
 /* A device samples where the logits are: it is told before the pass what to do with them. */
 static void
-tell_device(struct engine *e)
+tell_device(struct engine *e, const struct step *st)
 {
-	for (uint32_t i = 0; i < e->n_want; i++) {
-		const struct seq *s = e->want[i].seq;
-		uint32_t next = e->want[i].pos + 1;
+	for (uint32_t i = 0; i < st->n_want; i++) {
+		const struct seq *s = st->want[i].seq;
+		uint32_t next = st->want[i].pos + 1;
 
 		if (next < s->n_known)
 			device_score(e->cfg.device, s->token[next], s->req->sampling.top_logprobs);
 		else
-			device_want(e->cfg.device, &s->req->sampling, s->token, s->req->n_prompt, s->n_known);
+			device_want(e->cfg.device, &s->req->sampling, s->token, s->req->n_prompt, s->n_known, next);
 	}
 }
 
 static void
-sample(struct engine *e)
+sample(struct engine *e, const struct step *st)
 {
-	if (e->cfg.device == NULL) {
+	if (e->cfg.device == NULL && st->n_want > 0)
 		team_run(e->team, sample_part, e);
-		return;
-	}
-	for (uint32_t i = 0; i < e->n_want; i++)
+	for (uint32_t i = 0; e->cfg.device != NULL && i < st->n_want; i++)
 		e->result[i].bad = !device_result(e->cfg.device, i, &e->result[i].s);
 }
 
@@ -65,18 +71,17 @@ is_eos(const struct model_shape *shape, uint32_t token)
 
 /* Notes under which plan the rows ran, and tells the app of new segments. */
 static int
-note_segments(struct seq *s, uint32_t rows)
+note_segments(struct seq *s, const struct part *p)
 {
-	uint32_t end = s->n_run + rows;
 	const struct segment *last = s->n_seg > 0 ? &s->seg[s->n_seg - 1] : NULL;
 
-	if (end > s->n_fixed) {
-		if ((last == NULL || last->plan->digest != s->plan->digest || last->epoch != s->epoch) &&
-		    seq_add_segment(s, s->n_fixed, s->plan, s->epoch) != 0)
+	if (p->end > s->n_fixed) {
+		if ((last == NULL || last->plan->digest != p->plan->digest || last->epoch != p->epoch) &&
+		    seq_add_segment(s, s->n_fixed, p->plan, p->epoch) != 0)
 			return -ENOMEM;
-		s->n_fixed = end;
+		s->n_fixed = p->end;
 	}
-	for (; s->n_told < s->n_seg && s->seg[s->n_told].from < end; s->n_told++)
+	for (; s->n_told < s->n_seg && s->seg[s->n_told].from < p->end; s->n_told++)
 		batch_put(s->req, (struct wire_event){.kind = WIRE_EV_SEGMENT, .position = s->seg[s->n_told].from,
 		    .a = s->seg[s->n_told].plan->digest, .epoch = s->seg[s->n_told].epoch});
 	return 0;
@@ -113,7 +118,7 @@ take_result(struct engine *e, struct seq *s, uint32_t pos, const struct result *
 	struct request *req = s->req;
 
 	if (r->bad) {
-		batch_finish(e, req, WIRE_FINISH_ERROR, nonfinite_detail(e, s, pos));
+		batch_end(e, s, WIRE_FINISH_ERROR, nonfinite_detail(e, s, pos));
 		return false;
 	}
 	if (pos + 1 < s->n_known) {
@@ -121,7 +126,7 @@ take_result(struct engine *e, struct seq *s, uint32_t pos, const struct result *
 		return true;
 	}
 	if (!req->sampling.ignore_eos && is_eos(&e->m->shape, r->s.token)) {
-		batch_finish(e, req, WIRE_FINISH_STOP, 0);
+		batch_end(e, s, WIRE_FINISH_STOP, 0);
 		return false;
 	}
 	put_token(req, WIRE_EV_TOKEN, s->n_known, &r->s);
@@ -129,60 +134,60 @@ take_result(struct engine *e, struct seq *s, uint32_t pos, const struct result *
 		req->first_ms = engine_now_ms();
 	(*tokens)++;
 	s->token[s->n_known++] = r->s.token;
+	s->n_ahead--;
 	if (s->n_known == s->n_max) {
-		batch_finish(e, req, WIRE_FINISH_LENGTH, 0);
+		batch_end(e, s, WIRE_FINISH_LENGTH, 0);
 		return false;
 	}
 	return true;
 }
 
+/* wait_ms: of the pass, that the host had nothing to do. */
 static void
-note_step(struct engine *e, uint32_t rows, uint32_t probe_rows, double ms, double forward_ms, uint32_t prompt_rows,
-    uint32_t tokens)
+note_step(struct engine *e, const struct step *st, double forward_ms, double wait_ms, uint32_t prompt_rows, uint32_t tokens)
 {
-	double per_row = ms / rows;
+	double ms = engine_now_ms() - fmax(st->start_ms, e->taken_ms), per_row = ms / (st->rows + st->probe_rows);
 
-	if (probe_rows == 0)
+	if (st->probe_rows == 0)
 		e->ms_per_row = e->ms_per_row == 0 ? per_row : 0.8 * e->ms_per_row + 0.2 * per_row;
 	pthread_mutex_lock(&e->stats_lock);
-	e->stats.step = e->step; /* at once: tokens of this step are out */
-	e->stats.batch_rows = rows;
+	e->stats.step = st->number; /* at once: tokens of this step are out */
+	e->stats.batch_rows = st->rows;
 	e->stats.prompt_tokens += prompt_rows;
 	e->stats.output_tokens += tokens;
 	e->stats.forward_s += forward_ms / 1e3;
+	e->stats.host_s += fmax(0, ms - wait_ms) / 1e3;
 	e->step_ms[e->n_step_ms++ % STEP_WINDOW] = (float)ms;
 	pthread_mutex_unlock(&e->stats_lock);
 }
 
-/* What a step did for one sequence; *want moves over its results. Returns false when it ended. */
-static bool
-after_step(struct engine *e, struct seq *s, uint32_t rows, uint32_t *want, uint32_t *prompt_rows, uint32_t *tokens)
+/* What a step did for one sequence; result: its first. It may be gone when this returns. */
+static void
+after_step(struct engine *e, const struct part *p, const struct want *want, const struct result *result, uint32_t *prompt_rows,
+    uint32_t *tokens)
 {
-	uint32_t n_prompt = s->req->n_prompt, window = e->m->shape.window, end = s->n_run + rows, first = *want;
-	struct request *r = s->req;
+	struct seq *s = p->seq;
+	uint32_t n_prompt = s->req->n_prompt, window = e->m->shape.window;
 
-	while (*want < e->n_want && e->want[*want].seq == s)
-		(*want)++;
-	if (note_segments(s, rows) != 0) {
-		batch_finish(e, r, WIRE_FINISH_ERROR, ENOMEM);
-		return false;
+	s->n_owed -= p->n_owed;
+	if (note_segments(s, p) != 0) {
+		batch_end(e, s, WIRE_FINISH_ERROR, ENOMEM);
+		return;
 	}
-	if (s->n_seen < n_prompt && end > s->n_seen)
-		*prompt_rows += (end < n_prompt ? end : n_prompt) - s->n_seen;
-	s->n_seen = end > s->n_seen ? end : s->n_seen;
-	s->n_run = end;
-	batch_publish(e, s);
-	for (uint32_t i = first; i < *want; i++)
-		if (!take_result(e, s, e->want[i].pos, &e->result[i], tokens))
-			return false;
-	if (r->sampling.max_tokens == 0 && s->n_run == n_prompt) {
-		batch_finish(e, r, WIRE_FINISH_LENGTH, 0);
-		return false;
+	if (s->n_seen < n_prompt && p->end > s->n_seen)
+		*prompt_rows += (p->end < n_prompt ? p->end : n_prompt) - s->n_seen;
+	s->n_seen = p->end > s->n_seen ? p->end : s->n_seen;
+	batch_publish(e, s, p->end);
+	for (uint32_t i = 0; i < p->n_want; i++)
+		if (!take_result(e, s, want[i].pos, &result[i], tokens))
+			return;
+	if (s->req->sampling.max_tokens == 0 && p->end == n_prompt) {
+		batch_end(e, s, WIRE_FINISH_LENGTH, 0);
+		return;
 	}
-	if (window != 0 && end + 1 > window)
-		kv_drop_before(&e->kv, &s->kv, end + 1 - window);
+	if (window != 0 && p->end + 1 > window)
+		kv_drop_before(&e->kv, &s->kv, p->end + 1 - window);
 	s->flush_due = true;
-	return true;
 }
 
 static void
@@ -198,56 +203,105 @@ note_evidence(struct engine *e)
  * others' cores may be an app's. */
 #define SMALL_STEP 4e6
 
-/* Returns false when there was nothing to run. */
+/* Runs a step to its end: the pass on the CPU, what is left of it on a device. Returns the milliseconds it waited. */
+static double
+pass(struct engine *e, struct step *st)
+{
+	bool evidence = st->rows > 0 && e->cfg.evidence_steps != 0 && st->number % e->cfg.evidence_steps == 0;
+	double start = engine_now_ms();
+
+	if (e->cfg.device != NULL) {
+		e->logits = forward_wait(e->forward);
+		return engine_now_ms() - start;
+	}
+	st->submitted_ms = start;
+	if (evidence)
+		forward_sample(e->forward, e->evidence, (uint32_t)(st->number / e->cfg.evidence_steps % st->rows));
+	e->logits = forward_run(e->forward, e->row, st->rows + st->probe_rows);
+	if (evidence)
+		note_evidence(e);
+	return engine_now_ms() - start;
+}
+
+/* The oldest step that is under way: what came out of it is told, and kept. */
+static void
+take(struct engine *e)
+{
+	struct step *st = &e->steps[(e->step - --e->n_under_way) % 2];
+	double wait = pass(e, st), ran = engine_now_ms(), forward = ran - fmax(st->submitted_ms, e->ran_ms);
+	uint32_t prompt_rows = 0, tokens = 0, want = 0;
+
+	e->ran_ms = ran; /* where another step is under way, it began then */
+	sample(e, st);
+	/* First: a live row that is not finite is computed again, over the logits. */
+	if (st->probe_rows > 0)
+		probe_after(e, st->probe_rows, st->rows, e->logits + (size_t)st->n_want * e->m->shape.vocab, forward);
+	else
+		probe_note_live(e, forward);
+	for (uint32_t i = 0; i < st->n_parts; i++) {
+		struct part *p = &st->part[i];
+
+		if (p->seq != NULL)
+			after_step(e, p, st->want + want, e->result + want, &prompt_rows, &tokens);
+		want += p->n_want;
+		plan_unref(&p->plan);
+	}
+	if (e->cfg.device == NULL)
+		batch_flush(e);
+	if (st->rows > 0)
+		note_step(e, st, forward, wait, prompt_rows, tokens);
+	e->taken_ms = engine_now_ms();
+}
+
+void
+step_finish(struct engine *e)
+{
+	while (e->n_under_way > 0)
+		take(e);
+}
+
+/* The rows of the next step; false: there are none. Behind another step no probe runs. */
+static bool
+choose(struct engine *e, struct step *st)
+{
+	bool behind = e->n_under_way > 0;
+
+	st->n_parts = st->n_want = st->rows = st->probe_rows = 0;
+	st->start_ms = engine_now_ms();
+	if (behind && probe_due(e))
+		return false;
+	if (!behind && probe_alone(e))
+		st->probe_rows = probe_choose(e, 0);
+	if (st->probe_rows == 0) {
+		batch_choose(e, st);
+		st->probe_rows = behind ? 0 : probe_choose(e, st->rows);
+	}
+	return st->rows + st->probe_rows > 0;
+}
+
 bool
 step_run(struct engine *e)
 {
-	double start = engine_now_ms(), forward;
-	uint32_t rows = 0, probe_rows, prompt_rows = 0, tokens = 0, want = 0, running = e->n_running;
-	bool evidence;
+	struct step *st = &e->steps[(e->step + 1) % 2];
+	uint32_t running = e->n_running, under_way = e->n_under_way;
 
-	e->n_want = 0;
-	probe_rows = probe_alone(e) ? probe_choose(e, 0) : 0;
-	if (probe_rows == 0) {
-		rows = batch_choose(e);
-		probe_rows = probe_choose(e, rows);
-	}
-	if (rows + probe_rows == 0) {
+	if (!choose(e, st)) {
 		batch_flush(e);
-		return e->n_running != running; /* who was preempted may be admitted again */
+		if (under_way > 0)
+			take(e);
+		return under_way > 0 || e->n_running != running; /* who was preempted may be admitted again */
 	}
-	e->step++;
-	evidence = rows > 0 && e->cfg.evidence_steps != 0 && e->step % e->cfg.evidence_steps == 0;
-	if (evidence)
-		forward_sample(e->forward, e->evidence, (uint32_t)(e->step / e->cfg.evidence_steps % rows));
-	if (e->cfg.device != NULL)
-		tell_device(e);
-	team_set_alone(e->team, (double)(rows + probe_rows) * (double)e->m->weights_bytes / 2 < SMALL_STEP);
-	forward = engine_now_ms();
-	forward_start(e->forward, e->row, rows + probe_rows);
+	st->number = ++e->step;
+	e->n_under_way++;
+	team_set_alone(e->team, (double)(st->rows + st->probe_rows) * (double)e->m->weights_bytes / 2 < SMALL_STEP);
+	if (e->cfg.device != NULL) {
+		tell_device(e, st);
+		st->submitted_ms = engine_now_ms();
+		forward_start(e->forward, e->row, st->rows + st->probe_rows);
+	}
 	batch_flush(e); /* of the step before, while the device runs this one */
-	e->logits = forward_run(e->forward, e->row, rows + probe_rows);
-	forward = engine_now_ms() - forward;
-	if (evidence)
-		note_evidence(e);
-	if (e->n_want > 0)
-		sample(e);
-	/* First: a live row that is not finite is computed again, over the logits. */
-	if (probe_rows > 0)
-		probe_after(e, probe_rows, rows, e->logits + (size_t)e->n_want * e->m->shape.vocab, forward);
-	else
-		probe_note_live(e, forward);
-
-	for (uint32_t i = 0; i < e->n_running && rows > 0; i++) {
-		uint32_t n = e->pick[i].rows;
-
-		if (n > 0 && !after_step(e, e->running[i], n, &want, &prompt_rows, &tokens))
-			e->running[i] = NULL;
-	}
-	batch_drop_gone(e);
-	if (e->cfg.device == NULL)
-		batch_flush(e);
-	if (rows > 0)
-		note_step(e, rows, probe_rows, engine_now_ms() - start, forward, prompt_rows, tokens);
+	/* A device goes on with this step while the one before is taken; a probe's logits are wanted at once. */
+	if (under_way > 0 || e->cfg.device == NULL || st->probe_rows > 0)
+		take(e);
 	return true;
 }

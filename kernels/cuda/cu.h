@@ -92,9 +92,11 @@ void cu_rmsnorm(const float *x, size_t ldx, const uint32_t *from, const float *w
     const struct cu_encoded *, cudaStream_t);
 /* gu [rows, 2 * n]: gate, then up. */
 void cu_silu_mul(const float *gu, uint32_t n, uint32_t rows, const struct cu_encoded *, cudaStream_t);
-/* Row r of x from the embedding: BF16 [vocab, ld], or the nested planes of lm_head. */
-void cu_embed(const uint32_t *token, uint32_t rows, const uint16_t *embed, const struct cu_linear *nested,
-    const struct cu_exceptions *, uint32_t hidden, size_t ld, float *x, cudaStream_t);
+/* Row r of x from the embedding: BF16 [vocab, ld], or the nested planes of lm_head. A token with CU_DRAWN is a number in
+ * drawn, what the step before left; its own token takes its place. */
+#define CU_DRAWN 0x80000000u
+void cu_embed(uint32_t *token, const struct kd_result *drawn, uint32_t rows, const uint16_t *embed, const struct cu_linear *nested,
+    const struct cu_exceptions *, uint32_t hidden, size_t ld, uint32_t vocab, float *x, cudaStream_t);
 
 /* The KV cache. A BF16 page of K is [n_kv][32][hd], of V [n_kv][16 pairs][hd][2]; an FP8 page has both, K then V, a byte
  * a value, with scales [2][n_kv][32]. */
@@ -135,11 +137,13 @@ struct cu_want {
 	uint32_t kind;          /* enum kd_want_kind, CU_NONE: nothing */
 	uint32_t position, token, top_k, n_top, n_edit, first_edit;
 	uint32_t logprob;
+	uint32_t drawn;         /* its row's token counts as one output more; the last edit, CU_NONE's, is there for it */
 	uint64_t seed;
 	float temperature, top_p, min_p, repetition, presence, frequency;
 };
-void cu_sample(float *logits, size_t ld, uint32_t vocab, const struct cu_want *, struct kd_edit *, uint32_t rows,
-    uint64_t *weight, struct kd_result *, cudaStream_t); /* weight [rows, vocab] scratch */
+/* from: the row of the step that row r of logits is of, token: of each row of the step; weight [rows, vocab] scratch. */
+void cu_sample(float *logits, size_t ld, uint32_t vocab, const struct cu_want *, struct kd_edit *, const uint32_t *token,
+    const uint32_t *from, uint32_t rows, uint64_t *weight, struct kd_result *, cudaStream_t);
 /* *first_bad = min(*first_bad, site) if any of v [n] is not finite. */
 void cu_check_finite(const float *v, uint32_t n, uint32_t site, uint32_t *first_bad, cudaStream_t);
 

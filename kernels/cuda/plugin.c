@@ -114,6 +114,12 @@ find_card(struct kd_device *d, char *why, size_t why_len)
 	return 0;
 }
 
+static cudaEvent_t *
+event_of(struct kd_device *d, uint32_t i)
+{
+	return i % 2 == 0 ? &d->flight[i / 2].begin : &d->flight[i / 2].end;
+}
+
 static void
 plugin_close(struct kd_device **dp)
 {
@@ -122,13 +128,16 @@ plugin_close(struct kd_device **dp)
 	if (d == NULL)
 		return;
 	cudaSetDevice(d->index);
-	step_free_graphs(d);
+	if (d->stream != NULL)
+		step_free_graphs(d);
 	lt_free(&d->lt);
 	weights_free(d);
-	if (d->begin != NULL)
-		cudaEventDestroy(d->begin);
-	if (d->end != NULL)
-		cudaEventDestroy(d->end);
+	for (uint32_t i = 0; i < 2 * KD_AHEAD; i++) {
+		cudaEvent_t *e = event_of(d, i);
+
+		if (*e != NULL)
+			cudaEventDestroy(*e);
+	}
 	if (d->stream != NULL)
 		cudaStreamDestroy(d->stream);
 	close_nvml(d);
@@ -154,12 +163,15 @@ plugin_open(struct kd_device **out, uint32_t index, char *why, size_t why_len)
 		return snprintf(why, why_len, "device = %u: there are not so many", index), -ENODEV;
 	}
 	if ((rc = find_card(d, why, why_len)) != 0 ||
-	    (rc = cu_failed(cudaStreamCreateWithFlags(&d->stream, cudaStreamNonBlocking), "a stream", why, why_len)) != 0 ||
-	    (rc = cu_failed(cudaEventCreate(&d->begin), "an event", why, why_len)) != 0 ||
-	    (rc = cu_failed(cudaEventCreate(&d->end), "an event", why, why_len)) != 0) {
+	    (rc = cu_failed(cudaStreamCreateWithFlags(&d->stream, cudaStreamNonBlocking), "a stream", why, why_len)) != 0) {
 		plugin_close(&d);
 		return rc;
 	}
+	for (uint32_t i = 0; i < 2 * KD_AHEAD; i++)
+		if ((rc = cu_failed(cudaEventCreate(event_of(d, i)), "an event", why, why_len)) != 0) {
+			plugin_close(&d);
+			return rc;
+		}
 	open_nvml(d);
 	*out = d;
 	return 0;
@@ -242,7 +254,8 @@ plugin_status(struct kd_device *d, struct kd_status *out)
 	    .celsius = nvml_number(d, "nvmlDeviceGetTemperature", 0), .graphs = __atomic_load_n(&d->captured, __ATOMIC_RELAXED),
 	    .graph_launches = __atomic_load_n(&d->graph_launches, __ATOMIC_RELAXED),
 	    .eager_steps = __atomic_load_n(&d->eager_steps, __ATOMIC_RELAXED),
-	    .host_us = __atomic_load_n(&d->host_us, __ATOMIC_RELAXED), .device_us = __atomic_load_n(&d->device_us, __ATOMIC_RELAXED)};
+	    .host_us = __atomic_load_n(&d->host_us, __ATOMIC_RELAXED), .device_us = __atomic_load_n(&d->device_us, __ATOMIC_RELAXED),
+	    .busy_s = (double)__atomic_load_n(&d->busy_us, __ATOMIC_RELAXED) / 1e6};
 	int (*use)(void *, struct nvml_use *), (*memory)(void *, struct nvml_memory *);
 	struct nvml_memory mem = {0};
 	struct nvml_use u = {0};

@@ -65,7 +65,11 @@ void lt_save(struct lt *); /* what lt_tune() found */
 /* ---- the device ---- */
 
 #define MAX_GRAPHS 64u
+#ifdef OCTET_EMU
+#define MAX_RANGES 2u   /* so that tests have batches of several passes */
+#else
 #define MAX_RANGES 64u
+#endif
 #define TOOK_NONE 255u
 #define MIXED_SEEN 4u   /* requests come and go: most mixtures of plans do not last */
 
@@ -82,14 +86,15 @@ struct range {
 	uint32_t row, n;
 };
 
-/* What a step needs, at fixed places, on the host and on the device. */
+/* What a step needs, on the host (pinned) and at fixed places on the device. */
 struct staged {
 	uint32_t *token, *pos, *first, *from; /* [max_rows] each; from: the rows that want logits */
 	struct cu_tile *tile;   /* [max_rows] */
 	struct cu_want *want;   /* [max_rows] */
 	struct cu_patch *patch; /* [max_rows] */
 	size_t bytes;           /* of all these */
-	struct kd_edit *edit; size_t cap_edit;    /* grow */
+	struct kd_edit *edit; size_t cap_edit;    /* these grow */
+	struct kd_block *block; size_t cap_block; /* what is new of page tables */
 };
 
 /* Page tables (tables.c). */
@@ -98,17 +103,19 @@ struct tables {
 	size_t cap, used;       /* entries */
 	struct table *slot;     /* [n_slots] by number */
 	uint32_t n_slots, n_tables;
-	struct kd_block *host_new, *dev_new; /* what a step sends */
-	size_t cap_new, n_new;
+	size_t n_new;           /* entries that a step sends */
 	uint32_t n_patches;
 };
 
-/* A step that was submitted. */
-struct pending {
-	bool any;
+/* A step that was submitted: the host's side of it, which its copies read and write until it is done. */
+struct flight {
+	struct staged host;
+	struct kd_result *pinned; /* [max_rows] */
+	cudaEvent_t begin, end;
 	uint32_t n_wanted;
 	struct kd_result *result; /* where its results go; NULL: nowhere */
 	double host_us;
+	bool passes;            /* it took several: the last one's results alone are on the device */
 };
 
 struct kd_device {
@@ -117,7 +124,6 @@ struct kd_device {
 	uint32_t sm_count, capability; /* 90: 9.0 */
 	char name[64], kernels[128];
 	cudaStream_t stream;
-	cudaEvent_t begin, end;
 	struct lt *lt;
 	void *nvml, *nvml_device; /* NULL: none */
 
@@ -145,13 +151,14 @@ struct kd_device {
 	size_t scratch_bytes;
 	float *scalar_y;        /* [max_rows, scalar_n] what scalar mode gave; lm_head is larger */
 	uint32_t scalar_n;
-	struct kd_result *result, *host_result; /* [max_rows] */
+	struct kd_result *result; /* [max_rows] of the pass that ran last */
 	uint32_t *first_bad;
 	uint32_t max_part;      /* rows * splits that part has room for */
 
-	struct staged host, dev;
+	struct flight flight[KD_AHEAD];
+	uint64_t n_submitted, n_waited; /* flights, in turns */
+	struct staged *host, dev; /* host: of the step that is laid out */
 	struct tables tables;
-	struct pending pending;
 	struct range range[MAX_RANGES];
 	uint32_t n_ranges;
 	uint8_t took[N_BUNDLES + 1][K_N_FORMATS]; /* 0: not asked; 1 + enum lt_kind that has many rows; TOOK_NONE */
@@ -161,7 +168,7 @@ struct kd_device {
 	bool trace;
 
 	/* Any thread, atomically. */
-	uint64_t mem_used, graph_launches, eager_steps, captured;
+	uint64_t mem_used, graph_launches, eager_steps, captured, busy_us;
 	uint32_t host_us, device_us, failed;
 	char failure[128];
 };
@@ -174,15 +181,16 @@ void weights_memory(struct kd_device *, const struct kd_model *, struct kd_memor
 int step_submit(struct kd_device *, const struct kd_row *, uint32_t n, const struct kd_want *, float *logits, struct kd_result *,
     char *why, size_t why_len);
 int step_wait(struct kd_device *, char *why, size_t why_len);
-/* Memory of both sides that grows: for at least so many of a size. What was in it is lost. */
-int step_grow(struct kd_device *, void **host, void **dev, size_t *cap, size_t want, size_t size, char *why, size_t why_len);
+/* Memory of the card, or pinned memory of the step that is laid out, that grows: for at least so many of a size. What was in it
+ * is lost. */
+int step_grow(struct kd_device *, bool card, void **mem, size_t *cap, size_t want, size_t size, char *why, size_t why_len);
 int tables_new(struct tables *, uint32_t max_rows);
 void tables_free(struct tables *);
 int tables_stage(struct kd_device *, const struct kd_row *, uint32_t n, char *why, size_t why_len);
 void tables_send(struct kd_device *);
 int step_find_nonfinite(struct kd_device *, const struct kd_row *, uint32_t *group, uint32_t *layer);
 void step_tune(struct kd_device *); /* once, after loading: plans for the shapes of this model */
-void step_free_graphs(struct kd_device *);
+void step_free_graphs(struct kd_device *); /* and waits: they may know what goes next */
 
 /* 0, or -errno with the call and its error in why. */
 int cu_failed(cudaError_t, const char *what, char *why, size_t why_len);

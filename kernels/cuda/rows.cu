@@ -186,19 +186,37 @@ cu_attention_merge(const struct cu_attention *a, float *attn, const struct cu_en
 	CU_LAUNCH(merge, dim3(a->rows), THREADS, 0, stream, *a, attn, *e);
 }
 
-__global__ void
-embed_plain(const uint32_t *token, const uint16_t *embed, uint32_t hidden, size_t ld, float *x)
+/* A row's token; what the step before drew is written down for those that read it later. */
+static __device__ __forceinline__ uint32_t
+token_of(uint32_t *token, const struct kd_result *drawn, uint32_t r, uint32_t vocab)
 {
-	uint32_t r = blockIdx.x;
+	uint32_t t = token[r];
 
-	for (uint32_t i = threadIdx.x; i < hidden; i += blockDim.x)
-		x[(size_t)r * hidden + i] = cu_float_of_bf16(embed[token[r] * ld + i]);
+	if (!(t & CU_DRAWN))
+		return t;
+	t = drawn[t & ~CU_DRAWN].token;
+	t = t < vocab ? t : 0;
+	__syncthreads();
+	if (threadIdx.x == 0)
+		token[r] = t;
+	return t;
 }
 
 __global__ void
-embed_nested(const uint32_t *token, struct cu_linear w, struct cu_exceptions e, uint32_t hidden, float *x)
+embed_plain(uint32_t *token, const struct kd_result *drawn, const uint16_t *embed, uint32_t hidden, size_t ld, uint32_t vocab,
+    float *x)
 {
-	uint32_t r = blockIdx.x, t = token[r], lo = 0, hi = e.n_rows;
+	uint32_t r = blockIdx.x, t = token_of(token, drawn, r, vocab);
+
+	for (uint32_t i = threadIdx.x; i < hidden; i += blockDim.x)
+		x[(size_t)r * hidden + i] = cu_float_of_bf16(embed[t * ld + i]);
+}
+
+__global__ void
+embed_nested(uint32_t *token, const struct kd_result *drawn, struct cu_linear w, struct cu_exceptions e, uint32_t hidden,
+    uint32_t vocab, float *x)
+{
+	uint32_t r = blockIdx.x, t = token_of(token, drawn, r, vocab), lo = 0, hi = e.n_rows;
 	const size_t at = (size_t)t * w.ld;
 
 	for (uint32_t i = threadIdx.x * 4; i < hidden; i += blockDim.x * 4) {
@@ -225,13 +243,13 @@ embed_nested(const uint32_t *token, struct cu_linear w, struct cu_exceptions e, 
 }
 
 extern "C" void
-cu_embed(const uint32_t *token, uint32_t rows, const uint16_t *embed, const struct cu_linear *nested,
-    const struct cu_exceptions *e, uint32_t hidden, size_t ld, float *x, cudaStream_t stream)
+cu_embed(uint32_t *token, const struct kd_result *drawn, uint32_t rows, const uint16_t *embed, const struct cu_linear *nested,
+    const struct cu_exceptions *e, uint32_t hidden, size_t ld, uint32_t vocab, float *x, cudaStream_t stream)
 {
 	if (embed != nullptr)
-		CU_LAUNCH(embed_plain, dim3(rows), THREADS, 0, stream, token, embed, hidden, ld, x);
+		CU_LAUNCH(embed_plain, dim3(rows), THREADS, 0, stream, token, drawn, embed, hidden, ld, vocab, x);
 	else
-		CU_LAUNCH(embed_nested, dim3(rows), THREADS, 0, stream, token, *nested, *e, hidden, x);
+		CU_LAUNCH(embed_nested, dim3(rows), THREADS, 0, stream, token, drawn, *nested, *e, hidden, vocab, x);
 }
 
 __global__ void

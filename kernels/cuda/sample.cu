@@ -293,12 +293,39 @@ draw(const struct row &r, const struct cu_want &w, float max, struct shared &sh)
 	return find_id(r, edge, (rest + edge - 1) / edge, sh);
 }
 
+/* The token of a drawn row was not known when the edits were made. */
+static __device__ void
+count_drawn(const struct cu_want &w, struct kd_edit *edit, uint32_t token, struct shared &sh)
+{
+	const uint32_t last = w.first_edit + w.n_edit - 1;
+
+	if (threadIdx.x == 0)
+		sh.id = CU_NONE;
+	__syncthreads();
+	for (uint32_t i = w.first_edit + threadIdx.x; i < last; i += THREADS)
+		if (edit[i].id == token)
+			sh.id = i;
+	__syncthreads();
+	if (threadIdx.x == 0) {
+		struct kd_edit *e = &edit[sh.id != CU_NONE ? sh.id : last];
+
+		if (sh.id == CU_NONE)
+			e->id = token, e->n_output = 0, e->bias = 0;
+		e->seen = true;
+		e->n_output++;
+	}
+	__syncthreads();
+}
+
 /* Logits that penalties and biases change; what they were goes to the edit, for the token's log-probability. */
 static __device__ void
 change(const struct row &r, const struct cu_want &w, struct kd_edit *edit)
 {
 	for (uint32_t i = threadIdx.x; i < w.n_edit; i += THREADS) {
 		struct kd_edit *e = &edit[w.first_edit + i];
+
+		if (e->id == CU_NONE)
+			continue;
 		float plain = r.logits[e->id], l = plain;
 
 		if (e->seen)
@@ -325,8 +352,8 @@ plain_logit(const struct row &r, const struct cu_want &w, const struct kd_edit *
 }
 
 __global__ void __launch_bounds__(THREADS)
-sample(float *logits, size_t ld, uint32_t vocab, const struct cu_want *wants, struct kd_edit *edit, u64 *weight,
-    struct kd_result *results)
+sample(float *logits, size_t ld, uint32_t vocab, const struct cu_want *wants, struct kd_edit *edit, const uint32_t *tokens,
+    const uint32_t *from, u64 *weight, struct kd_result *results)
 {
 	__shared__ struct shared sh;
 	const struct row r = {logits + blockIdx.x * ld, weight + (size_t)blockIdx.x * vocab, vocab};
@@ -366,6 +393,8 @@ sample(float *logits, size_t ld, uint32_t vocab, const struct cu_want *wants, st
 	if (w.kind == KD_SCORE) {
 		token = w.token;
 	} else {
+		if (w.drawn)
+			count_drawn(w, edit, tokens[from[blockIdx.x]], sh);
 		if (w.n_edit > 0) {
 			change(r, w, edit);
 			first = first_best(r, sh);
@@ -382,8 +411,8 @@ sample(float *logits, size_t ld, uint32_t vocab, const struct cu_want *wants, st
 }
 
 extern "C" void
-cu_sample(float *logits, size_t ld, uint32_t vocab, const struct cu_want *want, struct kd_edit *edit, uint32_t rows,
-    uint64_t *weight, struct kd_result *out, cudaStream_t stream)
+cu_sample(float *logits, size_t ld, uint32_t vocab, const struct cu_want *want, struct kd_edit *edit, const uint32_t *token,
+    const uint32_t *from, uint32_t rows, uint64_t *weight, struct kd_result *out, cudaStream_t stream)
 {
-	CU_LAUNCH(sample, dim3(rows), THREADS, 0, stream, logits, ld, vocab, want, edit, (u64 *)weight, out);
+	CU_LAUNCH(sample, dim3(rows), THREADS, 0, stream, logits, ld, vocab, want, edit, token, from, (u64 *)weight, out);
 }

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * A step: what the engine asks for is laid out in pinned memory, copied, and the kernels of all layers follow on one
- * stream; results come back in one copy, with one synchronisation. Steps that only decode are padded up to a bucket of
+ * stream; results come back in one copy, with one synchronisation. The next step may be put behind it meanwhile: its pinned
+ * memory is another (a flight), what is on the card is used in the stream's order. Steps that only decode are padded up to a bucket of
  * rows; the second such step of a (bucket, plan, splits) is captured as a graph, and those after it replay that. A flip is
  * a new plan: its first step runs eagerly. Where rows are of several plans, so many of each, the fifth is captured.
  */
@@ -258,7 +259,8 @@ encoding(const struct kd_device *d, const struct bundle *b, uint32_t layer, cons
 struct shape {
 	uint32_t rows;          /* padded */
 	uint32_t n_tiles, splits, n_wanted;
-	bool prefill;
+	bool prefill, decode;
+	size_t edits;
 };
 
 static void
@@ -300,7 +302,7 @@ wanted_ranges(const struct kd_device *d, uint32_t n_wanted, struct range *out)
 	uint32_t n = 0, r = 0;
 
 	for (uint32_t i = 0; i < n_wanted; i++) {
-		while (d->host.from[i] >= d->range[r].row + d->range[r].n)
+		while (d->host->from[i] >= d->range[r].row + d->range[r].n)
 			r++;
 		if (n > 0 && out[n - 1].plan == d->range[r].plan)
 			out[n - 1].n++;
@@ -319,7 +321,7 @@ run_layers(struct kd_device *d, const struct shape *s)
 	struct cu_encoded e;
 	uint32_t n;
 
-	cu_embed(d->dev.token, s->rows, d->embed, &table, &d->head.exc[0], m->hidden, d->embed_ld, d->x, d->stream);
+	cu_embed(d->dev.token, d->result, s->rows, d->embed, &table, &d->head.exc[0], m->hidden, d->embed_ld, m->vocab, d->x, d->stream);
 	for (uint32_t l = 0; l < m->n_layers; l++)
 		run_layer(d, l, s);
 	if (s->n_wanted == 0)
@@ -331,14 +333,14 @@ run_layers(struct kd_device *d, const struct shape *s)
 	run_bundle(d, &d->head, 0, range, n, d->logits, m->vocab, false);
 	if (d->trace)
 		return;
-	cu_sample(d->logits, m->vocab, m->vocab, d->dev.want, d->dev.edit, s->n_wanted, d->weight, d->result, d->stream);
-	cudaMemcpyAsync(d->host_result, d->result, s->n_wanted * sizeof(*d->result), cudaMemcpyDeviceToHost, d->stream);
+	cu_sample(d->logits, m->vocab, m->vocab, d->dev.want, d->dev.edit, d->dev.token, d->dev.from, s->n_wanted, d->weight, d->result,
+	    d->stream);
 }
 
 /* ---- what the engine asks for, laid out ---- */
 
 int
-step_grow(struct kd_device *d, void **host, void **dev, size_t *cap, size_t want, size_t size, char *why, size_t why_len)
+step_grow(struct kd_device *d, bool card, void **mem, size_t *cap, size_t want, size_t size, char *why, size_t why_len)
 {
 	size_t n = *cap == 0 ? 4096 : *cap;
 	int rc;
@@ -347,11 +349,13 @@ step_grow(struct kd_device *d, void **host, void **dev, size_t *cap, size_t want
 		return 0;
 	while (n < want)
 		n *= 2;
-	step_free_graphs(d); /* they know the old address */
-	cudaFreeHost(*host), cudaFree(*dev);
-	*host = *dev = NULL, *cap = 0;
-	if ((rc = cu_failed(cudaMallocHost(host, n * size), "pinned memory for a step", why, why_len)) != 0 ||
-	    (rc = cu_failed(cudaMalloc(dev, n * size), "memory for a step", why, why_len)) != 0)
+	if (card) {
+		step_free_graphs(d); /* they know the old address */
+		cudaFree(*mem);
+	} else
+		cudaFreeHost(*mem);
+	*mem = NULL, *cap = 0;
+	if ((rc = cu_failed(card ? cudaMalloc(mem, n * size) : cudaMallocHost(mem, n * size), "memory for a step", why, why_len)) != 0)
 		return rc;
 	*cap = n;
 	return 0;
@@ -372,11 +376,18 @@ stage_tiles(struct kd_device *d, const struct kd_row *row, uint32_t n, uint32_t 
 	for (uint32_t i = 0, end; i < n; i = end) {
 		for (end = i + 1; end < n && end - i < most && row[end].table_id == row[i].table_id && row[end].pos == row[end - 1].pos + 1;)
 			end++;
-		d->host.tile[tiles++] = (struct cu_tile){i, end - i};
+		d->host->tile[tiles++] = (struct cu_tile){i, end - i};
 	}
 	for (uint32_t i = n; i < padded; i++)
-		d->host.tile[tiles++] = (struct cu_tile){i, 1};
+		d->host->tile[tiles++] = (struct cu_tile){i, 1};
 	return tiles;
+}
+
+/* Penalties of a drawn row's own token are for the card to add. */
+static bool
+counts_drawn(const struct kd_row *row, const struct kd_want *want)
+{
+	return row->drawn && want->kind == KD_DRAW && (want->repetition != 1 || want->presence != 0 || want->frequency != 0);
 }
 
 static int
@@ -384,29 +395,34 @@ stage_wants(struct kd_device *d, const struct kd_row *row, uint32_t n, const str
     size_t *n_edits, char *why, size_t why_len)
 {
 	uint32_t w = 0;
-	size_t edits = 0;
+	size_t edits = 0, most;
 	int rc;
 
 	for (uint32_t i = 0; i < n; i++)
 		if (row[i].wants)
-			edits += want != NULL ? want[w].n_edit : 0, d->host.from[w++] = i;
-	if ((rc = step_grow(d, (void **)&d->host.edit, (void **)&d->dev.edit, &d->host.cap_edit, edits > 0 ? edits : 1,
-	    sizeof(struct kd_edit), why, why_len)) != 0)
+			edits += want != NULL ? want[w].n_edit : 0, d->host->from[w++] = i;
+	most = edits + w;
+	if ((rc = step_grow(d, false, (void **)&d->host->edit, &d->host->cap_edit, most, sizeof(struct kd_edit), why, why_len)) != 0 ||
+	    (rc = step_grow(d, true, (void **)&d->dev.edit, &d->dev.cap_edit, most > 0 ? most : 1, sizeof(struct kd_edit), why, why_len)) != 0)
 		return rc;
 	edits = 0;
 	for (uint32_t i = 0; i < w; i++) {
 		const struct kd_want *from = want != NULL ? &want[i] : NULL;
+		bool drawn;
 
-		d->host.want[i] = (struct cu_want){.kind = KD_LOGITS};
+		d->host->want[i] = (struct cu_want){.kind = KD_LOGITS};
 		if (from == NULL || from->kind == KD_LOGITS)
 			continue;
-		d->host.want[i] = (struct cu_want){.kind = from->kind, .position = from->position, .token = from->token,
-		    .top_k = from->top_k, .n_top = from->n_top, .n_edit = from->n_edit, .first_edit = (uint32_t)edits,
-		    .logprob = from->logprob, .seed = from->seed, .temperature = from->temperature, .top_p = from->top_p,
+		drawn = counts_drawn(&row[d->host->from[i]], from);
+		d->host->want[i] = (struct cu_want){.kind = from->kind, .position = from->position, .token = from->token,
+		    .top_k = from->top_k, .n_top = from->n_top, .n_edit = from->n_edit + drawn, .first_edit = (uint32_t)edits,
+		    .drawn = drawn, .logprob = from->logprob, .seed = from->seed, .temperature = from->temperature, .top_p = from->top_p,
 		    .min_p = from->min_p, .repetition = from->repetition, .presence = from->presence, .frequency = from->frequency};
 		if (from->n_edit > 0)
-			memcpy(d->host.edit + edits, from->edit, from->n_edit * sizeof(*from->edit));
+			memcpy(d->host->edit + edits, from->edit, from->n_edit * sizeof(*from->edit));
 		edits += from->n_edit;
+		if (drawn)
+			d->host->edit[edits++] = (struct kd_edit){.id = CU_NONE};
 	}
 	*n_wanted = w;
 	*n_edits = edits;
@@ -489,8 +505,10 @@ find_graph(struct kd_device *d, uint64_t plans, const struct shape *s)
 	}
 	if (d->n_graphs < MAX_GRAPHS)
 		oldest = &d->graph[d->n_graphs++];
-	else if (oldest->exec != NULL)
+	else if (oldest->exec != NULL) {
+		cudaStreamSynchronize(d->stream); /* it may be what runs */
 		cudaGraphExecDestroy(oldest->exec);
+	}
 	*oldest = (struct graph){.plans = plans, .rows = s->rows, .splits = s->splits};
 	return oldest;
 }
@@ -498,6 +516,7 @@ find_graph(struct kd_device *d, uint64_t plans, const struct shape *s)
 void
 step_free_graphs(struct kd_device *d)
 {
+	cudaStreamSynchronize(d->stream);
 	for (uint32_t i = 0; i < d->n_graphs; i++)
 		if (d->graph[i].exec != NULL)
 			cudaGraphExecDestroy(d->graph[i].exec);
@@ -525,9 +544,9 @@ capture(struct kd_device *d, struct graph *g, const struct shape *s)
 }
 
 static void
-launch(struct kd_device *d, uint64_t plans, const struct shape *s, bool decode)
+launch(struct kd_device *d, uint64_t plans, const struct shape *s)
 {
-	struct graph *g = decode ? find_graph(d, plans, s) : NULL;
+	struct graph *g = s->decode ? find_graph(d, plans, s) : NULL;
 
 	if (g != NULL && !g->tried && g->seen++ >= (d->n_ranges == 1 ? 1u : MIXED_SEEN))
 		capture(d, g, s);
@@ -555,72 +574,91 @@ give_up(struct kd_device *d, const char *why)
 static void
 copy_in(struct kd_device *d, size_t edits)
 {
-	cudaMemcpyAsync(d->dev.token, d->host.token, d->host.bytes, cudaMemcpyHostToDevice, d->stream);
+	cudaMemcpyAsync(d->dev.token, d->host->token, d->host->bytes, cudaMemcpyHostToDevice, d->stream);
 	tables_send(d);
 	if (edits > 0)
-		cudaMemcpyAsync(d->dev.edit, d->host.edit, edits * sizeof(*d->host.edit), cudaMemcpyHostToDevice, d->stream);
+		cudaMemcpyAsync(d->dev.edit, d->host->edit, edits * sizeof(*d->host->edit), cudaMemcpyHostToDevice, d->stream);
 }
 
-/* Lays a step out and puts it on the stream. */
-static int
-start_some(struct kd_device *d, const struct kd_row *row, uint32_t n, const struct kd_want *want, float *logits,
-    struct kd_result *result, uint32_t *n_wanted, char *why, size_t why_len)
+static uint32_t
+token_of(const struct kd_device *d, const struct kd_row *row, const struct kd_result *known)
 {
-	double start = now_us();
-	size_t edits, vocab = d->m.vocab;
-	struct shape s = {.rows = n};
+	if (!row->drawn)
+		return row->token;
+	if (known == NULL)
+		return row->token | CU_DRAWN;
+	return known[row->token].token < d->m.vocab ? known[row->token].token : 0;
+}
+
+/* known: what the step before drew, if the host has to say. */
+static int
+lay_out(struct kd_device *d, const struct kd_row *row, uint32_t n, const struct kd_want *want, const struct kd_result *known,
+    struct shape *s, uint32_t *n_wanted, char *why, size_t why_len)
+{
 	uint32_t context = 0;
-	bool decode;
 	int rc;
 
+	*s = (struct shape){.rows = n};
 	if ((rc = tables_stage(d, row, n, why, why_len)) != 0 ||
-	    (rc = stage_wants(d, row, n, want, n_wanted, &edits, why, why_len)) != 0)
+	    (rc = stage_wants(d, row, n, want, n_wanted, &s->edits, why, why_len)) != 0)
 		return rc;
-	decode = !d->trace && is_decode(row, n, want);
-	if (decode && bucket_of(n) <= ((d->m.max_rows + 15) & ~15u))
-		s.rows = bucket_of(n);
+	s->decode = !d->trace && is_decode(row, n, want);
+	if (s->decode && bucket_of(n) <= ((d->m.max_rows + 15) & ~15u))
+		s->rows = bucket_of(n);
 	for (uint32_t i = 0; i < n; i++) {
-		d->host.token[i] = row[i].token, d->host.pos[i] = row[i].pos;
+		d->host->token[i] = token_of(d, &row[i], known), d->host->pos[i] = row[i].pos;
 		context = blocks_of(&row[i]) > context ? blocks_of(&row[i]) : context;
 	}
-	s.n_wanted = decode ? s.rows : *n_wanted;
-	for (uint32_t i = n; i < s.rows; i++) {
-		d->host.token[i] = d->host.pos[i] = 0, d->host.first[i] = CU_NONE;
-		d->host.want[i].kind = CU_NONE, d->host.from[i] = i;
+	s->n_wanted = s->decode ? s->rows : *n_wanted;
+	for (uint32_t i = n; i < s->rows; i++) {
+		d->host->token[i] = d->host->pos[i] = 0, d->host->first[i] = CU_NONE;
+		d->host->want[i].kind = CU_NONE, d->host->from[i] = i;
 		d->range[d->n_ranges - 1].n++;
 	}
-	s.n_tiles = stage_tiles(d, row, n, s.rows);
-	s.prefill = s.n_tiles * d->m.n_kv_heads >= 4 * d->sm_count && s.n_tiles < n;
-	s.splits = s.prefill ? 1 : splits_for(d, s.n_tiles, s.rows, context);
-	copy_in(d, edits);
-	cudaEventRecord(d->begin, d->stream);
-	launch(d, mixed(d, row), &s, decode);
-	cudaEventRecord(d->end, d->stream);
-	for (uint32_t i = 0; i < *n_wanted; i++)
-		if (!d->trace && d->host.want[i].kind == KD_LOGITS)
-			cudaMemcpyAsync(logits + i * vocab, d->logits + i * vocab, vocab * sizeof(float), cudaMemcpyDeviceToHost, d->stream);
-	d->pending = (struct pending){true, *n_wanted, result, now_us() - start};
+	s->n_tiles = stage_tiles(d, row, n, s->rows);
+	s->prefill = s->n_tiles * d->m.n_kv_heads >= 4 * d->sm_count && s->n_tiles < n;
+	s->splits = s->prefill ? 1 : splits_for(d, s->n_tiles, s->rows, context);
 	return 0;
 }
 
-/* The one synchronisation of a step. */
-static int
-finish_some(struct kd_device *d, char *why, size_t why_len)
+static void
+copy_out(struct kd_device *d, uint32_t n_wanted, float *logits, struct kd_result *pinned)
 {
-	float ms = 0;
+	size_t vocab = d->m.vocab;
+
+	if (n_wanted > 0)
+		cudaMemcpyAsync(pinned, d->result, n_wanted * sizeof(*pinned), cudaMemcpyDeviceToHost, d->stream);
+	for (uint32_t i = 0; i < n_wanted; i++)
+		if (d->host->want[i].kind == KD_LOGITS)
+			cudaMemcpyAsync(logits + i * vocab, d->logits + i * vocab, vocab * sizeof(float), cudaMemcpyDeviceToHost, d->stream);
+}
+
+/* All passes of a step but the last are waited for: what they were laid out in is used again. */
+static int
+start_passes(struct kd_device *d, struct flight *f, const struct kd_row *row, uint32_t n, const struct kd_want *want,
+    const struct kd_result *known, float *logits, char *why, size_t why_len)
+{
+	uint32_t done = 0, got;
+	struct shape s;
 	int rc;
 
-	if (!d->pending.any)
-		return 0;
-	d->pending.any = false;
-	if ((rc = cu_failed(cudaStreamSynchronize(d->stream), "a step", why, why_len)) != 0 ||
-	    (rc = cu_failed(cudaGetLastError(), "a step", why, why_len)) != 0)
-		return rc;
-	if (d->pending.result != NULL)
-		memcpy(d->pending.result, d->host_result, d->pending.n_wanted * sizeof(*d->host_result));
-	cudaEventElapsedTime(&ms, d->begin, d->end);
-	__atomic_store_n(&d->device_us, (uint32_t)(ms * 1e3f), __ATOMIC_RELAXED);
-	__atomic_store_n(&d->host_us, (uint32_t)d->pending.host_us, __ATOMIC_RELAXED);
+	while (done < n) {
+		uint32_t some = n - done;
+
+		while (!find_ranges(d, row + done, some))
+			some = (some + 1) / 2;
+		if (done > 0 && (rc = cu_failed(cudaStreamSynchronize(d->stream), "a step", why, why_len)) != 0)
+			return rc;
+		if ((rc = lay_out(d, row + done, some, want != NULL ? want + f->n_wanted : NULL, known, &s, &got, why, why_len)) != 0)
+			return rc;
+		if (done == 0)
+			cudaEventRecord(f->begin, d->stream);
+		copy_in(d, s.edits);
+		launch(d, mixed(d, row + done), &s);
+		copy_out(d, got, logits + (size_t)f->n_wanted * d->m.vocab, f->pinned + f->n_wanted);
+		done += some;
+		f->n_wanted += got;
+	}
 	return 0;
 }
 
@@ -628,31 +666,53 @@ int
 step_submit(struct kd_device *d, const struct kd_row *row, uint32_t n, const struct kd_want *want, float *logits,
     struct kd_result *result, char *why, size_t why_len)
 {
-	uint32_t done = 0, wanted = 0, got;
+	struct flight *f = &d->flight[d->n_submitted % KD_AHEAD], *before = &d->flight[(d->n_submitted + KD_AHEAD - 1) % KD_AHEAD];
+	const struct kd_result *known = NULL;
+	double start = now_us();
 
 	if (__atomic_load_n(&d->failed, __ATOMIC_ACQUIRE))
 		return snprintf(why, why_len, "%s", d->failure), -EIO;
+	if (d->n_submitted - d->n_waited == KD_AHEAD)
+		return snprintf(why, why_len, "%u steps are under way", KD_AHEAD), give_up(d, why);
 	cudaSetDevice(d->index);
-	while (done < n) {
-		uint32_t some = n - done;
-
-		/* Very many plans in one batch: in several passes. Only the last is not waited for. */
-		while (!find_ranges(d, row + done, some))
-			some = (some + 1) / 2;
-		if (finish_some(d, why, why_len) != 0 ||
-		    start_some(d, row + done, some, want != NULL ? want + wanted : NULL, logits + (size_t)wanted * d->m.vocab,
-		    result != NULL ? result + wanted : NULL, &got, why, why_len) != 0)
+	f->n_wanted = 0, f->result = result;
+	d->host = &f->host;
+	f->passes = !find_ranges(d, row, n); /* very many plans in one batch */
+	if (f->passes || before->passes) {
+		if (cu_failed(cudaStreamSynchronize(d->stream), "a step", why, why_len) != 0)
 			return give_up(d, why);
-		done += some;
-		wanted += got;
+		known = before->pinned;
 	}
+	if (start_passes(d, f, row, n, want, known, logits, why, why_len) != 0)
+		return give_up(d, why);
+	cudaEventRecord(f->end, d->stream);
+	f->host_us = now_us() - start;
+	d->n_submitted++;
 	return 0;
 }
 
+/* The one synchronisation of a step. */
 int
 step_wait(struct kd_device *d, char *why, size_t why_len)
 {
-	return finish_some(d, why, why_len) != 0 ? give_up(d, why) : 0;
+	struct flight *f = &d->flight[d->n_waited % KD_AHEAD];
+	float ms = 0;
+
+	if (__atomic_load_n(&d->failed, __ATOMIC_ACQUIRE))
+		return snprintf(why, why_len, "%s", d->failure), -EIO;
+	if (d->n_waited == d->n_submitted)
+		return 0;
+	d->n_waited++;
+	if (cu_failed(cudaEventSynchronize(f->end), "a step", why, why_len) != 0 ||
+	    cu_failed(cudaGetLastError(), "a step", why, why_len) != 0)
+		return give_up(d, why);
+	if (f->result != NULL)
+		memcpy(f->result, f->pinned, f->n_wanted * sizeof(*f->pinned));
+	cudaEventElapsedTime(&ms, f->begin, f->end);
+	__atomic_add_fetch(&d->busy_us, (uint64_t)(ms * 1e3f), __ATOMIC_RELAXED);
+	__atomic_store_n(&d->device_us, (uint32_t)(ms * 1e3f), __ATOMIC_RELAXED);
+	__atomic_store_n(&d->host_us, (uint32_t)f->host_us, __ATOMIC_RELAXED);
+	return 0;
 }
 
 int
@@ -660,18 +720,27 @@ step_find_nonfinite(struct kd_device *d, const struct kd_row *row, uint32_t *gro
 {
 	static const uint32_t names[] = {G_Q, G_K, G_V, KD_KV_CACHE, G_O, G_GATE, G_UP, G_DOWN};
 	uint32_t bad = CU_NONE, got;
+	struct shape s;
 	char why[128];
 
 	if (__atomic_load_n(&d->failed, __ATOMIC_ACQUIRE))
 		return 0;
 	cudaSetDevice(d->index);
+	cudaStreamSynchronize(d->stream); /* a step that is under way has its results; what it was laid out in is free */
+	d->host = &d->flight[d->n_submitted % KD_AHEAD].host;
 	find_ranges(d, row, 1);
 	d->trace = true;
 	cudaMemsetAsync(d->first_bad, 0xff, sizeof(bad), d->stream);
-	if (start_some(d, row, 1, NULL, NULL, NULL, &got, why, sizeof(why)) != 0 || finish_some(d, why, sizeof(why)) != 0)
+	if (lay_out(d, row, 1, NULL, NULL, &s, &got, why, sizeof(why)) != 0) {
 		give_up(d, why);
-	else
-		cudaMemcpy(&bad, d->first_bad, sizeof(bad), cudaMemcpyDeviceToHost);
+	} else {
+		copy_in(d, s.edits);
+		launch(d, row->digest, &s);
+		if (cu_failed(cudaStreamSynchronize(d->stream), "a step", why, sizeof(why)) != 0)
+			give_up(d, why);
+		else
+			cudaMemcpy(&bad, d->first_bad, sizeof(bad), cudaMemcpyDeviceToHost);
+	}
 	d->trace = false;
 	if (bad == CU_NONE)
 		return 0;
@@ -690,11 +759,12 @@ time_own(struct kd_device *d, const struct call *c, const struct cu_linear *a)
 	float ms = 0;
 
 	run_skinny(d, c, a);
-	cudaEventRecord(d->begin, d->stream);
+	cudaEventRecord(d->flight[0].begin, d->stream);
 	for (int i = 0; i < RUNS; i++)
 		run_skinny(d, c, a);
-	cudaEventRecord(d->end, d->stream);
-	if (cudaEventSynchronize(d->end) != cudaSuccess || cudaEventElapsedTime(&ms, d->begin, d->end) != cudaSuccess)
+	cudaEventRecord(d->flight[0].end, d->stream);
+	if (cudaEventSynchronize(d->flight[0].end) != cudaSuccess ||
+	    cudaEventElapsedTime(&ms, d->flight[0].begin, d->flight[0].end) != cudaSuccess)
 		return 0;
 	return ms * 1e3f / RUNS;
 }

@@ -32,8 +32,6 @@ void
 tables_free(struct tables *t)
 {
 	cudaFree(t->dev);
-	cudaFree(t->dev_new);
-	cudaFreeHost(t->host_new);
 	free(t->slot);
 	memset(t, 0, sizeof(*t));
 }
@@ -116,11 +114,11 @@ place_all(struct kd_device *d, const struct kd_row *row, uint32_t n)
 		if ((table = place(t, row[i].table_id, blocks, layers)) == NULL)
 			return false;
 		for (uint32_t r = i; r < end; r++)
-			d->host.first[r] = table->at;
+			d->host->first[r] = table->at;
 		if (blocks < table->sent)
 			continue;
 		from = table->sent > 0 ? table->sent - 1 : 0;
-		d->host.patch[t->n_patches++] = (struct cu_patch){table->at + from * layers, (uint32_t)t->n_new, (blocks - from) * layers, i};
+		d->host->patch[t->n_patches++] = (struct cu_patch){table->at + from * layers, (uint32_t)t->n_new, (blocks - from) * layers, i};
 		t->n_new += (size_t)(blocks - from) * layers;
 		table->sent = blocks;
 	}
@@ -166,13 +164,14 @@ tables_stage(struct kd_device *d, const struct kd_row *row, uint32_t n, char *wh
 		if (!place_all(d, row, n))
 			return snprintf(why, why_len, "more sequences in a step than rows"), -EINVAL;
 	}
-	if ((rc = step_grow(d, (void **)&t->host_new, (void **)&t->dev_new, &t->cap_new, t->n_new, sizeof(*t->host_new), why, why_len)) != 0)
+	if ((rc = step_grow(d, false, (void **)&d->host->block, &d->host->cap_block, t->n_new, sizeof(*d->host->block), why, why_len)) != 0 ||
+	    (rc = step_grow(d, true, (void **)&d->dev.block, &d->dev.cap_block, t->n_new, sizeof(*d->dev.block), why, why_len)) != 0)
 		return rc;
 	for (uint32_t i = 0; i < t->n_patches; i++) {
-		const struct cu_patch *p = &d->host.patch[i];
+		const struct cu_patch *p = &d->host->patch[i];
 		const struct table *table = find(t, row[p->row].table_id);
 
-		memcpy(t->host_new + p->from, row[p->row].table + (p->at - table->at), p->n * sizeof(*t->host_new));
+		memcpy(d->host->block + p->from, row[p->row].table + (p->at - table->at), p->n * sizeof(*d->host->block));
 	}
 	return 0;
 }
@@ -185,6 +184,6 @@ tables_send(struct kd_device *d)
 
 	if (t->n_patches == 0)
 		return;
-	cudaMemcpyAsync(t->dev_new, t->host_new, t->n_new * sizeof(*t->host_new), cudaMemcpyHostToDevice, d->stream);
-	cu_patch_tables(d->dev.patch, t->n_patches, t->dev_new, t->dev, d->stream);
+	cudaMemcpyAsync(d->dev.block, d->host->block, t->n_new * sizeof(*d->host->block), cudaMemcpyHostToDevice, d->stream);
+	cu_patch_tables(d->dev.patch, t->n_patches, d->dev.block, t->dev, d->stream);
 }

@@ -538,8 +538,12 @@ allocate(struct loader *x, const struct kd_model *m)
 	d->kv.scale = get(x, on_card, pages * 2 * m->n_kv_heads * K_BLOCK * sizeof(float), "memory for the KV cache");
 	d->kv.page_elems = page_elems(m), d->kv.n_kv = m->n_kv_heads;
 	d->dev.token = get(x, on_card, place_staged(&d->dev, rows, NULL), "memory for the rows of a step");
-	d->host.token = get(x, pinned, place_staged(&d->host, rows, NULL), "pinned memory");
-	d->host_result = get(x, pinned, rows * sizeof(*d->host_result), "pinned memory");
+	for (uint32_t i = 0; i < KD_AHEAD; i++) {
+		struct flight *f = &d->flight[i];
+
+		f->host.token = get(x, pinned, place_staged(&f->host, rows, NULL), "pinned memory");
+		f->pinned = get(x, pinned, rows * sizeof(*f->pinned), "pinned memory");
+	}
 	for (uint32_t i = 0; i < N_SLOTS * N_PIECES; i++)
 		x->slot[i / N_PIECES].card[i % N_PIECES] = get(x, on_card, piece_bytes(d), "memory to load with");
 	for (uint32_t i = 0; i < N_SLOTS * 2; i++)
@@ -549,7 +553,8 @@ allocate(struct loader *x, const struct kd_model *m)
 	if (x->rc != 0)
 		return;
 	place_staged(&d->dev, rows, (char *)d->dev.token);
-	place_staged(&d->host, rows, (char *)d->host.token);
+	for (uint32_t i = 0; i < KD_AHEAD; i++)
+		place_staged(&d->flight[i].host, rows, (char *)d->flight[i].host.token);
 	place_weights(d, m, d->weights, d->layer);
 	place_buffers(d, m, d->buffers);
 	/* What is read before it was written must be finite: rows that pad a batch. */
@@ -597,9 +602,15 @@ weights_free(struct kd_device *d)
 	cudaFree(d->kv.scale);
 	cudaFree(d->dev.token);
 	cudaFree(d->dev.edit);
-	cudaFreeHost(d->host.token);
-	cudaFreeHost(d->host.edit);
+	cudaFree(d->dev.block);
+	for (uint32_t i = 0; i < KD_AHEAD; i++) {
+		struct flight *f = &d->flight[i];
+
+		cudaFreeHost(f->host.token);
+		cudaFreeHost(f->host.edit);
+		cudaFreeHost(f->host.block);
+		cudaFreeHost(f->pinned);
+	}
 	tables_free(&d->tables);
-	cudaFreeHost(d->host_result);
 	free(d->layer);
 }

@@ -628,7 +628,8 @@ check_sample(uint32_t vocab, uint32_t cases)
 		static const uint32_t ks[] = {0, 1, 5, 40};
 		struct sampling s = {.max_tokens = 1, .top_k = ks[next_random() % 4], .seed = next_random(), .temperature = temperatures[next_random() % 4],
 		    .top_p = ps[next_random() % 3], .min_p = c % 3 == 0 ? 0.05f : 0, .top_logprobs = c % 2 ? 5 : 0, .logprobs = c % 4 != 0,
-		    .repetition_penalty = c % 5 == 0 ? 1.3f : 1, .presence_penalty = c % 5 == 0 ? 0.5f : 0};
+		    .repetition_penalty = c % 5 == 0 ? 1.3f : 1, .presence_penalty = c % 5 == 0 ? 0.5f : 0,
+		    .frequency_penalty = c % 5 == 0 ? 0.25f : 0};
 		uint32_t known[8], position = 8;
 		float *l = host(vocab * 4), *plain = host(vocab * 4);
 		struct kd_edit edit[8];
@@ -640,22 +641,36 @@ check_sample(uint32_t vocab, uint32_t cases)
 			l[i] = c % 7 == 0 ? (float)(next_random() % 4) : normal() * (c % 6 == 1 ? 1e-3f : 3); /* ties too, and hardly any difference */
 		for (uint32_t i = 0; i < 8; i++)
 			known[i] = i * 7 % vocab;
+		bool drawn = c % 10 == 5; /* the last one's edit is the card's to make, or to change where it was output before */
+		uint32_t row[3] = {0, 0, 0}, from = 2;
+
+		if (c % 20 == 5)
+			known[7] = known[5];
+		row[from] = known[7];
+		if (drawn) { /* once more, no less, is what it takes to be no longer the likeliest; or once more and not twice */
+			float most = -INFINITY;
+
+			s.temperature = 0;
+			for (uint32_t i = 0; i < vocab; i++)
+				most = fmaxf(most, i == known[7] ? -INFINITY : l[i]);
+			l[known[7]] = c % 20 == 5 ? 1.3f * (most + (c % 40 == 5 ? 1.1f : 0.875f)) : most + 0.2f;
+		}
 		for (uint32_t i = 0; i < 8 && c % 5 == 0; i++)
-			edit[n_edit++] = (struct kd_edit){known[i], i >= 3, 0, true};
+			edit[n_edit++] = drawn && i == 7 ? (struct kd_edit){.id = CU_NONE} : (struct kd_edit){known[i], i >= 3, 0, true};
 		struct cu_want w = {.kind = KD_DRAW, .position = position, .top_k = s.top_k, .n_top = s.top_logprobs, .n_edit = n_edit, .logprob =
 		    s.logprobs || s.top_logprobs > 0, .seed = s.seed, .temperature = s.temperature, .top_p = s.top_p, .min_p = s.min_p,
-		    .repetition = s.repetition_penalty, .presence = s.presence_penalty};
+		    .repetition = s.repetition_penalty, .presence = s.presence_penalty, .frequency = s.frequency_penalty, .drawn = drawn};
 		void *dl = to_device(l, vocab * 4), *dw = to_device(&w, sizeof(w)), *de = to_device(edit, sizeof(edit)), *dx = device(vocab * 8),
-		    *dr = device(sizeof(r));
+		    *dr = device(sizeof(r)), *dt = to_device(row, sizeof(row)), *df = to_device(&from, sizeof(from));
 
 		memcpy(plain, l, vocab * 4);
-		cu_sample(dl, vocab, vocab, dw, de, 1, dx, dr, NULL);
+		cu_sample(dl, vocab, vocab, dw, de, dt, df, 1, dx, dr, NULL);
 		from_device(&r, dr, sizeof(r));
 		differ += !sample_token(l, &s, known, 3, 8, scratch, &want) || r.bad || r.token != want.token || (w.logprob && fabsf(r.logprob - want.logprob) > 1e-5f);
 		tops += r.n_top != want.n_top;
 		for (uint32_t i = 0; i < want.n_top && i < r.n_top; i++)
 			tops += r.top_id[i] != want.top[i].id || fabsf(r.top_logprob[i] - want.top[i].value) > 1e-5f;
-		must(cudaFree(dl)), must(cudaFree(dw)), must(cudaFree(de)), must(cudaFree(dx)), must(cudaFree(dr));
+		must(cudaFree(dl)), must(cudaFree(dw)), must(cudaFree(de)), must(cudaFree(dx)), must(cudaFree(dr)), must(cudaFree(dt)), must(cudaFree(df));
 		free(l), free(plain);
 	}
 	snprintf(name, sizeof(name), "sample: %u draws from %u tokens", cases, vocab);

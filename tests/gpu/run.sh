@@ -247,6 +247,12 @@ flips() {
 	stop_serving
 }
 
+# What a load took, between two states of the daemon: the host's time for a step beside waiting, the card's share of all time.
+used() { octetctl --json status | jq -c '[now, .device.busy_s, .host_s, .step]'; }
+share() {
+	jq -rn --argjson a "$1" --argjson b "$2" '"host_us \(($b[2] - $a[2]) / ([$b[3] - $a[3], 1] | max) * 1e6 | round) busy \(($b[1] - $a[1]) / ($b[0] - $a[0]) * 100 | round)%"'
+}
+
 # One daemon a policy; clients grow while it helps.
 stage_serve() {
 	rm -f "$out/serve.txt"
@@ -259,8 +265,9 @@ stage_serve() {
 		for policy in bf16 linears all; do
 			serving $policy
 			for clients in $clients_list; do
+				before=$(used)
 				r=$(within 30 octet bench --clients "$clients" --requests $((clients * each)) --prompt-tokens 50 --output-tokens 50 --json 2>&1)
-				echo "serve $policy $clients $(printf '%s' "$r" | jq -er '"\(.requests_per_s) failed \(.failed)"' 2>/dev/null || echo "FAILED: ${r:-no time}")"
+				echo "serve $policy $clients $(printf '%s' "$r" | jq -er '"\(.requests_per_s) failed \(.failed)"' 2>/dev/null || echo "FAILED: ${r:-no time}") $(share "$before" "$(used)")"
 			done
 			stop_serving
 		done
@@ -301,6 +308,8 @@ table() {
 		of() { awk -v p="$1" -v n=$n '$1 == "serve" && $2 == p && $3 == n && $5 == "failed" { printf "%.1f%s", $4, $6 != 0 ? " (" $6 " failed)" : ""; exit }' "$out/serve.txt" 2>/dev/null; }
 		[ -z "$(of bf16)$(of linears)$(of all)" ] || echo "| $n | $(of bf16) | $(of linears) | $(of all) |"
 	done
+	echo
+	awk '$1 == "serve" && $7 == "host_us" { print $2 ", " $3 " clients: host " $8 " us a step, card busy " $10 }' "$out/serve.txt" 2>/dev/null
 	echo
 	grep -h '^flips' "$out/serve.txt" 2>/dev/null
 	for s in check bench serve torch; do

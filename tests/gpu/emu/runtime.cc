@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <map>
 #include <vector>
 
@@ -16,10 +17,10 @@ extern "C" {
 typedef std::function<void()> work;
 struct emu_graph { std::vector<work> list; };
 struct emu_graph_exec { std::vector<work> list; };
-struct emu_stream { emu_graph *capture; };
-struct emu_event { double us; };
+struct emu_stream { emu_graph *capture; std::deque<work> queue; };
+struct emu_event { double us; emu_stream *stream; unsigned to_come; };
 
-static emu_stream default_stream;
+static std::vector<emu_stream *> streams; /* but for the default one, which runs at once */
 static cudaError_t last_error;
 
 static double
@@ -28,15 +29,50 @@ now_us(void)
 	return std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
+static void
+run_next(emu_stream *s)
+{
+	work w = s->queue.front();
+
+	s->queue.pop_front();
+	w();
+}
+
+static void
+run_all(emu_stream *s)
+{
+	while (!s->queue.empty())
+		run_next(s);
+}
+
+/*
+ * A device is as slow as may be, and runs what was queued when it is waited for, or as quick, and runs it at once: from
+ * one synchronisation to the next either, by a coin, or always slow ($OCTET_EMU_LATE). What is used too early or overwritten too soon
+ * is found by one of them.
+ */
+static bool at_once;
+
+static void
+toss(void)
+{
+	static uint32_t state = 1;
+
+	state ^= state << 13, state ^= state >> 17, state ^= state << 5;
+	at_once = state & 1 && getenv("OCTET_EMU_LATE") == nullptr;
+}
+
 void
 emu_enqueue(cudaStream_t s, work w)
 {
-	if (s == nullptr)
-		s = &default_stream;
-	if (s->capture != nullptr)
-		s->capture->list.push_back(w);
-	else
+	if (s == nullptr) {
 		w();
+	} else if (s->capture != nullptr) {
+		s->capture->list.push_back(w);
+	} else {
+		s->queue.push_back(w);
+		if (at_once)
+			run_all(s);
+	}
 }
 
 /* ---- memory: poisoned, between guards that cudaFree() looks at ---- */
@@ -46,6 +82,7 @@ emu_enqueue(cudaStream_t s, work w)
 #define POISON 0xff /* NaN in every format here */
 
 static std::map<void *, size_t> blocks;
+static std::map<const void *, size_t> pinned;
 static size_t used;
 
 static size_t
@@ -61,6 +98,23 @@ die(const char *what)
 {
 	fprintf(stderr, "emulation: %s\n", what);
 	abort();
+}
+
+/* CUDA would wait, and not say so. */
+static void
+must_be_idle(void)
+{
+	for (const emu_stream *s : streams)
+		if (!s->queue.empty())
+			die("memory was given back while a stream had work");
+}
+
+static bool
+is_pinned(const void *p)
+{
+	auto after = pinned.upper_bound(p);
+
+	return after != pinned.begin() && static_cast<const char *>(p) < static_cast<const char *>((--after)->first) + after->second;
 }
 
 extern "C" {
@@ -92,6 +146,7 @@ cudaFree(void *p)
 
 	if (p == nullptr)
 		return cudaSuccess;
+	must_be_idle();
 	if (blocks.find(p) == blocks.end())
 		die("cudaFree() of what is no allocation");
 	size_t n = blocks[p];
@@ -105,13 +160,31 @@ cudaFree(void *p)
 	return cudaSuccess;
 }
 
-cudaError_t cudaMallocHost(void **p, size_t n) { *p = aligned_alloc(256, (n + 255) & ~(size_t)255); memset(*p, POISON, n); return cudaSuccess; }
-cudaError_t cudaFreeHost(void *p) { free(p); return cudaSuccess; }
+cudaError_t
+cudaMallocHost(void **p, size_t n)
+{
+	*p = aligned_alloc(256, (n + 255) & ~(size_t)255);
+	memset(*p, POISON, n);
+	pinned[*p] = n;
+	return cudaSuccess;
+}
+cudaError_t
+cudaFreeHost(void *p)
+{
+	if (p != nullptr)
+		must_be_idle();
+	pinned.erase(p);
+	free(p);
+	return cudaSuccess;
+}
 
 cudaError_t
-cudaMemcpyAsync(void *to, const void *from, size_t n, enum cudaMemcpyKind, cudaStream_t s)
+cudaMemcpyAsync(void *to, const void *from, size_t n, enum cudaMemcpyKind kind, cudaStream_t s)
 {
 	emu_enqueue(s, [=] { memcpy(to, from, n); });
+	/* Memory of the host that is not pinned: the call waits. */
+	if (s != nullptr && kind != cudaMemcpyDeviceToDevice && !is_pinned(kind == cudaMemcpyHostToDevice ? from : to))
+		run_all(s);
 	return cudaSuccess;
 }
 cudaError_t cudaMemcpy(void *to, const void *from, size_t n, enum cudaMemcpyKind) { memcpy(to, from, n); return cudaSuccess; }
@@ -175,20 +248,57 @@ cudaGetErrorString(cudaError_t e)
 
 /* ---- streams, events, graphs ---- */
 
-cudaError_t cudaStreamCreateWithFlags(cudaStream_t *s, unsigned) { *s = new emu_stream(); return cudaSuccess; }
-cudaError_t cudaStreamDestroy(cudaStream_t s) { delete s; return cudaSuccess; }
+cudaError_t
+cudaStreamCreateWithFlags(cudaStream_t *s, unsigned)
+{
+	*s = new emu_stream();
+	streams.push_back(*s);
+	return cudaSuccess;
+}
+cudaError_t
+cudaStreamDestroy(cudaStream_t s)
+{
+	run_all(s);
+	for (size_t i = 0; i < streams.size(); i++)
+		if (streams[i] == s)
+			streams.erase(streams.begin() + (long)i);
+	delete s;
+	return cudaSuccess;
+}
 cudaError_t
 cudaStreamSynchronize(cudaStream_t s)
 {
 	if (s != nullptr && s->capture != nullptr)
 		die("a stream that captures was waited for");
+	if (s != nullptr)
+		run_all(s);
+	toss();
 	return cudaSuccess;
 }
 cudaError_t cudaEventCreate(cudaEvent_t *e) { *e = new emu_event(); return cudaSuccess; }
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t *e, unsigned) { return cudaEventCreate(e); }
-cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t) { e->us = now_us(); return cudaSuccess; }
-cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
-cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t a, cudaEvent_t b) { *ms = (float)((b->us - a->us) / 1e3); return cudaSuccess; }
+cudaError_t
+cudaEventRecord(cudaEvent_t e, cudaStream_t s)
+{
+	e->stream = s;
+	e->to_come++;
+	emu_enqueue(s, [=] { e->us = now_us(), e->to_come--; });
+	return cudaSuccess;
+}
+cudaError_t
+cudaEventSynchronize(cudaEvent_t e)
+{
+	while (e->to_come > 0)
+		run_next(e->stream);
+	toss();
+	return cudaSuccess;
+}
+cudaError_t
+cudaEventElapsedTime(float *ms, cudaEvent_t a, cudaEvent_t b)
+{
+	*ms = (float)((b->us - a->us) / 1e3);
+	return a->to_come + b->to_come > 0 ? cudaErrorNotReady : cudaSuccess;
+}
 cudaError_t cudaEventDestroy(cudaEvent_t e) { delete e; return cudaSuccess; }
 cudaError_t
 cudaStreamBeginCapture(cudaStream_t s, enum cudaStreamCaptureMode)
@@ -217,10 +327,10 @@ cudaGraphInstantiate(cudaGraphExec_t *x, cudaGraph_t g, unsigned long long)
 	return cudaSuccess;
 }
 cudaError_t
-cudaGraphLaunch(cudaGraphExec_t x, cudaStream_t)
+cudaGraphLaunch(cudaGraphExec_t x, cudaStream_t s)
 {
 	for (const work &w : x->list)
-		w();
+		emu_enqueue(s, w);
 	return cudaSuccess;
 }
 cudaError_t cudaGraphDestroy(cudaGraph_t g) { delete g; return cudaSuccess; }

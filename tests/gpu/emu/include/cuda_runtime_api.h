@@ -3,7 +3,8 @@
 #define OCTET_EMU_CUDA_RUNTIME_API_H
 /*
  * The part of CUDA's runtime that kernels/cuda uses, for the emulation (tests/gpu/emu): device memory is malloc'd between
- * guards and poisoned, streams run at once, a captured graph is a list of what was launched.
+ * guards and poisoned, a stream's work runs when it is queued or when it is waited for, a captured graph is a list of what was
+ * launched.
  */
 #include <stddef.h>
 #ifdef __cplusplus
@@ -12,7 +13,7 @@ extern "C" {
 #endif
 
 typedef enum cudaError { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2,
-	cudaErrorInsufficientDriver = 35, cudaErrorNoDevice = 100, cudaErrorUnknown = 999 } cudaError_t;
+	cudaErrorInsufficientDriver = 35, cudaErrorNoDevice = 100, cudaErrorNotReady = 600, cudaErrorUnknown = 999 } cudaError_t;
 enum cudaMemcpyKind { cudaMemcpyHostToHost, cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrComputeCapabilityMajor = 75,
 	cudaDevAttrComputeCapabilityMinor = 76 };
