@@ -148,7 +148,19 @@ struct k_attention {
 	uint32_t pos;           /* of the first row */
 	uint32_t window;        /* a row attends to so many positions up to its own, 0: to all; other slots may hold anything */
 	float scale;            /* 1 / sqrt(head_dim) */
+	/* One row, fewer than K_PART_HEADS heads of one KV head: only blocks [block0, block1), and what each gives by itself goes
+	 * to parts for attention_merge(), [block1 - block0][k_part()]: output [heads, hd_pad], maximum and sum [K_PART_HEADS]
+	 * each. 64-byte aligned; NULL: all blocks, to out. */
+	float *parts;
+	uint32_t block0, block1;
 };
+
+#define K_PART_HEADS 16u /* of room: a call has fewer */
+static inline size_t
+k_part(uint32_t heads, uint32_t hd_pad)
+{
+	return (size_t)heads * hd_pad + 2 * K_PART_HEADS;
+}
 
 /* The first position that a row at pos attends to. */
 static inline uint32_t
@@ -175,6 +187,8 @@ struct k_ops {
 	void (*kv_write)(const struct k_kv_block *, const float *k, const float *v, uint32_t n_kv_heads,
 	    uint32_t head_dim, uint32_t hd_pad, uint32_t slot);
 	void (*attention)(const struct k_attention *);
+	/* Parts of blocks [block0, block1), all that the row attends to, in ascending order to out. */
+	void (*attention_merge)(const struct k_attention *);
 	/* What the machine can do, for benchmarks: reads every byte (a multiple of 4096); runs that many rounds of FMA
 	 * on registers and returns the operations. */
 	void (*probe_read)(const void *, size_t bytes);

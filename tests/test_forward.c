@@ -89,10 +89,10 @@ make_rope(struct model *m)
 {
 	uint32_t half = m->shape.head_dim / 2;
 
-	m->rope_cos = malloc((size_t)TOKENS * half * sizeof(float));
-	m->rope_sin = malloc((size_t)TOKENS * half * sizeof(float));
+	m->rope_cos = malloc((size_t)m->shape.max_context * half * sizeof(float));
+	m->rope_sin = malloc((size_t)m->shape.max_context * half * sizeof(float));
 	assert_true(m->rope_cos != NULL && m->rope_sin != NULL);
-	for (uint32_t i = 0; i < TOKENS * half; i++) {
+	for (uint32_t i = 0; i < m->shape.max_context * half; i++) {
 		double a = i / half * config_rope_freq(&m->shape, i % half);
 
 		m->rope_cos[i] = (float)cos(a);
@@ -123,7 +123,7 @@ some_plan(uint32_t n_layers)
 }
 
 static void
-make_model(struct some_model *s)
+make_model(struct some_model *s, uint32_t context)
 {
 	static const uint32_t head_dims[] = {2, 6, 16, 24, 32, 40, 64, 80};
 	struct model *m = &s->m;
@@ -137,8 +137,8 @@ make_model(struct some_model *s)
 	sh->intermediate = 1 + below(140);
 	sh->n_layers = 1 + below(2);
 	sh->vocab = 2 + below(70);
-	sh->max_context = TOKENS;
-	sh->window = below(2) == 0 ? 0 : 1 + below(TOKENS);
+	sh->max_context = context;
+	sh->window = below(2) == 0 ? 0 : 1 + below(context);
 	sh->rms_eps = 1e-5f;
 	sh->rope_theta = 10000;
 	m->layer = calloc(sh->n_layers, sizeof(*m->layer));
@@ -283,7 +283,7 @@ check_model(uint64_t seed)
 	float *want, *got;
 
 	state = seed;
-	make_model(&s);
+	make_model(&s, TOKENS);
 	print_message("seed %llu: hidden %u, %u/%u heads of %u, intermediate %u, vocab %u, window %u, %u layers\n",
 	    (unsigned long long)seed, s.m.shape.hidden, s.m.shape.n_heads, s.m.shape.n_kv_heads, s.m.shape.head_dim,
 	    s.m.shape.intermediate, s.m.shape.vocab, s.m.shape.window, s.m.shape.n_layers);
@@ -306,6 +306,100 @@ check_model(uint64_t seed)
 	free_model(&s);
 }
 
+/* ---- contexts so long that threads share out a KV head's blocks ---- */
+
+#define LONG 1300u    /* more than 2 * 16 blocks */
+#define DECODED 12u
+
+/* Logits of the last positions of two sequences, [2][DECODED][vocab], decoded a row each at a time. */
+static void
+run_long(const struct some_model *s, const uint32_t *token, const char *level, uint32_t threads, float *logits)
+{
+	char why[256] = "";
+	const struct k_ops *ops = kernels_select(level, why, sizeof(why));
+	uint32_t vocab = s->m.shape.vocab;
+	struct forward_row row[64];
+	struct kv_seq kv[2];
+	struct kv_pool pool;
+	struct forward *f;
+	struct team *team;
+	struct err err = {""};
+
+	assert_non_null(ops);
+	assert_int_equal(team_new(&team, threads, 50), 0);
+	assert_int_equal(kv_new(&pool, &s->m.shape, 64u << 20, &err), 0);
+	assert_int_equal(forward_new(&f, &s->m, ops, team, &pool, 64, &err), 0);
+	for (uint32_t q = 0; q < 2; q++) {
+		assert_int_equal(kv_seq_new(&kv[q], s->m.shape.n_layers, LONG), 0);
+		for (uint32_t pos = 0, n; pos < LONG - DECODED - q; pos += n) {
+			for (n = 0; n < 64 && pos + n < LONG - DECODED - q; n++) {
+				row[n] = (struct forward_row){.token = token[pos + n], .pos = pos + n, .kv = &kv[q], .plan = s->plan[q]};
+				assert_int_equal(kv_open(&pool, &kv[q], s->plan[q], pos + n), 0);
+			}
+			forward_run(f, row, n);
+		}
+	}
+	for (uint32_t i = 0; i < DECODED; i++) {
+		const float *y;
+
+		for (uint32_t q = 0; q < 2; q++) {
+			uint32_t pos = LONG - DECODED - q + i;
+
+			row[q] = (struct forward_row){.token = token[pos], .pos = pos, .kv = &kv[q], .plan = s->plan[q], .wants_logits = true};
+			assert_int_equal(kv_open(&pool, &kv[q], s->plan[q], pos), 0);
+		}
+		y = forward_run(f, row, 2);
+		for (uint32_t q = 0; q < 2; q++)
+			memcpy(logits + (q * DECODED + i) * vocab, y + (size_t)q * vocab, vocab * sizeof(*y));
+	}
+	for (uint32_t q = 0; q < 2; q++) {
+		kv_close(&pool, &kv[q]);
+		kv_seq_free(&kv[q]);
+	}
+	forward_free(&f);
+	kv_free(&pool);
+	team_free(&team);
+}
+
+static void
+test_long(void **unused)
+{
+	static uint32_t token[LONG];
+	char why[256];
+
+	(void)unused;
+	kernels_thread_init();
+	for (uint64_t seed = 101; seed <= 102; seed++) {
+		struct some_model s;
+		size_t bytes;
+		float *want, *got;
+
+		state = seed;
+		make_model(&s, LONG);
+		s.m.shape.window = seed % 2 == 0 ? 0 : LONG - 100; /* either is long */
+		print_message("seed %llu: %u/%u heads of %u, window %u\n", (unsigned long long)seed, s.m.shape.n_heads,
+		    s.m.shape.n_kv_heads, s.m.shape.head_dim, s.m.shape.window);
+		for (uint32_t i = 0; i < LONG; i++)
+			token[i] = below(s.m.shape.vocab);
+		bytes = 2 * (size_t)DECODED * s.m.shape.vocab * sizeof(float);
+		want = calloc(1, bytes), got = calloc(1, bytes);
+		assert_true(want != NULL && got != NULL);
+		run_long(&s, token, "ref", 1, want);
+		for (size_t l = 0; kernels_level(l) != NULL; l++)
+			for (uint32_t threads = 1; threads <= 2; threads++) {
+				if (kernels_select(kernels_level(l), why, sizeof(why)) == NULL || (l == 0 && threads == 1))
+					continue;
+				memset(got, 0xff, bytes);
+				run_long(&s, token, kernels_level(l), threads, got);
+				for (size_t i = 0; i < bytes / sizeof(*got); i++)
+					if (memcmp(&want[i], &got[i], sizeof(*got)) != 0)
+						fail_msg("%s, %u threads: logit %zu is %a, not %a", kernels_level(l), threads, i, (double)got[i], (double)want[i]);
+			}
+		free(want), free(got);
+		free_model(&s);
+	}
+}
+
 static void
 test_any_cut(void **unused)
 {
@@ -321,7 +415,7 @@ test_any_cut(void **unused)
 int
 main(void)
 {
-	const struct CMUnitTest tests[] = {cmocka_unit_test(test_any_cut)};
+	const struct CMUnitTest tests[] = {cmocka_unit_test(test_any_cut), cmocka_unit_test(test_long)};
 
 	return cmocka_run_group_tests_name("forward", tests, NULL, NULL);
 }

@@ -13,6 +13,8 @@
 #define TOGETHER 8u        /* panels of a linear layer that are taken together, at most: tiles share their inputs among so many */
 #define ITEMS 4u           /* that a part has of its own, at least, if there are so many */
 #define ATTENTION_ROWS 16u /* of one sequence that go through attention together */
+#define RANGE_BLOCKS 16u   /* fewer blocks of a row are not worth sharing */
+#define BLOCK_PARTS (32u << 20) /* bytes of them at most: where contexts are longer still, nothing is shared */
 
 /* Inputs of linear layers in both encodings; a site's format picks one. */
 struct inputs {
@@ -48,6 +50,8 @@ struct forward {
 	size_t tmp_ld;
 	struct k_kv_block *block; /* [parts, max_context / 32] of one row */
 	size_t block_ld;
+	float *block_parts;       /* what attention of a block gives by itself, where ranges of blocks are shared out */
+	size_t max_block_parts;   /* floats */
 	struct inputs in;
 
 	/* The phase that runs. */
@@ -56,6 +60,7 @@ struct forward {
 	const struct plan **plan; /* [max_rows] plan of each input row */
 	uint32_t layer;
 	uint32_t next_item;       /* atomic: of attention, not yet taken */
+	uint32_t ranges;          /* of blocks that a row and KV head are cut into; 1: not */
 	struct share *share;      /* [parts] of what the phase has to do */
 	uint32_t item;            /* so much of it is taken together */
 	void (*each_row)(struct forward *, uint32_t part, uint32_t row);
@@ -129,6 +134,18 @@ plant_fault(struct forward *f)
 	}
 }
 
+/* Heads and rows are fewer than four a thread where ranges of blocks are shared out. */
+static size_t
+max_block_parts(const struct model_shape *s, const struct kv_pool *kv, uint32_t parts)
+{
+	uint64_t heads = s->n_heads / s->n_kv_heads, most = BLOCK_PARTS / sizeof(float), all;
+
+	if (parts == 1 || heads >= K_PART_HEADS)
+		return 0;
+	all = (uint64_t)4 * parts * kv_blocks_for(s->max_context) * k_part((uint32_t)heads, kv->hd_pad);
+	return (size_t)(all < most ? all : most) / 16 * 16;
+}
+
 int
 forward_new(struct forward **out, const struct model *m, const struct k_ops *ops, struct team *team,
     struct kv_pool *kv, uint32_t max_rows, struct err *err)
@@ -158,6 +175,9 @@ forward_new(struct forward **out, const struct model *m, const struct k_ops *ops
 	ok = ok && f->logits != NULL;
 	f->tmp = buffer((size_t)parts * f->tmp_ld, sizeof(float), &ok);
 	f->block = buffer((size_t)parts * f->block_ld, sizeof(*f->block), &ok);
+	f->max_block_parts = max_block_parts(s, kv, parts);
+	f->block_parts = aligned_alloc(64, f->max_block_parts * sizeof(float) + 64); /* touched as used */
+	ok = ok && f->block_parts != NULL;
 	f->share = buffer(parts, sizeof(*f->share), &ok);
 	f->plan = buffer(max_rows, sizeof(*f->plan), &ok);
 	f->in.bf16 = buffer((size_t)max_rows * f->in.ld, sizeof(uint16_t), &ok);
@@ -183,7 +203,7 @@ forward_free(struct forward **fp)
 	if (f == NULL)
 		return;
 	free(f->x), free(f->q), free(f->k), free(f->v), free(f->attn), free(f->gate), free(f->up);
-	free(f->logits), free(f->tmp), free(f->block), free(f->share), free(f->plan);
+	free(f->logits), free(f->tmp), free(f->block), free(f->block_parts), free(f->share), free(f->plan);
 	free(f->in.bf16), free(f->in.fp8), free(f->in.scale), free(f->in.fp8b), free(f->in.square), free(f->fault_scale);
 	free(f);
 	*fp = NULL;
@@ -481,46 +501,140 @@ run_of_rows(const struct forward *f, uint32_t r)
 	return end;
 }
 
-static void
-attend(struct forward *f, uint32_t r, uint32_t rows, uint32_t head0, uint32_t head1, struct k_kv_block *block)
+static uint32_t
+first_block(const struct forward *f, uint32_t r)
+{
+	return k_window_first(f->row[r].pos, f->m->shape.window) / KV_PAGE_TOKENS;
+}
+
+static uint32_t
+blocks_of(const struct forward *f, uint32_t r)
+{
+	return f->row[r].pos / KV_PAGE_TOKENS + 1 - first_block(f, r);
+}
+
+/* Rows from r on, KV heads [head0, head1). */
+static struct k_attention
+attention_of(const struct forward *f, uint32_t r, uint32_t rows, uint32_t head0, uint32_t head1)
 {
 	const struct model_shape *s = &f->m->shape;
-	const struct forward_row *row = &f->row[r];
+	uint32_t group = s->n_heads / s->n_kv_heads;
 	size_t ld = (size_t)s->n_heads * s->head_dim;
 
-	for (uint32_t b = k_window_first(row->pos, s->window) / KV_PAGE_TOKENS; b <= (row->pos + rows - 1) / KV_PAGE_TOKENS; b++)
-		block[b] = block_of(f, row, b);
-	f->ops->attention(&(struct k_attention){
-	    .q = f->q + r * ld, .out = f->attn + r * ld, .ld = ld, .rows = rows, .block = block,
-	    .n_heads = s->n_heads, .n_kv_heads = s->n_kv_heads,
-	    .head_dim = s->head_dim, .hd_pad = f->kv->hd_pad,
-	    .head0 = head0, .head1 = head1, .pos = row->pos, .window = s->window,
-	    .scale = 1.0f / sqrtf((float)s->head_dim)});
+	return (struct k_attention){.q = f->q + r * ld, .out = f->attn + r * ld, .ld = ld, .rows = rows,
+	    .n_heads = s->n_heads, .n_kv_heads = s->n_kv_heads, .head_dim = s->head_dim, .hd_pad = f->kv->hd_pad,
+	    .head0 = head0 * group, .head1 = head1 * group, .pos = f->row[r].pos, .window = s->window,
+	    .scale = 1.0f / sqrtf((float)s->head_dim)};
+}
+
+/* As a call for one row and KV head: the place of its parts, of all its blocks. */
+static void
+set_parts(const struct forward *f, struct k_attention *a, uint32_t r, uint32_t h)
+{
+	size_t one = k_part(a->head1 - a->head0, a->hd_pad), at = (size_t)h * blocks_of(f, r);
+
+	for (uint32_t i = 0; i < r; i++)
+		at += (size_t)f->m->shape.n_kv_heads * blocks_of(f, i);
+	a->parts = f->block_parts + at * one;
+	a->block0 = first_block(f, r);
+	a->block1 = a->block0 + blocks_of(f, r);
+}
+
+static void
+attend(struct forward *f, struct k_attention *a, uint32_t r, uint32_t h, uint32_t range, struct k_kv_block *block)
+{
+	uint32_t from = first_block(f, r), end = (a->pos + a->rows - 1) / KV_PAGE_TOKENS + 1;
+
+	if (f->ranges > 1) {
+		uint32_t n = blocks_of(f, r);
+
+		set_parts(f, a, r, h);
+		a->block0 = from + n * range / f->ranges, a->block1 = end = from + n * (range + 1) / f->ranges;
+		a->parts += (a->block0 - from) * k_part(a->head1 - a->head0, a->hd_pad);
+		from = a->block0;
+	}
+	for (uint32_t b = from; b < end; b++)
+		block[b] = block_of(f, &f->row[r], b);
+	a->block = block;
+	f->ops->attention(a);
 }
 
 /* An item is a KV head of a run of rows, so that its pages stay in cache for the next, or all heads of one row where
- * rows are many. Items go to whoever is free: later positions have more before them. */
+ * rows are many, or a range of the blocks of a KV head where there are few. Items go to whoever is free: later positions
+ * have more before them. */
 static void
 attention_part(void *arg, uint32_t part, uint32_t parts)
 {
 	struct forward *f = arg;
-	uint32_t kv_heads = f->m->shape.n_kv_heads, group = f->m->shape.n_heads / kv_heads, item = 0, mine;
+	uint32_t kv_heads = f->m->shape.n_kv_heads, item = 0, mine;
 	struct k_kv_block *block = f->block + part * f->block_ld;
 	bool many = f->n_rows >= 4 * parts;
 
 	mine = __atomic_fetch_add(&f->next_item, 1, __ATOMIC_RELAXED);
-	for (uint32_t h = 0; h < kv_heads; h++) {
+	for (uint32_t i = 0; i < kv_heads * f->ranges; i++) {
+		uint32_t h = i / f->ranges;
+
 		for (uint32_t r = 0, end; r < f->n_rows; r = end) {
+			struct k_attention a;
 			bool whole;
 
 			end = run_of_rows(f, r);
 			whole = many && end - r == 1;
 			if ((whole && h > 0) || item++ != mine)
 				continue;
-			attend(f, r, end - r, h * group, whole ? f->m->shape.n_heads : (h + 1) * group, block);
+			a = attention_of(f, r, end - r, h, whole ? kv_heads : h + 1);
+			attend(f, &a, r, h, i % f->ranges, block);
 			mine = __atomic_fetch_add(&f->next_item, 1, __ATOMIC_RELAXED);
 		}
 	}
+}
+
+static void
+merge_part(void *arg, uint32_t part, uint32_t parts)
+{
+	struct forward *f = arg;
+	uint32_t kv_heads = f->m->shape.n_kv_heads;
+
+	for (uint32_t i = part; i < f->n_rows * kv_heads; i += parts) {
+		struct k_attention a = attention_of(f, i / kv_heads, 1, i % kv_heads, i % kv_heads + 1);
+
+		set_parts(f, &a, i / kv_heads, i % kv_heads);
+		f->ops->attention_merge(&a);
+	}
+}
+
+/* Into how many ranges of blocks is each KV head of each row cut, so that there are four items a thread? */
+static uint32_t
+choose_ranges(const struct forward *f)
+{
+	const struct model_shape *s = &f->m->shape;
+	uint32_t items = f->n_rows * s->n_kv_heads, wanted = 4 * team_size(f->team), least = UINT32_MAX, n;
+	size_t blocks = 0;
+
+	if (f->max_block_parts == 0 || items >= wanted)
+		return 1;
+	for (uint32_t r = 0; r < f->n_rows; r++) {
+		if (run_of_rows(f, r) != r + 1)
+			return 1;
+		n = blocks_of(f, r);
+		blocks += n;
+		least = n < least ? n : least;
+	}
+	if (blocks * s->n_kv_heads * k_part(s->n_heads / s->n_kv_heads, f->kv->hd_pad) > f->max_block_parts)
+		return 1;
+	n = (wanted + items - 1) / items;
+	n = n < least / RANGE_BLOCKS ? n : least / RANGE_BLOCKS;
+	return n < 2 ? 1 : n;
+}
+
+static void
+run_attention(struct forward *f)
+{
+	f->next_item = 0;
+	f->ranges = choose_ranges(f);
+	team_run(f->team, attention_part, f);
+	if (f->ranges > 1)
+		team_run(f->team, merge_part, f);
 }
 
 static void
@@ -557,8 +671,7 @@ run_layer(struct forward *f, uint32_t n)
 	    {GROUP_K, &w[GROUP_K], f->k, kvd, false},
 	    {GROUP_V, &w[GROUP_V], f->v, kvd, false}}, 3, n);
 	run_rows(f, n, rope_row);
-	f->next_item = 0;
-	team_run(f->team, attention_part, f);
+	run_attention(f);
 	/* q, k and v were finite: the fault came out of the cache. */
 	trace(f, f->attn, qd, GROUP_KV_CACHE);
 	run_rows(f, n, attn_encode_row);

@@ -386,39 +386,102 @@ attend_page(const struct k_attention *a, const float *q, const struct head_page 
 	}
 }
 
+/* What a head has so far, and the output of a block. */
+struct head {
+	float out[256], m, l;
+};
+
+static void
+merge(struct head *to, const struct head *block, uint32_t hd, bool first)
+{
+	float m, fa, fb;
+
+	if (first) {
+		*to = *block;
+		return;
+	}
+	m = block->m > to->m ? block->m : to->m;
+	fa = exp_ref(to->m - m), fb = exp_ref(block->m - m);
+	to->l = fmaf(to->l, fa, block->l * fb);
+	for (uint32_t d = 0; d < hd; d++)
+		to->out[d] = fmaf(to->out[d], fa, block->out[d] * fb);
+	to->m = m;
+}
+
+static void
+divide(const struct k_attention *a, uint32_t h, const struct head *from)
+{
+	for (uint32_t d = 0; d < a->head_dim; d++)
+		a->out[(size_t)h * a->head_dim + d] = from->out[d] / from->l;
+}
+
+static float *
+part_of(const struct k_attention *a, uint32_t block)
+{
+	return a->parts + (block - a->block0) * k_part(a->head1 - a->head0, a->hd_pad);
+}
+
+static void
+put_part(const struct k_attention *a, uint32_t block, uint32_t h, const struct head *from)
+{
+	uint32_t heads = a->head1 - a->head0, i = h - a->head0;
+	float *part = part_of(a, block), *m = part + (size_t)heads * a->hd_pad;
+
+	memcpy(part + (size_t)i * a->hd_pad, from->out, a->head_dim * sizeof(*part));
+	m[i] = from->m, m[K_PART_HEADS + i] = from->l;
+}
+
+static void
+get_part(const struct k_attention *a, uint32_t block, uint32_t h, struct head *to)
+{
+	uint32_t heads = a->head1 - a->head0, i = h - a->head0;
+	const float *part = part_of(a, block), *m = part + (size_t)heads * a->hd_pad;
+
+	memcpy(to->out, part + (size_t)i * a->hd_pad, a->head_dim * sizeof(*part));
+	to->m = m[i], to->l = m[K_PART_HEADS + i];
+}
+
 static void
 attend_head(const struct k_attention *a, uint32_t h)
 {
 	uint32_t kvh = h / (a->n_heads / a->n_kv_heads), start = k_window_first(a->pos, a->window), first = start / K_BLOCK;
 	size_t head = (size_t)kvh * a->hd_pad * K_BLOCK, half = (size_t)a->n_kv_heads * a->hd_pad * K_BLOCK;
-	float *out = a->out + (size_t)h * a->head_dim, q[256], block[256], m = 0, l = 0;
+	uint32_t from = a->parts != NULL ? a->block0 : first, end = a->parts != NULL ? a->block1 : a->pos / K_BLOCK + 1;
+	struct head all, block;
+	float q[256];
 
 	for (uint32_t d = 0; d < a->head_dim; d++)
 		q[d] = k_bf16_to_float(k_bf16_from_float(a->q[(size_t)h * a->head_dim + d]));
-	for (uint32_t b = first; b <= a->pos / K_BLOCK; b++) {
+	for (uint32_t b = from; b < end; b++) {
 		const float *scale = a->block[b].scale;
 		struct head_page page = {&a->block[b], head, half, NULL, NULL, a->hd_pad};
 		uint32_t lo = b == first ? start % K_BLOCK : 0;
 		uint32_t hi = a->pos - b * K_BLOCK + 1 < K_BLOCK ? a->pos - b * K_BLOCK + 1 : K_BLOCK;
-		float bm, bl, to, fa, fb;
 
 		if (scale != NULL)
 			page.ks = scale + kvh * K_BLOCK, page.vs = scale + (a->n_kv_heads + kvh) * K_BLOCK;
-		attend_page(a, q, &page, lo, hi, &bm, &bl, block);
-		if (b == first) {
-			m = bm, l = bl;
-			memcpy(out, block, a->head_dim * sizeof(*out));
-			continue;
-		}
-		to = bm > m ? bm : m;
-		fa = exp_ref(m - to), fb = exp_ref(bm - to);
-		l = fmaf(l, fa, bl * fb);
-		for (uint32_t d = 0; d < a->head_dim; d++)
-			out[d] = fmaf(out[d], fa, block[d] * fb);
-		m = to;
+		attend_page(a, q, &page, lo, hi, &block.m, &block.l, block.out);
+		if (a->parts != NULL)
+			put_part(a, b, h, &block);
+		else
+			merge(&all, &block, a->head_dim, b == first);
 	}
-	for (uint32_t d = 0; d < a->head_dim; d++)
-		out[d] = out[d] / l;
+	if (a->parts == NULL)
+		divide(a, h, &all);
+}
+
+static void
+attention_merge_ref(const struct k_attention *a)
+{
+	for (uint32_t h = a->head0; h < a->head1; h++) {
+		struct head all, block;
+
+		for (uint32_t b = a->block0; b < a->block1; b++) {
+			get_part(a, b, h, &block);
+			merge(&all, &block, a->head_dim, b == a->block0);
+		}
+		divide(a, h, &all);
+	}
 }
 
 static void
@@ -460,5 +523,5 @@ void
 kernels_fill_ref(struct k_ops *ops)
 {
 	*ops = (struct k_ops){"ref", linear_ref, act_bf16_ref, act_fp8_ref, rmsnorm_ref, rope_ref, silu_mul_ref,
-	    kv_write_ref, attention_ref, probe_read_ref, probe_fma_ref, divergence_ref, scan_ref, weights_ref};
+	    kv_write_ref, attention_ref, attention_merge_ref, probe_read_ref, probe_fma_ref, divergence_ref, scan_ref, weights_ref};
 }

@@ -815,34 +815,68 @@ merge(struct head *h, uint32_t hd, bool first)
 }
 
 INLINE void
-attend_page(const struct k_attention *a, const struct head_page *page, struct head *head, bool first, const uint32_t n)
+attend_page(const struct k_attention *a, const struct head_page *page, struct head *head, const uint32_t n)
 {
 	page_scores(a, page, head, n);
 	for (uint32_t h = 0; h < n; h++)
 		page_softmax(page, &head[h]);
 	page_output(a, page, head, n);
-	for (uint32_t h = 0; h < n; h++)
-		merge(&head[h], a->head_dim, first);
 }
 
 #define ATTEND(n) \
-	AVX2 static void attend_##n(const struct k_attention *a, const struct head_page *page, struct head *head, \
-	    bool first) \
+	AVX2 static void attend_##n(const struct k_attention *a, const struct head_page *page, struct head *head) \
 	{ \
-		attend_page(a, page, head, first, n); \
+		attend_page(a, page, head, n); \
 	}
 ATTEND(1)
 ATTEND(2)
 ATTEND(3)
 ATTEND(4)
 
+/* The outputs, maxima and sums of a block, between heads and parts. */
+AVX2 static void
+put_part(const struct k_attention *a, uint32_t block, const struct head *head)
+{
+	uint32_t n = a->head1 - a->head0;
+	float *part = a->parts + (block - a->block0) * k_part(n, a->hd_pad), *m = part + (size_t)n * a->hd_pad;
+
+	for (uint32_t i = 0; i < n; i++) {
+		memcpy(part + (size_t)i * a->hd_pad, head[i].block, a->hd_pad * sizeof(*part));
+		m[i] = head[i].block_m, m[K_PART_HEADS + i] = head[i].block_l;
+	}
+}
+
+AVX2 static void
+get_part(const struct k_attention *a, uint32_t block, struct head *head)
+{
+	uint32_t n = a->head1 - a->head0;
+	const float *part = a->parts + (block - a->block0) * k_part(n, a->hd_pad), *m = part + (size_t)n * a->hd_pad;
+
+	for (uint32_t i = 0; i < n; i++) {
+		memcpy(head[i].block, part + (size_t)i * a->hd_pad, a->hd_pad * sizeof(*part));
+		head[i].block_m = m[i], head[i].block_l = m[K_PART_HEADS + i];
+	}
+}
+
+AVX2 static void
+divide(const struct k_attention *a, uint32_t h0, uint32_t h1, const struct head *head)
+{
+	uint32_t hd = a->head_dim;
+
+	for (uint32_t h = h0; h < h1; h++)
+		for (uint32_t d = 0; d < hd; d += 8)
+			_mm256_maskstore_ps(a->out + (size_t)h * hd + d, tail(d, hd),
+			    _mm256_div_ps(_mm256_load_ps(head[h - h0].out + d), _mm256_set1_ps(head[h - h0].l)));
+}
+
 /* Heads [h0, h1) of one KV head, at most HEADS. */
 AVX2 static void
 attend_heads(const struct k_attention *a, uint32_t kvh, uint32_t h0, uint32_t h1)
 {
-	static void (*const attend[TEAM])(const struct k_attention *, const struct head_page *, struct head *, bool) = {
+	static void (*const attend[TEAM])(const struct k_attention *, const struct head_page *, struct head *) = {
 	    attend_1, attend_2, attend_3, attend_4};
 	uint32_t hd = a->head_dim, start = k_window_first(a->pos, a->window), first = start / K_BLOCK;
+	uint32_t from = a->parts != NULL ? a->block0 : first, end = a->parts != NULL ? a->block1 : a->pos / K_BLOCK + 1;
 	size_t at = (size_t)kvh * a->hd_pad * K_BLOCK;
 	_Alignas(32) uint16_t k[256 * K_BLOCK], v[256 * K_BLOCK];
 	_Alignas(32) float ks[32], vs[32];
@@ -852,7 +886,7 @@ attend_heads(const struct k_attention *a, uint32_t kvh, uint32_t h0, uint32_t h1
 		for (uint32_t d = 0; d < hd; d += 8)
 			_mm256_store_ps(head[h - h0].q + d,
 			    rounded_bf16(_mm256_maskload_ps(a->q + (size_t)h * hd + d, tail(d, hd))));
-	for (uint32_t b = first; b <= a->pos / K_BLOCK; b++) {
+	for (uint32_t b = from; b < end; b++) {
 		const struct k_kv_block *kv = &a->block[b];
 		struct head_page page = {k, v, ks, vs, b == first ? start % K_BLOCK : 0,
 		    a->pos - b * K_BLOCK + 1 < K_BLOCK ? a->pos - b * K_BLOCK + 1 : K_BLOCK};
@@ -865,12 +899,27 @@ attend_heads(const struct k_attention *a, uint32_t kvh, uint32_t h0, uint32_t h1
 			mix_scales(a, kv, kvh, ks, vs);
 		}
 		for (uint32_t h = 0; h < h1 - h0; h += TEAM)
-			attend[(h1 - h0 - h < TEAM ? h1 - h0 - h : TEAM) - 1](a, &page, head + h, b == first);
+			attend[(h1 - h0 - h < TEAM ? h1 - h0 - h : TEAM) - 1](a, &page, head + h);
+		if (a->parts != NULL)
+			put_part(a, b, head);
+		for (uint32_t h = 0; a->parts == NULL && h < h1 - h0; h++)
+			merge(&head[h], hd, b == first);
 	}
-	for (uint32_t h = h0; h < h1; h++)
-		for (uint32_t d = 0; d < hd; d += 8)
-			_mm256_maskstore_ps(a->out + (size_t)h * hd + d, tail(d, hd),
-			    _mm256_div_ps(_mm256_load_ps(head[h - h0].out + d), _mm256_set1_ps(head[h - h0].l)));
+	if (a->parts == NULL)
+		divide(a, h0, h1, head);
+}
+
+AVX2 static void
+attention_merge_avx2(const struct k_attention *a)
+{
+	struct head head[HEADS];
+
+	for (uint32_t b = a->block0; b < a->block1; b++) {
+		get_part(a, b, head);
+		for (uint32_t h = 0; h < a->head1 - a->head0; h++)
+			merge(&head[h], a->head_dim, b == a->block0);
+	}
+	divide(a, a->head0, a->head1, head);
 }
 
 static void
@@ -942,6 +991,7 @@ kernels_fill_avx2(struct k_ops *ops)
 	ops->silu_mul = silu_mul_avx2;
 	ops->kv_write = kv_write_avx2;
 	ops->attention = attention_avx2;
+	ops->attention_merge = attention_merge_avx2;
 	ops->probe_read = probe_read_avx2;
 	ops->probe_fma = probe_fma_avx2;
 	ops->divergence = divergence_avx2;

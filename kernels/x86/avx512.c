@@ -727,15 +727,15 @@ softmax(struct vectors *s, uint32_t at, float (*score)[32], float scale, const s
 	_mm512_store_ps(s->block_l + at, fold_all(sum, true));
 }
 
-/* Adds the outputs of a block, [n, hd_pad], whose maxima, sums and slots lie from `at` on. */
+/* Adds the outputs of a block, [n, hd_pad], its maxima, sums and slots, [n] each. */
 AVX512 static void
-merge(struct vectors *s, uint32_t at, const float *block)
+merge(struct vectors *s, const float *block_m, const float *block_l, const uint32_t *valid, const float *block)
 {
 	for (uint32_t i = 0; i < s->n; i += 16) {
 		__mmask16 in = tail(i, s->n);
-		__m512 m = _mm512_maskz_loadu_ps(in, s->m + i), bm = _mm512_maskz_loadu_ps(in, s->block_m + at + i);
-		__m512 l = _mm512_maskz_loadu_ps(in, s->l + i), bl = _mm512_maskz_loadu_ps(in, s->block_l + at + i);
-		__mmask16 has = _mm512_mask_cmpneq_epi32_mask(in, _mm512_maskz_loadu_epi32(in, s->valid + at + i), _mm512_setzero_si512());
+		__m512 m = _mm512_maskz_loadu_ps(in, s->m + i), bm = _mm512_maskz_loadu_ps(in, block_m + i);
+		__m512 l = _mm512_maskz_loadu_ps(in, s->l + i), bl = _mm512_maskz_loadu_ps(in, block_l + i);
+		__mmask16 has = _mm512_mask_cmpneq_epi32_mask(in, _mm512_maskz_loadu_epi32(in, valid + i), _mm512_setzero_si512());
 		__mmask16 had = has & _mm512_cmp_ps_mask(l, _mm512_setzero_ps(), _CMP_NEQ_UQ);
 		__m512 max = _mm512_mask_mov_ps(m, _mm512_cmp_ps_mask(bm, m, _CMP_GT_OQ), bm);
 		_Alignas(64) float fa[16], fb[16];
@@ -808,11 +808,11 @@ page_of(const struct k_attention *a, const struct k_kv_block *kv, uint32_t kvh, 
 	return kv->q + ((v ? a->n_kv_heads : 0) + kvh) * size;
 }
 
-/* What is read PAGES_AHEAD after K, or V, of page g of a batch of m from `block` on; the last page at the end. */
+/* What is read PAGES_AHEAD after K, or V, of page g of a batch of m from `block` on; at the end that of block `last`. */
 static const void *
-page_ahead(const struct k_attention *a, uint32_t kvh, uint32_t block, uint32_t m, uint32_t g, bool v)
+page_ahead(const struct k_attention *a, uint32_t kvh, uint32_t block, uint32_t last, uint32_t m, uint32_t g, bool v)
 {
-	uint32_t to = g + PAGES_AHEAD, last = a->pos / K_BLOCK;
+	uint32_t to = g + PAGES_AHEAD;
 
 	if (to < m)
 		return page_of(a, &a->block[block + to], kvh, v);
@@ -840,7 +840,9 @@ slots_of(uint32_t pos, uint32_t window, uint32_t block)
 AVX512 static void
 attend_few(const struct k_attention *a, uint32_t h0, uint32_t h1, const struct k_products *by)
 {
-	uint32_t n = h1 - h0, kvh = h0 / (a->n_heads / a->n_kv_heads), last = a->pos / K_BLOCK, pages = FEWEST / n;
+	uint32_t n = h1 - h0, kvh = h0 / (a->n_heads / a->n_kv_heads), pages = FEWEST / n;
+	uint32_t first = a->parts != NULL ? a->block0 : k_window_first(a->pos, a->window) / K_BLOCK;
+	uint32_t last = a->parts != NULL ? a->block1 - 1 : a->pos / K_BLOCK;
 	size_t at = (size_t)kvh * a->hd_pad * K_BLOCK;
 	_Alignas(64) float score[2 * FEWEST][32], out[FEWEST * 256], ks[FEWEST][32], vs[FEWEST][32];
 	_Alignas(64) uint16_t p[FEWEST][32], page[256 * K_BLOCK], trimmed[256 * K_BLOCK];
@@ -852,14 +854,14 @@ attend_few(const struct k_attention *a, uint32_t h0, uint32_t h1, const struct k
 	s.n = n, s.hd_pad = a->hd_pad;
 	memset(s.l, 0, sizeof(s.l));
 	memset(score, 0, sizeof(score));
-	for (uint32_t b = k_window_first(a->pos, a->window) / K_BLOCK; b <= last; b += pages) {
+	for (uint32_t b = first; b <= last; b += pages) {
 		uint32_t m = last - b + 1 < pages ? last - b + 1 : pages;
 
 		memset(s.valid, 0, sizeof(s.valid));
 		for (uint32_t g = 0; g < m; g++) {
 			const struct k_kv_block *kv = &a->block[b + g];
 			const uint16_t *k = kv->fp8 == 0 ? kv->k + at : page;
-			const void *next = page_ahead(a, kvh, b, m, g, false);
+			const void *next = page_ahead(a, kvh, b, last, m, g, false);
 
 			if (kv->fp8 != 0) {
 				mix_k(a, kv, kvh, next, page);
@@ -876,7 +878,7 @@ attend_few(const struct k_attention *a, uint32_t h0, uint32_t h1, const struct k
 		for (uint32_t g = 0; g < m; g++) {
 			const struct k_kv_block *kv = &a->block[b + g];
 			const uint16_t *v = kv->fp8 == 0 ? kv->v + at : page;
-			const void *next = page_ahead(a, kvh, b, m, g, true);
+			const void *next = page_ahead(a, kvh, b, last, m, g, true);
 
 			if (kv->fp8 != 0) {
 				mix_v(a, kv, kvh, next, page);
@@ -886,12 +888,39 @@ attend_few(const struct k_attention *a, uint32_t h0, uint32_t h1, const struct k
 				trim_page(v, a->hd_pad, s.valid[g * n], trimmed);
 				v = trimmed;
 			}
+			if (a->parts != NULL) {
+				float *part = a->parts + (b + g - first) * k_part(n, a->hd_pad), *max = part + (size_t)n * a->hd_pad;
+
+				by->weigh((const uint16_t (*)[32])p + g * n, n, a->hd_pad, v, next, part);
+				memcpy(max, s.block_m + g * n, n * sizeof(*max));
+				memcpy(max + K_PART_HEADS, s.block_l + g * n, n * sizeof(*max));
+				continue;
+			}
 			by->weigh((const uint16_t (*)[32])p + g * n, n, a->hd_pad, v, next, out);
-			merge(&s, g * n, out);
+			merge(&s, s.block_m + g * n, s.block_l + g * n, s.valid + g * n, out);
 		}
 	}
-	for (uint32_t i = 0; i < n; i++)
+	for (uint32_t i = 0; i < n && a->parts == NULL; i++)
 		divide(&s, i, a->head_dim, a->out + (size_t)(h0 + i) * a->head_dim);
+}
+
+AVX512 static void
+attention_merge_avx512(const struct k_attention *a)
+{
+	static const uint32_t valid[K_PART_HEADS] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+	uint32_t n = a->head1 - a->head0;
+	const float *part = a->parts;
+	struct vectors s;
+
+	s.n = n, s.hd_pad = a->hd_pad;
+	memset(s.l, 0, sizeof(s.l));
+	for (uint32_t b = a->block0; b < a->block1; b++, part += k_part(n, a->hd_pad)) {
+		const float *max = part + (size_t)n * a->hd_pad;
+
+		merge(&s, max, max + K_PART_HEADS, valid, part);
+	}
+	for (uint32_t i = 0; i < n; i++)
+		divide(&s, i, a->head_dim, a->out + (size_t)(a->head0 + i) * a->head_dim);
 }
 
 static void
@@ -924,7 +953,7 @@ attend_page(struct vectors *s, const void *q, const uint16_t *k, const uint16_t 
 	for (uint32_t i = 0; i < s->n; i += 16)
 		softmax(s, i, score + i, scale, scales, p + i);
 	by->weigh((const uint16_t (*)[32])p, s->n, s->hd_pad, v, v, out);
-	merge(s, 0, out);
+	merge(s, s->block_m, s->block_l, s->valid, out);
 }
 
 /* Sets the slots of a block for each vector; returns those that count for all, and in *any for one at least. */
@@ -988,14 +1017,16 @@ avx512_are_many(const struct k_attention *a)
 {
 	uint32_t group = a->n_heads / a->n_kv_heads, heads = a->head1 - a->head0;
 
-	return a->rows * (group < heads ? group : heads) >= FEWEST;
+	return a->parts == NULL && a->rows * (group < heads ? group : heads) >= FEWEST;
 }
 
 /* Fewer than FEWEST vectors, and what products would spoil, by `few`, row by row. */
 static void
 attend(const struct k_attention *a, const struct k_products *by, const struct k_products *few)
 {
-	for (uint32_t h = a->head0, to; h < a->head1; h = to) {
+	if (a->parts != NULL)
+		attend_rows(a, few);
+	for (uint32_t h = a->head0, to; a->parts == NULL && h < a->head1; h = to) {
 		uint32_t rows;
 
 		to = k_heads_end(a, h, VECTORS);
@@ -1154,6 +1185,7 @@ kernels_fill_avx512(struct k_ops *ops)
 	ops->silu_mul = silu_mul_avx512;
 	ops->kv_write = kv_write_avx512;
 	ops->attention = attention_avx512;
+	ops->attention_merge = attention_merge_avx512;
 	ops->probe_read = probe_read_avx512;
 	ops->probe_fma = probe_fma_avx512;
 	ops->divergence = divergence_avx512;
