@@ -369,7 +369,8 @@ test_long(void **unused)
 
 	(void)unused;
 	kernels_thread_init();
-	for (uint64_t seed = 101; seed <= 102; seed++) {
+	/* Small heads: ref takes its time. */
+	for (uint64_t seed = 105; seed <= 106; seed++) {
 		struct some_model s;
 		size_t bytes;
 		float *want, *got;
