@@ -2,11 +2,15 @@
 /* What ref.c does to rows of logits, eight or sixteen lanes at once in vectors that the compiler cuts to the level's width. */
 #include "kernels/internal.h"
 
-typedef double f64x8 __attribute__((vector_size(64), aligned(8)));
-typedef int64_t i64x8 __attribute__((vector_size(64), aligned(8)));
-typedef float f32x8 __attribute__((vector_size(32), aligned(4)));
-typedef float f32x16 __attribute__((vector_size(64), aligned(4)));
-typedef int32_t i32x16 __attribute__((vector_size(64), aligned(4)));
+typedef double f64x8 __attribute__((vector_size(64)));
+typedef int64_t i64x8 __attribute__((vector_size(64)));
+typedef float f32x8 __attribute__((vector_size(32)));
+typedef float f32x16 __attribute__((vector_size(64)));
+typedef int32_t i32x16 __attribute__((vector_size(64)));
+/* In arrays. Not for variables: gcc's sanitizer puts them where it then does not take them from. */
+typedef double f64x8_at __attribute__((vector_size(64), aligned(8)));
+typedef float f32x8_at __attribute__((vector_size(32), aligned(4)));
+typedef float f32x16_at __attribute__((vector_size(64), aligned(4)));
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -28,8 +32,8 @@ exp_lanes(const f64x8 *of, f64x8 *out)
 INLINE void
 add_lanes(const float *a, const float *b, float max_a, float max_b, const i64x8 *here, f64x8 sum[3])
 {
-	f64x8 x = __builtin_convertvector(*(const f32x8 *)(const void *)a, f64x8) - max_a, p;
-	f64x8 y = __builtin_convertvector(*(const f32x8 *)(const void *)b, f64x8) - max_b, q;
+	f64x8 x = __builtin_convertvector(*(const f32x8_at *)(const void *)a, f64x8) - max_a, p;
+	f64x8 y = __builtin_convertvector(*(const f32x8_at *)(const void *)b, f64x8) - max_b, q;
 
 	exp_lanes(&x, &p);
 	exp_lanes(&y, &q);
@@ -50,7 +54,7 @@ fold(const f64x8 *of)
 INLINE void
 weigh(const float *x, float max, double temperature, double least, f64x8 *out)
 {
-	f64x8 v = (__builtin_convertvector(*(const f32x8 *)(const void *)x, f64x8) - max) / temperature, w;
+	f64x8 v = (__builtin_convertvector(*(const f32x8_at *)(const void *)x, f64x8) - max) / temperature, w;
 
 	exp_lanes(&v, &w);
 	*out = (f64x8)((w >= least) & (i64x8)w);
@@ -83,7 +87,7 @@ weights(const float *x, uint32_t n, float max, double temperature, double least,
 
 	for (i = 0; i + 8 <= n; i += 8) {
 		weigh(x + i, max, temperature, least, &w);
-		*(f64x8 *)(void *)(p + i) = w;
+		*(f64x8_at *)(void *)(p + i) = w;
 		sum += w;
 	}
 	for (uint32_t j = 0; i + j < n; j++)
@@ -108,7 +112,7 @@ scan(const float *x, uint32_t n, float *max)
 		float best;
 
 		for (; i + 16 <= to; i += 16) {
-			f32x16 v = *(const f32x16 *)(const void *)(x + i);
+			f32x16 v = *(const f32x16_at *)(const void *)(x + i);
 
 			bad |= ((i32x16)v & inf) == inf;
 			more = v > m;
