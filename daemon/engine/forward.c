@@ -71,7 +71,7 @@ struct forward {
 	/* $OCTET_FAULT: a site whose FP8 inputs get a wrong scale, for tests of eval and guardrail. */
 	int fault_group;  /* -1: none */
 	uint32_t fault_layer;
-	float *fault_scale; /* [max_rows, ld_square] */
+	float *fault_scale; /* [max_rows], then [max_rows, ld_square] */
 
 	/* forward_find_nonfinite(): check after each phase. */
 	bool trace, found;
@@ -185,7 +185,7 @@ forward_new(struct forward **out, const struct model *m, const struct k_ops *ops
 	f->in.scale = buffer(max_rows, sizeof(float), &ok);
 	f->in.fp8b = buffer((size_t)max_rows * f->in.ld, sizeof(uint16_t), &ok);
 	f->in.square = buffer((size_t)max_rows * f->in.ld_square, sizeof(float), &ok);
-	f->fault_scale = buffer((size_t)max_rows * f->in.ld_square, sizeof(float), &ok);
+	f->fault_scale = buffer((size_t)max_rows * (f->in.ld_square + 1), sizeof(float), &ok);
 	plant_fault(f);
 	if (!ok) {
 		forward_free(&f);
@@ -316,16 +316,22 @@ add_bias(const struct forward *f, const struct site *s, uint32_t row0, uint32_t 
 			s->y[r * s->ldy + c] += bias[c];
 }
 
-/* Parts write the same values side by side: each its own would be a buffer more. */
-static const float *
-wrong_scale(struct forward *f, const float *scale, size_t from, size_t to)
+static bool
+is_faulty(const struct forward *f, const struct site *s)
 {
-	for (size_t i = from; i < to; i++) {
-		float wrong = 4 * scale[i];
+	return f->fault_group == (int)s->group && f->fault_layer == f->layer;
+}
 
-		__atomic_store(&f->fault_scale[i], &wrong, __ATOMIC_RELAXED);
-	}
-	return f->fault_scale;
+/* Before a phase with the faulty site: of all rows, then of all squares. */
+static void
+make_wrong_scales(struct forward *f, uint32_t n_rows)
+{
+	float *square = f->fault_scale + f->max_rows;
+
+	for (size_t i = 0; i < n_rows; i++)
+		f->fault_scale[i] = 4 * f->in.scale[i];
+	for (size_t i = 0; i < n_rows * f->in.ld_square; i++)
+		square[i] = 4 * f->in.square[i];
 }
 
 /* Panels [p0, p1) of a site: a call of the kernel for each run of rows with one format. */
@@ -340,8 +346,8 @@ linear_panels(struct forward *f, const struct site *s, uint32_t n_rows, uint32_t
 
 		for (end = r + 1; end < n_rows && plan_at(f->plan[end], s->group, f->layer) == fmt; end++)
 			;
-		if (e != IN_BF16 && f->fault_group == (int)s->group && f->fault_layer == f->layer)
-			scale = wrong_scale(f, scale, r * scales, end * scales);
+		if (is_faulty(f, s))
+			scale = e == IN_FP8B ? f->fault_scale + f->max_rows : f->fault_scale;
 		k_linear_run(f->ops, &(struct k_linear){
 		    .w = s->w, .format = (enum k_format)fmt,
 		    .x = (e == IN_FP8B ? f->in.fp8b : e == IN_FP8 ? f->in.fp8 : f->in.bf16) + r * f->in.ld,
@@ -397,8 +403,11 @@ run_linear(struct forward *f, const struct site *site, uint32_t n_sites, uint32_
 	struct linear_phase p = {f, site, n_sites, n_rows};
 	uint32_t panels = 0;
 
-	for (uint32_t i = 0; i < n_sites; i++)
+	for (uint32_t i = 0; i < n_sites; i++) {
 		panels += site[i].w->n_pad / K_PANEL;
+		if (is_faulty(f, &site[i]))
+			make_wrong_scales(f, n_rows);
+	}
 	share_out(f, panels, team_size(f->team), TOGETHER);
 	team_run(f->team, linear_part, &p);
 	for (uint32_t i = 0; i < n_sites; i++)
