@@ -248,6 +248,7 @@ run(const struct some_model *s, const char *level, uint32_t threads, uint32_t n,
 			continue;
 		for (uint32_t i = 0; i < got; i++)
 			assert_int_equal(kv_open(&pool, &kv[who[i]], row[i].plan, row[i].pos), 0);
+		team_set_alone(team, below(2) == 0);
 		y = forward_run(f, row, got);
 		for (uint32_t i = 0; i < got; i++)
 			memcpy(logits + ((size_t)who[i] * TOKENS + row[i].pos) * vocab, y + (size_t)i * vocab, vocab * sizeof(*y));

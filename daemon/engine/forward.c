@@ -263,7 +263,7 @@ run_rows(struct forward *f, uint32_t n, void (*each)(struct forward *, uint32_t 
 		each(f, 0, 0);
 		return;
 	}
-	share_out(f, n, team_size(f->team), n);
+	share_out(f, n, team_parts(f->team), n);
 	team_run(f->team, rows_part, f);
 }
 
@@ -408,7 +408,7 @@ run_linear(struct forward *f, const struct site *site, uint32_t n_sites, uint32_
 		if (is_faulty(f, &site[i]))
 			make_wrong_scales(f, n_rows);
 	}
-	share_out(f, panels, team_size(f->team), TOGETHER);
+	share_out(f, panels, team_parts(f->team), TOGETHER);
 	team_run(f->team, linear_part, &p);
 	for (uint32_t i = 0; i < n_sites; i++)
 		trace(f, site[i].y, site[i].w->n, site[i].group);
@@ -617,7 +617,7 @@ static uint32_t
 choose_ranges(const struct forward *f)
 {
 	const struct model_shape *s = &f->m->shape;
-	uint32_t items = f->n_rows * s->n_kv_heads, wanted = 4 * team_size(f->team), least = UINT32_MAX, n;
+	uint32_t items = f->n_rows * s->n_kv_heads, wanted = 4 * team_parts(f->team), least = UINT32_MAX, n;
 	size_t blocks = 0;
 
 	if (f->max_block_parts == 0 || items >= wanted)

@@ -191,6 +191,12 @@ team_size(const struct team *t)
 	return t == NULL ? 1 : t->size;
 }
 
+uint32_t
+team_parts(const struct team *t)
+{
+	return t == NULL || t->alone ? 1 : t->size;
+}
+
 void
 team_set_spin(struct team *t, uint32_t spin_us)
 {

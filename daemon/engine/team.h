@@ -19,6 +19,7 @@ typedef void (*team_fn)(void *arg, uint32_t part, uint32_t parts);
 int team_new(struct team **, uint32_t n, uint32_t spin_us);
 void team_free(struct team **);
 uint32_t team_size(const struct team *);
+uint32_t team_parts(const struct team *); /* of the rounds to come: 1 if the caller runs them alone */
 void team_set_spin(struct team *, uint32_t spin_us);
 /* For the rounds that follow: the caller alone. What takes less than waking and
  * waiting for the others is not worth sharing. */
