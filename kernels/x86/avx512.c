@@ -1017,16 +1017,14 @@ avx512_are_many(const struct k_attention *a)
 {
 	uint32_t group = a->n_heads / a->n_kv_heads, heads = a->head1 - a->head0;
 
-	return a->parts == NULL && a->rows * (group < heads ? group : heads) >= FEWEST;
+	return a->rows * (group < heads ? group : heads) >= FEWEST;
 }
 
-/* Fewer than FEWEST vectors, and what products would spoil, by `few`, row by row. */
+/* Fewer than FEWEST vectors (so always parts), and what products would spoil, by `few`, row by row. */
 static void
 attend(const struct k_attention *a, const struct k_products *by, const struct k_products *few)
 {
-	if (a->parts != NULL)
-		attend_rows(a, few);
-	for (uint32_t h = a->head0, to; a->parts == NULL && h < a->head1; h = to) {
+	for (uint32_t h = a->head0, to; h < a->head1; h = to) {
 		uint32_t rows;
 
 		to = k_heads_end(a, h, VECTORS);
@@ -1082,56 +1080,10 @@ probe_read_avx512(const void *mem, size_t bytes)
 	__asm__ volatile("" ::"v"(s[0]));
 }
 
-AVX512 static double
-probe_fma_avx512(uint32_t rounds)
-{
-	const __m512 half = _mm512_set1_ps(0.5f), one = _mm512_set1_ps(1.0f);
-	__m512 s[16];
-
-	UNROLL
-	for (int j = 0; j < 16; j++)
-		s[j] = one;
-	for (uint32_t i = 0; i < rounds; i++) {
-		UNROLL
-		for (int j = 0; j < 16; j++) {
-			s[j] = _mm512_fmadd_ps(s[j], half, one);
-			__asm__ volatile("" : "+v"(s[j]));
-		}
-	}
-	UNROLL
-	for (int j = 0; j < 16; j++)
-		__asm__ volatile("" ::"v"(s[j]));
-	return 16.0 * 16 * 2 * rounds;
-}
-
-/* As probe_fma_avx512(). */
-AVX512BF16 static double
-probe_dot(uint32_t rounds)
-{
-	const __m512bh x = (__m512bh)_mm512_set1_epi32(0x3f003f00); /* 0.5 */
-	__m512 s[16];
-
-	UNROLL
-	for (int j = 0; j < 16; j++)
-		s[j] = _mm512_setzero_ps();
-	for (uint32_t i = 0; i < rounds; i++) {
-		UNROLL
-		for (int j = 0; j < 16; j++) {
-			s[j] = _mm512_dpbf16_ps(s[j], x, x);
-			__asm__ volatile("" : "+v"(s[j]));
-		}
-	}
-	UNROLL
-	for (int j = 0; j < 16; j++)
-		__asm__ volatile("" ::"v"(s[j]));
-	return 16.0 * 16 * 4 * rounds;
-}
-
 AVX512BF16 bool
 avx512bf16_agrees(void)
 {
-	const __m512i high = _mm512_set1_epi32((int)0xffff0000);
-	__m512 got = _mm512_setzero_ps(), want = got;
+	__m512 got = _mm512_setzero_ps(), want = got, low[2], high[2];
 	_Alignas(64) uint16_t word[2][32];
 	uint64_t state = 1;
 	bool same = true;
@@ -1143,10 +1095,9 @@ avx512bf16_agrees(void)
 			word[i / 32][i % 32] = k_some_bf16(&state);
 		w = _mm512_load_si512(word[0]), x = _mm512_load_si512(word[1]);
 		got = _mm512_dpbf16_ps(got, (__m512bh)w, (__m512bh)x);
-		want = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(w, high)), _mm512_castsi512_ps(_mm512_and_si512(x, high)),
-		    want);
-		want = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(w, 16)), _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)),
-		    want);
+		split_avx512(w, w, &low[0], &high[0]);
+		split_avx512(x, x, &low[1], &high[1]);
+		want = multiply_avx512(low[0], low[1], multiply_avx512(high[0], high[1], want));
 		same = same && _mm512_cmpneq_epi32_mask(_mm512_castps_si512(got), _mm512_castps_si512(want)) == 0;
 		if (round % 16 == 15)
 			got = want = _mm512_setzero_ps();
@@ -1171,7 +1122,7 @@ ticks_per_operation(double (*probe)(uint32_t))
 bool
 avx512bf16_pays(void)
 {
-	return ticks_per_operation(probe_dot) < 0.8 * ticks_per_operation(probe_fma_avx512);
+	return ticks_per_operation(probe_avx512bf16) < 0.8 * ticks_per_operation(probe_avx512);
 }
 
 void
@@ -1187,7 +1138,7 @@ kernels_fill_avx512(struct k_ops *ops)
 	ops->attention = attention_avx512;
 	ops->attention_merge = attention_merge_avx512;
 	ops->probe_read = probe_read_avx512;
-	ops->probe_fma = probe_fma_avx512;
+	ops->probe_fma = probe_avx512;
 	ops->divergence = divergence_avx512;
 	ops->scan = scan_avx512;
 	ops->weights = weights_avx512;
@@ -1198,5 +1149,5 @@ kernels_fill_avx512bf16(struct k_ops *ops)
 {
 	ops->linear = linear_avx512bf16;
 	ops->attention = attention_avx512bf16;
-	ops->probe_fma = probe_dot;
+	ops->probe_fma = probe_avx512bf16;
 }

@@ -210,45 +210,67 @@ OF(prepare)(const uint16_t *q, uint32_t n, uint32_t hd_pad, float *operands)
 			OF(expand)(q + (size_t)i * hd_pad + d, x[d / K_BLOCK * n + i]);
 }
 
-/* Of fewer vectors than a team the pages are split on the way, of more once. */
+/* 32 positions or dimensions of a page against n vectors: split on the way for fewer than a team, for more once. */
+TARGET static void
+OF(page_rows)(const struct block *b, const OF(operands) *x, float *total, size_t ld, uint32_t n)
+{
+	_Alignas(64) float spread[64 * STEPS];
+	const struct block once = {.operand = spread};
+
+	if (n <= FEW) {
+		OF(all_rows)(b, PAGE, x, total, ld, n);
+		return;
+	}
+	OF(spread)(b->word, b->pair_ld, spread);
+	OF(spread)(b->word + 32, b->pair_ld, spread + 32 * STEPS);
+	OF(all_rows)(&once, OPERANDS, x, total, ld, n);
+}
+
 TARGET static void
 OF(score)(const void *q, uint32_t n, uint32_t hd_pad, const uint16_t *k, const uint16_t *next, float (*score)[32])
 {
 	const OF(operands) *x = q;
-	_Alignas(64) float spread[64 * STEPS];
-	struct block b = {.word = k, .next = next, .operand = spread, .pair_ld = 2 * K_BLOCK};
+	struct block b = {.word = k, .next = next, .pair_ld = 2 * K_BLOCK};
 
 	memset(score, 0, n * sizeof(*score));
-	for (uint32_t d = 0; d < hd_pad; d += K_BLOCK, x += n, b.word += K_BLOCK * K_BLOCK, b.next += K_BLOCK * K_BLOCK) {
-		if (n <= FEW) {
-			OF(all_rows)(&b, PAGE, x, score[0], 32, n);
-			continue;
-		}
-		OF(spread)(b.word, 2 * K_BLOCK, spread);
-		OF(spread)(b.word + 32, 2 * K_BLOCK, spread + 32 * STEPS);
-		OF(all_rows)(&b, OPERANDS, x, score[0], 32, n);
-	}
+	for (uint32_t d = 0; d < hd_pad; d += K_BLOCK, x += n, b.word += K_BLOCK * K_BLOCK, b.next += K_BLOCK * K_BLOCK)
+		OF(page_rows)(&b, x, score[0], 32, n);
 }
 
 TARGET static void
 OF(weigh)(const uint16_t (*p)[32], uint32_t n, uint32_t hd_pad, const uint16_t *v, const uint16_t *next, float *out)
 {
 	_Alignas(64) OF(operands) x[64];
-	_Alignas(64) float spread[64 * STEPS];
-	struct block b = {.word = v, .next = next, .operand = spread, .pair_ld = 2 * hd_pad};
+	struct block b = {.word = v, .next = next, .pair_ld = 2 * hd_pad};
 
 	for (uint32_t i = 0; i < n; i++)
 		OF(expand)(p[i], x[i]);
 	memset(out, 0, (size_t)n * hd_pad * sizeof(*out));
-	for (uint32_t d = 0; d < hd_pad; d += 32, b.word += 64, b.next += 64) {
-		if (n <= FEW) {
-			OF(all_rows)(&b, PAGE, (const OF(operands) *)x, out + d, hd_pad, n);
-			continue;
+	for (uint32_t d = 0; d < hd_pad; d += 32, b.word += 64, b.next += 64)
+		OF(page_rows)(&b, (const OF(operands) *)x, out + d, hd_pad, n);
+}
+
+/* As struct k_ops has probe_fma. */
+TARGET static double
+OF(probe)(uint32_t rounds)
+{
+	const __m512 x = _mm512_castsi512_ps(_mm512_set1_epi32(0x3f003f00)); /* about 0.5, as a float or as two BF16 */
+	__m512 s[16];
+
+	UNROLL
+	for (int j = 0; j < 16; j++)
+		s[j] = _mm512_setzero_ps();
+	for (uint32_t i = 0; i < rounds; i++) {
+		UNROLL
+		for (int j = 0; j < 16; j++) {
+			s[j] = OF(multiply)(x, x, s[j]);
+			__asm__ volatile("" : "+v"(s[j]));
 		}
-		OF(spread)(b.word, 2 * hd_pad, spread);
-		OF(spread)(b.word + 32, 2 * hd_pad, spread + 32 * STEPS);
-		OF(all_rows)(&b, OPERANDS, (const OF(operands) *)x, out + d, hd_pad, n);
 	}
+	UNROLL
+	for (int j = 0; j < 16; j++)
+		__asm__ volatile("" ::"v"(s[j]));
+	return 16.0 * 16 * 2 * (16 / STEPS) * rounds;
 }
 
 #undef OF
