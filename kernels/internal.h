@@ -53,6 +53,25 @@ k_attention_row(const struct k_attention *a, uint32_t row)
 	return one;
 }
 
+/* Blocks [*from, *end) of a call for one row. */
+static inline void
+k_attention_blocks(const struct k_attention *a, uint32_t *from, uint32_t *end)
+{
+	*from = a->parts != NULL ? a->block0 : k_window_first(a->pos, a->window) / K_BLOCK;
+	*end = a->parts != NULL ? a->block1 : a->pos / K_BLOCK + 1;
+}
+
+/* A block's part: the outputs; *max: its maxima, and its sums K_PART_HEADS behind them. */
+static inline float *
+k_part_of(const struct k_attention *a, uint32_t block, float **max)
+{
+	uint32_t heads = a->head1 - a->head0;
+	float *part = a->parts + (block - a->block0) * k_part(heads, a->hd_pad);
+
+	*max = part + (size_t)heads * a->hd_pad;
+	return part;
+}
+
 /* The end of the heads from h on that share its KV head, at most `most` of them. */
 static inline uint32_t
 k_heads_end(const struct k_attention *a, uint32_t h, uint32_t most)

@@ -415,17 +415,11 @@ divide(const struct k_attention *a, uint32_t h, const struct head *from)
 		a->out[(size_t)h * a->head_dim + d] = from->out[d] / from->l;
 }
 
-static float *
-part_of(const struct k_attention *a, uint32_t block)
-{
-	return a->parts + (block - a->block0) * k_part(a->head1 - a->head0, a->hd_pad);
-}
-
 static void
 put_part(const struct k_attention *a, uint32_t block, uint32_t h, const struct head *from)
 {
-	uint32_t heads = a->head1 - a->head0, i = h - a->head0;
-	float *part = part_of(a, block), *m = part + (size_t)heads * a->hd_pad;
+	uint32_t i = h - a->head0;
+	float *m, *part = k_part_of(a, block, &m);
 
 	memcpy(part + (size_t)i * a->hd_pad, from->out, a->head_dim * sizeof(*part));
 	m[i] = from->m, m[K_PART_HEADS + i] = from->l;
@@ -434,8 +428,9 @@ put_part(const struct k_attention *a, uint32_t block, uint32_t h, const struct h
 static void
 get_part(const struct k_attention *a, uint32_t block, uint32_t h, struct head *to)
 {
-	uint32_t heads = a->head1 - a->head0, i = h - a->head0;
-	const float *part = part_of(a, block), *m = part + (size_t)heads * a->hd_pad;
+	uint32_t i = h - a->head0;
+	float *m;
+	const float *part = k_part_of(a, block, &m);
 
 	memcpy(to->out, part + (size_t)i * a->hd_pad, a->head_dim * sizeof(*part));
 	to->m = m[i], to->l = m[K_PART_HEADS + i];
@@ -446,10 +441,11 @@ attend_head(const struct k_attention *a, uint32_t h)
 {
 	uint32_t kvh = h / (a->n_heads / a->n_kv_heads), start = k_window_first(a->pos, a->window), first = start / K_BLOCK;
 	size_t head = (size_t)kvh * a->hd_pad * K_BLOCK, half = (size_t)a->n_kv_heads * a->hd_pad * K_BLOCK;
-	uint32_t from = a->parts != NULL ? a->block0 : first, end = a->parts != NULL ? a->block1 : a->pos / K_BLOCK + 1;
+	uint32_t from, end;
 	struct head all, block;
 	float q[256];
 
+	k_attention_blocks(a, &from, &end);
 	for (uint32_t d = 0; d < a->head_dim; d++)
 		q[d] = k_bf16_to_float(k_bf16_from_float(a->q[(size_t)h * a->head_dim + d]));
 	for (uint32_t b = from; b < end; b++) {

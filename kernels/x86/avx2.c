@@ -838,7 +838,7 @@ AVX2 static void
 put_part(const struct k_attention *a, uint32_t block, const struct head *head)
 {
 	uint32_t n = a->head1 - a->head0;
-	float *part = a->parts + (block - a->block0) * k_part(n, a->hd_pad), *m = part + (size_t)n * a->hd_pad;
+	float *m, *part = k_part_of(a, block, &m);
 
 	for (uint32_t i = 0; i < n; i++) {
 		memcpy(part + (size_t)i * a->hd_pad, head[i].block, a->hd_pad * sizeof(*part));
@@ -850,7 +850,8 @@ AVX2 static void
 get_part(const struct k_attention *a, uint32_t block, struct head *head)
 {
 	uint32_t n = a->head1 - a->head0;
-	const float *part = a->parts + (block - a->block0) * k_part(n, a->hd_pad), *m = part + (size_t)n * a->hd_pad;
+	float *m;
+	const float *part = k_part_of(a, block, &m);
 
 	for (uint32_t i = 0; i < n; i++) {
 		memcpy(head[i].block, part + (size_t)i * a->hd_pad, a->hd_pad * sizeof(*part));
@@ -876,12 +877,13 @@ attend_heads(const struct k_attention *a, uint32_t kvh, uint32_t h0, uint32_t h1
 	static void (*const attend[TEAM])(const struct k_attention *, const struct head_page *, struct head *) = {
 	    attend_1, attend_2, attend_3, attend_4};
 	uint32_t hd = a->head_dim, start = k_window_first(a->pos, a->window), first = start / K_BLOCK;
-	uint32_t from = a->parts != NULL ? a->block0 : first, end = a->parts != NULL ? a->block1 : a->pos / K_BLOCK + 1;
+	uint32_t from, end;
 	size_t at = (size_t)kvh * a->hd_pad * K_BLOCK;
 	_Alignas(32) uint16_t k[256 * K_BLOCK], v[256 * K_BLOCK];
 	_Alignas(32) float ks[32], vs[32];
 	struct head head[HEADS];
 
+	k_attention_blocks(a, &from, &end);
 	for (uint32_t h = h0; h < h1; h++)
 		for (uint32_t d = 0; d < hd; d += 8)
 			_mm256_store_ps(head[h - h0].q + d,

@@ -841,8 +841,7 @@ AVX512 static void
 attend_few(const struct k_attention *a, uint32_t h0, uint32_t h1, const struct k_products *by)
 {
 	uint32_t n = h1 - h0, kvh = h0 / (a->n_heads / a->n_kv_heads), pages = FEWEST / n;
-	uint32_t first = a->parts != NULL ? a->block0 : k_window_first(a->pos, a->window) / K_BLOCK;
-	uint32_t last = a->parts != NULL ? a->block1 - 1 : a->pos / K_BLOCK;
+	uint32_t first, end;
 	size_t at = (size_t)kvh * a->hd_pad * K_BLOCK;
 	_Alignas(64) float score[2 * FEWEST][32], out[FEWEST * 256], ks[FEWEST][32], vs[FEWEST][32];
 	_Alignas(64) uint16_t p[FEWEST][32], page[256 * K_BLOCK], trimmed[256 * K_BLOCK];
@@ -851,17 +850,18 @@ attend_few(const struct k_attention *a, uint32_t h0, uint32_t h1, const struct k
 	struct queries queries;
 	const void *q = prepare(a, h0, h1, by, &queries);
 
+	k_attention_blocks(a, &first, &end);
 	s.n = n, s.hd_pad = a->hd_pad;
 	memset(s.l, 0, sizeof(s.l));
 	memset(score, 0, sizeof(score));
-	for (uint32_t b = first; b <= last; b += pages) {
-		uint32_t m = last - b + 1 < pages ? last - b + 1 : pages;
+	for (uint32_t b = first; b < end; b += pages) {
+		uint32_t m = end - b < pages ? end - b : pages;
 
 		memset(s.valid, 0, sizeof(s.valid));
 		for (uint32_t g = 0; g < m; g++) {
 			const struct k_kv_block *kv = &a->block[b + g];
 			const uint16_t *k = kv->fp8 == 0 ? kv->k + at : page;
-			const void *next = page_ahead(a, kvh, b, last, m, g, false);
+			const void *next = page_ahead(a, kvh, b, end - 1, m, g, false);
 
 			if (kv->fp8 != 0) {
 				mix_k(a, kv, kvh, next, page);
@@ -878,7 +878,7 @@ attend_few(const struct k_attention *a, uint32_t h0, uint32_t h1, const struct k
 		for (uint32_t g = 0; g < m; g++) {
 			const struct k_kv_block *kv = &a->block[b + g];
 			const uint16_t *v = kv->fp8 == 0 ? kv->v + at : page;
-			const void *next = page_ahead(a, kvh, b, last, m, g, true);
+			const void *next = page_ahead(a, kvh, b, end - 1, m, g, true);
 
 			if (kv->fp8 != 0) {
 				mix_v(a, kv, kvh, next, page);
@@ -889,7 +889,7 @@ attend_few(const struct k_attention *a, uint32_t h0, uint32_t h1, const struct k
 				v = trimmed;
 			}
 			if (a->parts != NULL) {
-				float *part = a->parts + (b + g - first) * k_part(n, a->hd_pad), *max = part + (size_t)n * a->hd_pad;
+				float *max, *part = k_part_of(a, b + g, &max);
 
 				by->weigh((const uint16_t (*)[32])p + g * n, n, a->hd_pad, v, next, part);
 				memcpy(max, s.block_m + g * n, n * sizeof(*max));
@@ -909,13 +909,13 @@ attention_merge_avx512(const struct k_attention *a)
 {
 	static const uint32_t valid[K_PART_HEADS] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
 	uint32_t n = a->head1 - a->head0;
-	const float *part = a->parts;
 	struct vectors s;
 
 	s.n = n, s.hd_pad = a->hd_pad;
 	memset(s.l, 0, sizeof(s.l));
-	for (uint32_t b = a->block0; b < a->block1; b++, part += k_part(n, a->hd_pad)) {
-		const float *max = part + (size_t)n * a->hd_pad;
+	for (uint32_t b = a->block0; b < a->block1; b++) {
+		float *max;
+		const float *part = k_part_of(a, b, &max);
 
 		merge(&s, max, max + K_PART_HEADS, valid, part);
 	}
