@@ -221,45 +221,65 @@ some_rows(const struct some_model *s, const struct kv_seq *kv, uint32_t done[SEQ
 	return at;
 }
 
+/* What runs a model, and its sequences. */
+struct rig {
+	struct kv_seq kv[SEQS];
+	uint32_t n_seqs;
+	struct kv_pool pool;
+	struct forward *f;
+	struct team *team;
+};
+
+static void
+set_up(struct rig *g, const struct some_model *s, const char *level, uint32_t threads, uint32_t rows, uint32_t n_seqs, uint32_t tokens)
+{
+	char why[256] = "";
+	const struct k_ops *ops = kernels_select(level, why, sizeof(why));
+	struct err err = {""};
+
+	assert_non_null(ops);
+	assert_int_equal(team_new(&g->team, threads, 50), 0);
+	assert_int_equal(kv_new(&g->pool, &s->m.shape, 64u << 20, &err), 0);
+	assert_int_equal(forward_new(&g->f, &s->m, ops, g->team, &g->pool, rows, &err), 0);
+	g->n_seqs = n_seqs;
+	for (uint32_t i = 0; i < n_seqs; i++)
+		assert_int_equal(kv_seq_new(&g->kv[i], s->m.shape.n_layers, tokens), 0);
+}
+
+static void
+tear_down(struct rig *g)
+{
+	for (uint32_t i = 0; i < g->n_seqs; i++) {
+		kv_close(&g->pool, &g->kv[i]);
+		kv_seq_free(&g->kv[i]);
+	}
+	forward_free(&g->f);
+	kv_free(&g->pool);
+	team_free(&g->team);
+}
+
 /* Logits of every position, [SEQS][TOKENS][vocab]: batches of n rows. */
 static void
 run(const struct some_model *s, const char *level, uint32_t threads, uint32_t n, float *logits)
 {
-	char why[256] = "";
-	const struct k_ops *ops = kernels_select(level, why, sizeof(why));
 	uint32_t done[SEQS] = {0}, got, who[64], vocab = s->m.shape.vocab;
 	struct forward_row row[64];
-	struct kv_seq kv[SEQS];
-	struct kv_pool pool;
-	struct forward *f;
-	struct team *team;
-	struct err err = {""};
+	struct rig g;
 
-	assert_non_null(ops);
-	assert_int_equal(team_new(&team, threads, 50), 0);
-	assert_int_equal(kv_new(&pool, &s->m.shape, 64u << 20, &err), 0);
-	assert_int_equal(forward_new(&f, &s->m, ops, team, &pool, n, &err), 0);
-	for (uint32_t i = 0; i < SEQS; i++)
-		assert_int_equal(kv_seq_new(&kv[i], s->m.shape.n_layers, TOKENS), 0);
-	while ((got = some_rows(s, kv, done, n, row, who)) > 0 || memcmp(done, s->len, sizeof(done)) != 0) {
+	set_up(&g, s, level, threads, n, SEQS, TOKENS);
+	while ((got = some_rows(s, g.kv, done, n, row, who)) > 0 || memcmp(done, s->len, sizeof(done)) != 0) {
 		const float *y;
 
 		if (got == 0) /* all left are of the other plan */
 			continue;
 		for (uint32_t i = 0; i < got; i++)
-			assert_int_equal(kv_open(&pool, &kv[who[i]], row[i].plan, row[i].pos), 0);
-		team_set_alone(team, below(2) == 0);
-		y = forward_run(f, row, got);
+			assert_int_equal(kv_open(&g.pool, &g.kv[who[i]], row[i].plan, row[i].pos), 0);
+		team_set_alone(g.team, below(2) == 0);
+		y = forward_run(g.f, row, got);
 		for (uint32_t i = 0; i < got; i++)
 			memcpy(logits + ((size_t)who[i] * TOKENS + row[i].pos) * vocab, y + (size_t)i * vocab, vocab * sizeof(*y));
 	}
-	for (uint32_t i = 0; i < SEQS; i++) {
-		kv_close(&pool, &kv[i]);
-		kv_seq_free(&kv[i]);
-	}
-	forward_free(&f);
-	kv_free(&pool);
-	team_free(&team);
+	tear_down(&g);
 }
 
 static void
@@ -316,50 +336,33 @@ check_model(uint64_t seed)
 static void
 run_long(const struct some_model *s, const uint32_t *token, const char *level, uint32_t threads, float *logits)
 {
-	char why[256] = "";
-	const struct k_ops *ops = kernels_select(level, why, sizeof(why));
 	uint32_t vocab = s->m.shape.vocab;
 	struct forward_row row[64];
-	struct kv_seq kv[2];
-	struct kv_pool pool;
-	struct forward *f;
-	struct team *team;
-	struct err err = {""};
+	struct rig g;
 
-	assert_non_null(ops);
-	assert_int_equal(team_new(&team, threads, 50), 0);
-	assert_int_equal(kv_new(&pool, &s->m.shape, 64u << 20, &err), 0);
-	assert_int_equal(forward_new(&f, &s->m, ops, team, &pool, 64, &err), 0);
-	for (uint32_t q = 0; q < 2; q++) {
-		assert_int_equal(kv_seq_new(&kv[q], s->m.shape.n_layers, LONG), 0);
+	set_up(&g, s, level, threads, 64, 2, LONG);
+	for (uint32_t q = 0; q < 2; q++)
 		for (uint32_t pos = 0, n; pos < LONG - DECODED - q; pos += n) {
 			for (n = 0; n < 64 && pos + n < LONG - DECODED - q; n++) {
-				row[n] = (struct forward_row){.token = token[pos + n], .pos = pos + n, .kv = &kv[q], .plan = s->plan[q]};
-				assert_int_equal(kv_open(&pool, &kv[q], s->plan[q], pos + n), 0);
+				row[n] = (struct forward_row){.token = token[pos + n], .pos = pos + n, .kv = &g.kv[q], .plan = s->plan[q]};
+				assert_int_equal(kv_open(&g.pool, &g.kv[q], s->plan[q], pos + n), 0);
 			}
-			forward_run(f, row, n);
+			forward_run(g.f, row, n);
 		}
-	}
 	for (uint32_t i = 0; i < DECODED; i++) {
 		const float *y;
 
 		for (uint32_t q = 0; q < 2; q++) {
 			uint32_t pos = LONG - DECODED - q + i;
 
-			row[q] = (struct forward_row){.token = token[pos], .pos = pos, .kv = &kv[q], .plan = s->plan[q], .wants_logits = true};
-			assert_int_equal(kv_open(&pool, &kv[q], s->plan[q], pos), 0);
+			row[q] = (struct forward_row){.token = token[pos], .pos = pos, .kv = &g.kv[q], .plan = s->plan[q], .wants_logits = true};
+			assert_int_equal(kv_open(&g.pool, &g.kv[q], s->plan[q], pos), 0);
 		}
-		y = forward_run(f, row, 2);
+		y = forward_run(g.f, row, 2);
 		for (uint32_t q = 0; q < 2; q++)
 			memcpy(logits + (q * DECODED + i) * vocab, y + (size_t)q * vocab, vocab * sizeof(*y));
 	}
-	for (uint32_t q = 0; q < 2; q++) {
-		kv_close(&pool, &kv[q]);
-		kv_seq_free(&kv[q]);
-	}
-	forward_free(&f);
-	kv_free(&pool);
-	team_free(&team);
+	tear_down(&g);
 }
 
 static void
