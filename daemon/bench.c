@@ -463,10 +463,11 @@ print_json(const struct bench *b)
 		}
 	}
 	o = json_pack("{s:s,s:s,s:s,s:i,s:i,s:{s:f,s:f},s:I,s:f,s:I,s:I,s:I,s:{s:f,s:f,s:I},s:o}", "model", b->m->name, "backend",
-	    b->device != NULL ? device_name(b->device) : "cpu", "cpu_level", b->ops->name, "context", (int)b->context, "threads", (int)team_size(b->team), "ceilings", "read_gb_s", b->read_gbs, "gflop_s", b->fma_gflops,
-	    "weights_bytes", (json_int_t)b->m->weights_bytes, "load_s", b->load_s, "rss_loaded_bytes",
-	    (json_int_t)b->rss_loaded, "rss_peak_bytes", (json_int_t)b->rss_peak, "kv_bytes", (json_int_t)b->kv.bytes, "flip",
-	    "derive_us", b->flip_us, "first_step_ratio", b->flip_ratio, "rss_bytes", (json_int_t)b->flip_rss, "results", list);
+	    b->device != NULL ? device_name(b->device) : "cpu", "cpu_level", b->ops->name, "context", (int)b->context, "threads",
+	    (int)team_size(b->team), "ceilings", "read_gb_s", b->read_gbs, "gflop_s", b->fma_gflops, "weights_bytes",
+	    (json_int_t)b->m->weights_bytes, "load_s", b->load_s, "rss_loaded_bytes", (json_int_t)b->rss_loaded, "rss_peak_bytes",
+	    (json_int_t)b->rss_peak, "kv_bytes", (json_int_t)b->kv.bytes, "flip", "derive_us", b->flip_us, "first_step_ratio",
+	    b->flip_ratio, "rss_bytes", (json_int_t)b->flip_rss, "results", list);
 	json_dumpf(o, stdout, JSON_INDENT(1));
 	printf("\n");
 	json_decref(o);

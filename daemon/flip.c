@@ -263,9 +263,10 @@ derive(struct flipper *f, struct job *j, struct err *err)
 static void
 finish(struct flipper *f, struct job *j, int rc, bool changed)
 {
-	struct flip_result r = {.epoch = j->ask.kind == FLIP_NOTE && rc == 0 ? j->rec.epoch : f->epoch, .changed = changed, .dry_run = j->ask.dry_run, .sites = j->sites,
-	    .unjournaled = changed && j->unjournaled, .change = j->change != NULL ? j->change : "", .policy = f->policy,
-	    .step = changed ? j->flip.step : 0, .plan_digest = f->active->digest};
+	struct flip_result r = {.epoch = j->ask.kind == FLIP_NOTE && rc == 0 ? j->rec.epoch : f->epoch, .changed = changed,
+	    .dry_run = j->ask.dry_run, .sites = j->sites, .unjournaled = changed && j->unjournaled,
+	    .change = j->change != NULL ? j->change : "", .policy = f->policy, .step = changed ? j->flip.step : 0,
+	    .plan_digest = f->active->digest};
 	const struct flip_who *w = &j->ask.who;
 
 	if (rc == 0 && j->ask.dry_run && j->plan != NULL) {
@@ -557,7 +558,8 @@ start(struct flipper *f, struct job *j)
 	j->rc = check(f, j);
 	/* A plain rollback walks on even over a change that left no trace, or
 	 * it could never get behind it. */
-	same = j->ask.kind != FLIP_CONFIRM && j->ask.kind != FLIP_NOTE && (j->plan == NULL || (j->plan->digest == f->active->digest && j->rec.undoes == 0));
+	same = j->ask.kind != FLIP_CONFIRM && j->ask.kind != FLIP_NOTE &&
+	    (j->plan == NULL || (j->plan->digest == f->active->digest && j->rec.undoes == 0));
 	if (j->rc == 0 && !j->ask.dry_run && same)
 		f->file_policy = j->file_policy;
 	if (j->rc != 0 || j->ask.dry_run || same) {

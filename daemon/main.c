@@ -207,7 +207,8 @@ load_model(struct daemon *m, bool check_only, struct err *err)
 		log_info("model", "name=%s layers=%u vocab=%u context=%u weights=%s kv_cache=%s exceptions=%" PRIu64
 		    " digest=%016" PRIx64 " from=%s", LOG_Q(m->d.model->name), m->d.model->shape.n_layers, m->d.model->shape.vocab,
 		    m->d.model->shape.max_context, LOG_Q(human(m->d.model->weights_bytes, a)),
-		    LOG_Q(human(engine_kv_bytes(&m->d.model->shape, &cfg), b)), m->d.model->n_exceptions, m->d.model->digest, m->d.model->packed.map != NULL ? PACKED_NAME : "checkpoint");
+		    LOG_Q(human(engine_kv_bytes(&m->d.model->shape, &cfg), b)), m->d.model->n_exceptions, m->d.model->digest,
+		    m->d.model->packed.map != NULL ? PACKED_NAME : "checkpoint");
 	return 0;
 }
 

@@ -4,8 +4,8 @@
 # llama-server in turns, with the files in the page cache.
 #
 # MODEL_DIR holds model.safetensors and, of the same weights, model-bf16.gguf; octetd starts from packed.octet if that is there
-# (octetd --pack). Also prints the largest memory octetd had by then over
-# its weights: its KV cache is not touched before the first request. Medians; of the ratio within a round too. Needs curl and jq.
+# (octetd --pack). Also prints the largest memory octetd had by then over its weights: its KV cache is not touched before the
+# first request. Medians; of the ratio within a round too. Needs curl and jq.
 . "$(dirname "$0")/lib.sh"
 [ $# -ge 3 ] || usage
 build=$1 llama=$2 model=$(realpath "$3") rounds=${4-5}
