@@ -28,13 +28,9 @@ lacks_nothing(void)
 static const char *
 lacks_avx2(void)
 {
-	uint32_t a, b, c, d;
-
-	/* The builtin of clang 14 does not know F16C. */
-	if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __get_cpuid(1, &a, &b, &c, &d) &&
-	    (c & bit_F16C) != 0)
+	if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
 		return NULL;
-	return "needs AVX2, FMA and F16C, which this machine lacks";
+	return "needs AVX2 and FMA, which this machine lacks";
 }
 
 bool

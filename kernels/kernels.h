@@ -68,6 +68,9 @@ struct k_exception {
 	uint16_t bits;   /* master BF16 */
 };
 
+#define K_HAS_EXCEPTIONS 1u
+#define K_HAS_SMALL 2u /* << tile, 0 or 1: codes below 8, which are zero or subnormal; a kernel may leave them out of account elsewhere */
+
 struct k_weight {
 	uint32_t n, k;         /* output channels, inputs */
 	uint32_t n_pad, k_pad; /* multiples of K_PANEL, K_BLOCK */
@@ -77,7 +80,7 @@ struct k_weight {
 	float tensor_scale;    /* the largest scale of a channel: fp8t; set by k_weight_finish() */
 	float *square;         /* [n_pad/32][k_squares(k)] absmax / 448 of the square that a panel lies in, 1 if that is no
 	                        * normal: fp8b; absmax of the panel alone until k_weight_finish() */
-	uint8_t *flag;         /* [n_pad/32 * k_pad/32] 1: the block has exceptions */
+	uint8_t *flag;         /* [n_pad/32 * k_pad/32] of the block, K_HAS_* */
 	struct k_exception *exc; /* [n_exc] ascending by (block, index) */
 	uint32_t n_exc;
 };

@@ -239,7 +239,7 @@ pack_weight(const struct packing *p, uint32_t block, uint32_t index, uint32_t r,
 
 	if (split(bits, p->k[r], &p->w->hi[at], &p->w->lo[at]))
 		return 0;
-	p->w->flag[block] = 1;
+	p->w->flag[block] |= K_HAS_EXCEPTIONS;
 	return push_exception(p->exc, p->n_exc, p->cap, (struct k_exception){block, (uint16_t)index, bits});
 }
 
@@ -282,6 +282,22 @@ pack_block_avx512(const struct packing *p, uint32_t block, uint32_t kb)
 		}
 	}
 	return rc;
+}
+
+/* K_HAS_SMALL of the tiles of a block. */
+static uint8_t
+small_codes(const uint8_t *hi)
+{
+	uint8_t flags = 0;
+
+	for (uint32_t t = 0; t < 2; t++, hi += 512) {
+		uint8_t least = 0xff;
+
+		for (uint32_t i = 0; i < 512; i++)
+			least = (hi[i] & 0x7f) < least ? hi[i] & 0x7f : least;
+		flags |= least < 8 ? (uint8_t)(K_HAS_SMALL << t) : 0;
+	}
+	return flags;
 }
 
 /* The largest magnitude of a row; those of its squares go to what the panel has. */
@@ -333,6 +349,7 @@ pack_panel(struct packing *p, uint32_t panel, bool avx512, uint32_t *bad_row, ui
 			rc = pack_block_avx512(p, block, kb);
 		else
 			rc = pack_block(p, block, kb, n);
+		w->flag[block] |= small_codes(w->hi + (size_t)block * K_PANEL * K_BLOCK);
 	}
 	return rc;
 }
@@ -419,7 +436,7 @@ k_unpack(const struct k_weight *w, uint32_t row, uint32_t col)
 	uint8_t c = w->hi[at];
 	int32_t mag;
 
-	if (w->flag[block]) {
+	if (w->flag[block] & K_HAS_EXCEPTIONS) {
 		const struct k_exception *x = k_find_exceptions(w, block, &n);
 
 		for (uint32_t i = 0; i < n; i++)
@@ -454,7 +471,7 @@ k_unpack_row(const struct k_weight *w, uint32_t row, float *y)
 		size_t at = (size_t)block * K_PANEL * K_BLOCK + index_in_block(row % K_PANEL, i % K_BLOCK);
 		int32_t c = w->hi[at] & 0x7f, mag = ((c + (120 << 3)) << 4) + w->lo[at] + down;
 
-		if (c < 8 || mag < 0x80 || w->flag[block])
+		if (c < 8 || mag < 0x80 || w->flag[block] & K_HAS_EXCEPTIONS)
 			y[i] = k_bf16_to_float(k_unpack(w, row, i));
 		else
 			y[i] = float_of((uint32_t)(w->hi[at] & 0x80) << 24 | (uint32_t)mag << 16);

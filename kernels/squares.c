@@ -53,7 +53,7 @@ make_codes(const struct k_weight *w, uint32_t panel, uint32_t from, uint32_t n, 
 
 	for (uint32_t b = 0; b < n; b++, out += 1024) {
 		uint32_t block = panel * (w->k_pad / K_BLOCK) + from + b, n_exc = 0;
-		const struct k_exception *x = w->flag[block] ? k_find_exceptions(w, block, &n_exc) : NULL;
+		const struct k_exception *x = w->flag[block] & K_HAS_EXCEPTIONS ? k_find_exceptions(w, block, &n_exc) : NULL;
 
 		for (uint32_t i = 0; i < 1024; i += 4)
 			codes_of(w->hi + (size_t)block * 1024 + i, w->lo + (size_t)block * 1024 + i, &scale[i / 512 * 16 + i / 2 % 16], s, out + i);
@@ -68,10 +68,12 @@ static void
 add_square(const struct k_ops *ops, const struct k_linear *a, uint32_t panel, uint32_t square, uint32_t row, uint32_t rows,
     float (*total)[K_PANEL])
 {
+	static uint8_t any[BLOCKS] = {[0 ... BLOCKS - 1] = K_HAS_SMALL | K_HAS_SMALL << 1};
 	_Alignas(64) uint8_t codes[BLOCKS * 1024];
 	_Alignas(64) float y[ROWS][K_PANEL], ones[K_PANEL];
 	uint32_t from = square * BLOCKS, left = a->w->k_pad / K_BLOCK - from, n = left < BLOCKS ? left : BLOCKS;
-	struct k_weight w = {.n = K_PANEL, .k = n * K_BLOCK, .n_pad = K_PANEL, .k_pad = n * K_BLOCK, .hi = codes, .scale = ones};
+	struct k_weight w = {.n = K_PANEL, .k = n * K_BLOCK, .n_pad = K_PANEL, .k_pad = n * K_BLOCK, .hi = codes, .scale = ones,
+	    .flag = any};
 	float s = a->w->square[(size_t)panel * k_squares(a->w->k) + square];
 
 	for (uint32_t c = 0; c < K_PANEL; c++)

@@ -14,7 +14,7 @@
 #include <xxhash.h>
 
 #define MAGIC "octetpk\n"
-#define VERSION 1u          /* of the layout below, of the planes, and of what packing makes of a weight */
+#define VERSION 2u          /* of the layout below, of the planes, and of what packing makes of a weight */
 #define HUGE_PAGE (2u << 20)
 #define PART (8u << 20)     /* bytes that are hashed at a time */
 #define TABLE_AT 4096u

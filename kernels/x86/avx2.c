@@ -1,8 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * AVX2, FMA and F16C. As avx512.c with 8 lanes: a chunk of 32 codes is 16
- * channels and becomes four registers of FP32, even and odd inputs apart. E4M3
- * goes through FP16, whose conversion knows subnormals whatever DAZ says.
+ * AVX2 and FMA. As avx512.c with 8 lanes: a chunk of 32 codes is 16
+ * channels and becomes four registers of FP32, even and odd inputs apart.
  */
 #include <immintrin.h>
 #include <math.h>
@@ -10,14 +9,16 @@
 
 #include "kernels/internal.h"
 
-#define AVX2 __attribute__((target("avx2,fma,f16c")))
+#define AVX2 __attribute__((target("avx2,fma")))
 #define INLINE static inline __attribute__((always_inline)) AVX2
 
-#define FEW 3u           /* rows that run together: their chains on 16 channels fill 12 registers */
-#define ROWS 96u         /* more rows share one unpacking into memory */
-#define GROUP 4u         /* panels that share one expansion of the inputs */
+#define FEW 2u           /* rows that take weights as they are unpacked */
+#define TEAM 3u          /* that run together: their chains on 16 channels fill 12 registers */
+#define ROWS 192u        /* more rows share one unpacking into memory */
+#define GROUP 8u         /* panels that share one expansion of the inputs */
 #define CHUNK 4u         /* blocks of it: 128 inputs */
-#define AHEAD 2048u      /* bytes of prefetch */
+#define STREAMS 2u       /* panels that a few rows read side by side: one stream does not fill DRAM bandwidth */
+#define AHEAD 4096u      /* bytes of prefetch */
 
 /* ---- numbers ---- */
 
@@ -79,22 +80,6 @@ e4m3_code(__m256 x)
 	return _mm256_or_si256(code, sign);
 }
 
-/* 16-bit lanes with a code in the high byte: as FP16 it is the value times 2^-8. */
-INLINE __m256i
-e4m3_to_half(__m256i high)
-{
-	return _mm256_and_si256(_mm256_srai_epi16(high, 1), _mm256_set1_epi16((short)0xbf80));
-}
-
-INLINE void
-half_to_float(__m256i half, __m256 out[2])
-{
-	const __m256 bias = _mm256_set1_ps(256.0f);
-
-	out[0] = _mm256_mul_ps(_mm256_cvtph_ps(_mm256_castsi256_si128(half)), bias);
-	out[1] = _mm256_mul_ps(_mm256_cvtph_ps(_mm256_extracti128_si256(half, 1)), bias);
-}
-
 INLINE __m256i
 tail(uint32_t i, uint32_t n)
 {
@@ -105,32 +90,80 @@ tail(uint32_t i, uint32_t n)
 
 /* ---- linear ---- */
 
-enum source { CODES, PLANES, FLOATS };
+/*
+ * The 16 channels of a tile lie in two registers: 0..3 and 8..11, and those between. It is the order in which bytes of 16
+ * channels become words, and what write_panel() makes an end of.
+ */
+static inline uint32_t
+place_of(uint32_t channel)
+{
+	return channel / 4 % 2 * 8 + channel / 8 * 4 + channel % 4;
+}
+
+INLINE __m256
+channels_at(const float *x, uint32_t t)
+{
+	return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(x + t * 4)), _mm_loadu_ps(x + 8 + t * 4), 1);
+}
+
+enum source { CODES, PLANES, FLOATS, PAGE };
 
 struct block {
 	const uint8_t *hi;
 	const int8_t *lo;
 	const float *spread;  /* [2 tiles][16 input pairs][2 inputs][16 channels] */
+	const uint16_t *word; /* PAGE: [16 input pairs][32 channels][2 inputs], the pairs `ld` apart */
+	size_t ld;
+	const uint16_t *next; /* prefetched beside */
 };
 
 INLINE struct block
 block_at(const struct k_weight *w, uint32_t block, const float *spread)
 {
-	return (struct block){w->hi + (size_t)block * 1024, w->lo + (size_t)block * 1024, spread};
+	return (struct block){.hi = w->hi + (size_t)block * 1024, .lo = w->lo + (size_t)block * 1024, .spread = spread};
 }
 
-/* The even and the odd input of 16 channels, from weight i on. */
+/*
+ * 32 codes as BF16 words, the even and the odd input of a channel side by side. A code gives four bits to each byte of the
+ * word; the subnormals and zero need more, which depends on the magnitude.
+ */
 INLINE void
-pair_at(const struct block *b, enum source from, uint32_t i, __m256 even[2], __m256 odd[2])
+words_of(__m256i code, bool small, __m256i word[2])
 {
-	__m256i code, low;
+	const __m256i high = _mm256_broadcastsi128_si256(_mm_setr_epi8(0x3c, 0x3d, 0x3e, 0x3f, 0x40, 0x41, 0x42, 0x43,
+	    (char)0xbc, (char)0xbd, (char)0xbe, (char)0xbf, (char)0xc0, (char)0xc1, (char)0xc2, (char)0xc3));
+	const __m256i low = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 0x10, 0x20, 0x30, 0x40, 0x50, 0x60, 0x70, (char)0x80,
+	    (char)0x90, (char)0xa0, (char)0xb0, (char)0xc0, (char)0xd0, (char)0xe0, (char)0xf0));
+	/* To 0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40 and 0x3c60. */
+	const __m256i small_high = _mm256_broadcastsi128_si256(_mm_setr_epi8(0x3c, 7, 7, 7, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0));
+	const __m256i small_low = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 0x10, (char)0xa0, (char)0xf0, 0x40, 0x70, 0x20,
+	    0x10, 0, 0, 0, 0, 0, 0, 0, 0));
+	const __m256i nibble = _mm256_set1_epi8(15);
+	__m256i h = _mm256_shuffle_epi8(high, _mm256_and_si256(_mm256_srli_epi16(code, 4), nibble));
+	__m256i l = _mm256_shuffle_epi8(low, _mm256_and_si256(code, nibble));
 
-	if (from == FLOATS) {
-		UNROLL
-		for (uint32_t t = 0; t < 2; t++) {
-			even[t] = _mm256_load_ps(b->spread + i + t * 8);
-			odd[t] = _mm256_load_ps(b->spread + i + 16 + t * 8);
-		}
+	if (small) {
+		__m256i i = _mm256_min_epu8(_mm256_and_si256(code, _mm256_set1_epi8(0x7f)), _mm256_set1_epi8(8));
+
+		h = _mm256_xor_si256(h, _mm256_shuffle_epi8(small_high, i));
+		l = _mm256_xor_si256(l, _mm256_shuffle_epi8(small_low, i));
+	}
+	word[0] = _mm256_unpacklo_epi8(l, h);
+	word[1] = _mm256_unpackhi_epi8(l, h);
+}
+
+/* Words of 32 weights from i on, where they are not FP32 yet. */
+INLINE void
+words_at(const struct block *b, enum source from, bool small, uint32_t i, __m256i word[2])
+{
+	if (from == FLOATS)
+		return;
+	if (from == PAGE) {
+		size_t at = i / 32 % 16 * b->ld + i / 512 * 32;
+
+		_mm_prefetch((const char *)(b->next + at), _MM_HINT_T0);
+		word[0] = _mm256_loadu_si256((const __m256i *)(const void *)(b->word + at));
+		word[1] = _mm256_loadu_si256((const __m256i *)(const void *)(b->word + at + 16));
 		return;
 	}
 	if (i % 64 == 0) {
@@ -138,48 +171,73 @@ pair_at(const struct block *b, enum source from, uint32_t i, __m256 even[2], __m
 		if (from == PLANES)
 			_mm_prefetch((const char *)b->lo + i + AHEAD, _MM_HINT_T0);
 	}
-	code = _mm256_loadu_si256((const __m256i *)(const void *)(b->hi + i));
-	half_to_float(e4m3_to_half(_mm256_slli_epi16(code, 8)), even);
-	half_to_float(e4m3_to_half(code), odd);
-	if (from == CODES)
-		return;
-	/* The grid of BF16 magnitudes is that of the high words. */
+	words_of(_mm256_loadu_si256((const __m256i *)(const void *)(b->hi + i)), small, word);
+	if (from == PLANES) {
+		__m256i l = _mm256_loadu_si256((const __m256i *)(const void *)(b->lo + i));
+		__m256i sign = _mm256_cmpgt_epi8(_mm256_setzero_si256(), l);
+
+		word[0] = _mm256_add_epi16(word[0], _mm256_unpacklo_epi8(l, sign));
+		word[1] = _mm256_add_epi16(word[1], _mm256_unpackhi_epi8(l, sign));
+	}
+}
+
+/* The even or the odd inputs of the same. */
+INLINE void
+inputs_at(const struct block *b, enum source from, uint32_t i, const __m256i word[2], bool odd, __m256 out[2])
+{
+	/* A shuffle, as shifts have one port on Zen. */
+	const __m256i up = _mm256_broadcastsi128_si256(_mm_setr_epi8(-1, -1, 0, 1, -1, -1, 4, 5, -1, -1, 8, 9, -1, -1, 12, 13));
+
 	UNROLL
 	for (uint32_t t = 0; t < 2; t++) {
-		low = _mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i *)(const void *)(b->lo + i + t * 16)));
-		even[t] = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(even[t]),
-		    _mm256_srai_epi32(_mm256_slli_epi32(low, 24), 8)));
-		odd[t] = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(odd[t]),
-		    _mm256_slli_epi32(_mm256_srai_epi32(low, 8), 16)));
+		if (from == FLOATS)
+			out[t] = _mm256_load_ps(b->spread + i + odd * 16 + t * 8);
+		else if (odd)
+			out[t] = _mm256_castsi256_ps(_mm256_and_si256(word[t], _mm256_set1_epi32((int)0xffff0000)));
+		else
+			out[t] = _mm256_castsi256_ps(_mm256_shuffle_epi8(word[t], up));
 	}
 }
 
 static void
-patch_block(const struct k_weight *w, uint32_t panel, uint32_t block, float spread[1024])
+patch_block(const struct k_weight *w, uint32_t block, float spread[1024])
 {
-	uint32_t n;
+	uint32_t n, panel = block / (w->k_pad / K_BLOCK);
 	const struct k_exception *x = k_find_exceptions(w, block, &n);
 
 	for (uint32_t j = 0; j < n; j++) {
 		uint32_t i = x[j].index, c = i / 2 % 16;
 
-		spread[i / 32 * 32 + i % 2 * 16 + c] =
+		spread[i / 32 * 32 + i % 2 * 16 + place_of(c)] =
 		    k_bf16_to_float(k_exception_value(&x[j], w->scale[panel * K_PANEL + i / 512 * 16 + c]));
 	}
 }
 
 INLINE void
-spread_from(const struct block *b, enum source from, float spread[1024])
+spread_tile(const struct block *b, enum source from, bool small, uint32_t first, float spread[1024])
 {
-	for (uint32_t i = 0; i < 1024; i += 32) {
-		__m256 even[2], odd[2];
+	for (uint32_t i = first; i < first + 512; i += 32) {
+		__m256i word[2];
+		__m256 v[2];
 
-		pair_at(b, from, i, even, odd);
+		words_at(b, from, small, i, word);
 		UNROLL
-		for (uint32_t t = 0; t < 2; t++) {
-			_mm256_store_ps(spread + i + t * 8, even[t]);
-			_mm256_store_ps(spread + i + 16 + t * 8, odd[t]);
+		for (uint32_t c = 0; c < 2; c++) {
+			inputs_at(b, from, i, word, c, v);
+			_mm256_store_ps(spread + i + c * 16, v[0]);
+			_mm256_store_ps(spread + i + c * 16 + 8, v[1]);
 		}
+	}
+}
+
+INLINE void
+spread_from(const struct block *b, enum source from, uint8_t flags, float spread[1024])
+{
+	for (uint32_t t = 0; t < 2; t++) {
+		if (flags & K_HAS_SMALL << t)
+			spread_tile(b, from, true, t * 512, spread);
+		else
+			spread_tile(b, from, false, t * 512, spread);
 	}
 }
 
@@ -189,63 +247,62 @@ requantise(const struct k_weight *w, uint32_t panel, float spread[1024])
 {
 	const __m256 tensor = _mm256_set1_ps(w->tensor_scale);
 
-	for (uint32_t c = 0; c < K_PANEL; c += 8) {
-		__m256 ratio = _mm256_div_ps(_mm256_loadu_ps(w->scale + panel * K_PANEL + c), tensor);
-		float *at = spread + c / 16 * 512 + c % 16;
+	for (uint32_t i = 0; i < 1024; i += 512) {
+		for (uint32_t t = 0; t < 2; t++) {
+			__m256 ratio = _mm256_div_ps(channels_at(w->scale + panel * K_PANEL + i / 32, t), tensor);
+			float *at = spread + i + t * 8;
 
-		for (uint32_t i = 0; i < 512; i += 16)
-			_mm256_store_ps(at + i, round_e4m3(_mm256_mul_ps(_mm256_load_ps(at + i), ratio)));
+			for (uint32_t j = 0; j < 512; j += 16)
+				_mm256_store_ps(at + j, round_e4m3(_mm256_mul_ps(_mm256_load_ps(at + j), ratio)));
+		}
 	}
 }
 
 /* One block of 1024 weights to FP32. */
 AVX2 static void
-unpack_block(const struct k_weight *w, uint32_t panel, uint32_t block, enum k_format format, float spread[1024])
+unpack_block(const struct k_weight *w, uint32_t block, enum k_format format, float spread[1024])
 {
 	struct block b = block_at(w, block, NULL);
 
 	if (format == K_BF16) {
-		spread_from(&b, PLANES, spread);
-		if (w->flag[block])
-			patch_block(w, panel, block, spread);
+		spread_from(&b, PLANES, w->flag[block], spread);
+		if (w->flag[block] & K_HAS_EXCEPTIONS)
+			patch_block(w, block, spread);
 		return;
 	}
-	spread_from(&b, CODES, spread);
+	spread_from(&b, CODES, w->flag[block], spread);
 	if (format == K_FP8T)
-		requantise(w, panel, spread);
+		requantise(w, block / (w->k_pad / K_BLOCK), spread);
 }
 
-typedef float inputs[CHUNK * K_BLOCK];
+typedef float inputs[K_BLOCK];
 typedef float totals[K_PANEL];
 
 /* One tile of a block against n rows (known where it is inlined). */
 INLINE void
-rows_tile(const struct block *b, enum source from, uint32_t tile, const inputs *x, uint32_t x_at, totals *total,
-    const uint32_t n)
+rows_tile(const struct block *b, enum source from, bool small, uint32_t tile, const inputs *x, totals *total, const uint32_t n)
 {
-	__m256 even[FEW][2], odd[FEW][2];
+	__m256 sum[2][TEAM][2];
 
 	UNROLL
 	for (uint32_t r = 0; r < n; r++)
-		even[r][0] = even[r][1] = odd[r][0] = odd[r][1] = _mm256_setzero_ps();
+		sum[0][r][0] = sum[0][r][1] = sum[1][r][0] = sum[1][r][1] = _mm256_setzero_ps();
 #pragma GCC unroll 2
-	for (uint32_t p = 0; p < 16; p++) {
-		__m256 e[2], o[2];
+	for (uint32_t i = tile * 512, at = 0; at < K_BLOCK; i += 32, at += 2) {
+		__m256i word[2];
+		__m256 w[2];
 
-		pair_at(b, from, tile * 512 + p * 32, e, o);
+		words_at(b, from, small, i, word);
 		UNROLL
-		for (uint32_t r = 0; r < n; r++) {
-			__m256 xe = _mm256_broadcast_ss(&x[r][x_at + 2 * p]);
+		for (uint32_t c = 0; c < 2; c++) {
+			inputs_at(b, from, i, word, c, w);
+			UNROLL
+			for (uint32_t r = 0; r < n; r++) {
+				__m256 v = _mm256_broadcast_ss(&x[r][at + c]);
 
-			even[r][0] = _mm256_fmadd_ps(e[0], xe, even[r][0]);
-			even[r][1] = _mm256_fmadd_ps(e[1], xe, even[r][1]);
-		}
-		UNROLL
-		for (uint32_t r = 0; r < n; r++) {
-			__m256 xo = _mm256_broadcast_ss(&x[r][x_at + 2 * p + 1]);
-
-			odd[r][0] = _mm256_fmadd_ps(o[0], xo, odd[r][0]);
-			odd[r][1] = _mm256_fmadd_ps(o[1], xo, odd[r][1]);
+				sum[c][r][0] = _mm256_fmadd_ps(w[0], v, sum[c][r][0]);
+				sum[c][r][1] = _mm256_fmadd_ps(w[1], v, sum[c][r][1]);
+			}
 		}
 	}
 	UNROLL
@@ -254,27 +311,32 @@ rows_tile(const struct block *b, enum source from, uint32_t tile, const inputs *
 		for (uint32_t t = 0; t < 2; t++) {
 			float *to = &total[r][tile * 16 + t * 8];
 
-			_mm256_store_ps(to, _mm256_add_ps(_mm256_load_ps(to), _mm256_add_ps(even[r][t], odd[r][t])));
+			_mm256_store_ps(to, _mm256_add_ps(_mm256_load_ps(to), _mm256_add_ps(sum[0][r][t], sum[1][r][t])));
 		}
 	}
 }
 
 INLINE void
-rows_block(const struct block *b, enum source from, const inputs *x, uint32_t x_at, totals *total, const uint32_t n)
+rows_block(const struct block *b, enum source from, uint8_t flags, const inputs *x, totals *total, const uint32_t n)
 {
-	rows_tile(b, from, 0, x, x_at, total, n);
-	rows_tile(b, from, 1, x, x_at, total, n);
+	for (uint32_t t = 0; t < 2; t++) {
+		if (flags & K_HAS_SMALL << t)
+			rows_tile(b, from, true, t, x, total, n);
+		else
+			rows_tile(b, from, false, t, x, total, n);
+	}
 }
 
+/* A row's inputs of a block. */
 INLINE void
-expand_inputs(const uint16_t *x, size_t ldx, uint32_t rows, uint32_t n, inputs *out)
+expand(const uint16_t *x, float *out)
 {
-	for (uint32_t r = 0; r < rows; r++)
-		for (uint32_t i = 0; i < n; i += 8) {
-			__m256i u = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(const void *)(x + r * ldx + i)));
+	UNROLL
+	for (uint32_t i = 0; i < K_BLOCK; i += 8) {
+		__m256i u = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(const void *)(x + i)));
 
-			_mm256_store_ps(&out[r][i], _mm256_castsi256_ps(_mm256_slli_epi32(u, 16)));
-		}
+		_mm256_store_ps(out + i, _mm256_castsi256_ps(_mm256_slli_epi32(u, 16)));
+	}
 }
 
 INLINE void
@@ -286,7 +348,7 @@ write_panel(const struct k_linear *a, uint32_t panel, uint32_t row, uint32_t row
 		for (uint32_t c = 0; c < n; c += 8) {
 			__m256i m = tail(c, n);
 			float *y = a->y + (row + r) * a->ldy + first + c;
-			__m256 v = _mm256_load_ps(&total[r][c]);
+			__m256 v = channels_at(&total[r][c / 16 * 16 + c % 16 / 2], 0);
 
 			if (a->x_scale != NULL)
 				v = _mm256_mul_ps(v, _mm256_set1_ps(a->x_scale[row + r]));
@@ -299,61 +361,72 @@ write_panel(const struct k_linear *a, uint32_t panel, uint32_t row, uint32_t row
 	}
 }
 
-/* Up to FEW rows: every weight is read once and used at once. */
+/* Up to FEW rows: every weight is read once and used at once. Panels [p0, p1), at most STREAMS, run side by side. */
 INLINE void
-few_panel(const struct k_linear *a, uint32_t panel, const uint32_t n, enum source from)
+few_panels(const struct k_linear *a, uint32_t p0, uint32_t p1, const uint32_t n, enum source from)
 {
 	const struct k_weight *w = a->w;
 	uint32_t kb_n = w->k_pad / K_BLOCK;
 	_Alignas(32) float spread[1024];
 	_Alignas(32) inputs x[FEW];
-	_Alignas(32) totals total[FEW] = {{0}};
+	_Alignas(32) totals total[STREAMS][FEW] = {{{0}}};
 
 	for (uint32_t kb = 0; kb < kb_n; kb++) {
-		struct block b = block_at(w, panel * kb_n + kb, spread);
+		for (uint32_t r = 0; r < n; r++)
+			expand(a->x + r * a->ldx + kb * K_BLOCK, x[r]);
+		for (uint32_t p = p0; p < p1; p++) {
+			struct block b = block_at(w, p * kb_n + kb, spread);
+			uint8_t flags = w->flag[p * kb_n + kb];
 
-		if (kb % CHUNK == 0)
-			expand_inputs(a->x + kb * K_BLOCK, a->ldx, n, kb_n - kb < CHUNK ? (kb_n - kb) * K_BLOCK : CHUNK * K_BLOCK,
-			    x);
-		if (from == FLOATS || (from == PLANES && w->flag[panel * kb_n + kb])) {
-			unpack_block(w, panel, panel * kb_n + kb, a->format, spread);
-			rows_block(&b, FLOATS, (const inputs *)x, kb % CHUNK * K_BLOCK, total, n);
-		} else {
-			rows_block(&b, from, (const inputs *)x, kb % CHUNK * K_BLOCK, total, n);
+			if (from == FLOATS || (from == PLANES && flags & K_HAS_EXCEPTIONS)) {
+				unpack_block(w, p * kb_n + kb, a->format, spread);
+				rows_block(&b, FLOATS, 0, (const inputs *)x, total[p - p0], n);
+			} else {
+				rows_block(&b, from, flags, (const inputs *)x, total[p - p0], n);
+			}
 		}
 	}
-	write_panel(a, panel, 0, n, (const totals *)total);
+	for (uint32_t p = p0; p < p1; p++)
+		write_panel(a, p, 0, n, (const totals *)total[p - p0]);
 }
 
 #define FEW_ROWS(n) \
-	AVX2 static void few_##n(const struct k_linear *a, uint32_t panel) \
+	AVX2 static void few_##n(const struct k_linear *a, uint32_t p0, uint32_t p1) \
 	{ \
 		if (a->format == K_BF16) \
-			few_panel(a, panel, n, PLANES); \
+			few_panels(a, p0, p1, n, PLANES); \
 		else if (a->format == K_FP8T) \
-			few_panel(a, panel, n, FLOATS); \
+			few_panels(a, p0, p1, n, FLOATS); \
 		else \
-			few_panel(a, panel, n, CODES); \
+			few_panels(a, p0, p1, n, CODES); \
 	}
 FEW_ROWS(1)
 FEW_ROWS(2)
-FEW_ROWS(3)
 
-/* One unpacked block against more than FEW rows, in even teams. */
-AVX2 static void
-many_block(const float spread[1024], const inputs *x, uint32_t x_at, totals *total, uint32_t rows)
+/* Any rows, in even teams: registers that hold what is split on the way leave room for FEW. */
+INLINE void
+all_rows(const struct block *b, enum source from, const inputs *x, totals *total, uint32_t rows)
 {
-	struct block b = {.spread = spread};
-	uint32_t teams = (rows + FEW - 1) / FEW;
+	uint32_t most = from == PAGE ? FEW : TEAM, teams = (rows + most - 1) / most;
 
 	for (uint32_t i = 0; i < teams; i++) {
-		uint32_t r = rows * i / teams;
+		uint32_t r = rows * i / teams, n = rows * (i + 1) / teams - r;
 
-		if (rows * (i + 1) / teams - r == 3)
-			rows_block(&b, FLOATS, x + r, x_at, total + r, 3);
-		else
-			rows_block(&b, FLOATS, x + r, x_at, total + r, 2);
+		switch (n) {
+		case 1: rows_block(b, from, 0, x + r, total + r, 1); break;
+		case 2: rows_block(b, from, 0, x + r, total + r, 2); break;
+		case 3: rows_block(b, FLOATS, 0, x + r, total + r, 3); break;
+		}
 	}
+}
+
+/* One unpacked block. */
+AVX2 static void
+many_block(const float spread[1024], const inputs *x, totals *total, uint32_t rows)
+{
+	const struct block b = {.spread = spread};
+
+	all_rows(&b, FLOATS, x, total, rows);
 }
 
 /* Panels [p0, p1), at most GROUP, for up to ROWS rows, more than FEW. */
@@ -363,18 +436,20 @@ many_panels(const struct k_linear *a, uint32_t p0, uint32_t p1, uint32_t row, ui
 	const struct k_weight *w = a->w;
 	uint32_t kb_n = w->k_pad / K_BLOCK;
 	_Alignas(32) float spread[1024];
-	_Alignas(32) inputs x[ROWS];
+	_Alignas(32) inputs x[CHUNK][ROWS];
 	_Alignas(32) totals total[GROUP][ROWS];
 
 	memset(total, 0, (p1 - p0) * sizeof(*total));
 	for (uint32_t kb0 = 0; kb0 < kb_n; kb0 += CHUNK) {
 		uint32_t kb1 = kb_n - kb0 < CHUNK ? kb_n : kb0 + CHUNK;
 
-		expand_inputs(a->x + row * a->ldx + kb0 * K_BLOCK, a->ldx, rows, (kb1 - kb0) * K_BLOCK, x);
+		for (uint32_t r = 0; r < rows; r++)
+			for (uint32_t kb = kb0; kb < kb1; kb++)
+				expand(a->x + (row + r) * a->ldx + kb * K_BLOCK, x[kb - kb0][r]);
 		for (uint32_t p = p0; p < p1; p++) {
 			for (uint32_t kb = kb0; kb < kb1; kb++) {
-				unpack_block(w, p, p * kb_n + kb, a->format, spread);
-				many_block(spread, (const inputs *)x, (kb - kb0) * K_BLOCK, total[p - p0], rows);
+				unpack_block(w, p * kb_n + kb, a->format, spread);
+				many_block(spread, (const inputs *)x[kb - kb0], total[p - p0], rows);
 			}
 		}
 	}
@@ -385,18 +460,19 @@ many_panels(const struct k_linear *a, uint32_t p0, uint32_t p1, uint32_t row, ui
 static void
 linear_avx2(const struct k_linear *a)
 {
-	static void (*const few[FEW])(const struct k_linear *, uint32_t) = {few_1, few_2, few_3};
+	static void (*const few[FEW])(const struct k_linear *, uint32_t p0, uint32_t p1) = {few_1, few_2};
+	uint32_t panels = a->panel1 - a->panel0, most = a->rows <= FEW ? STREAMS : GROUP, groups = (panels + most - 1) / most;
+	uint32_t passes = (a->rows + ROWS - 1) / ROWS;
 
 	if (a->rows == 0)
 		return;
-	if (a->rows <= FEW) {
-		for (uint32_t panel = a->panel0; panel < a->panel1; panel++)
-			few[a->rows - 1](a, panel);
-		return;
-	}
-	for (uint32_t p0 = a->panel0; p0 < a->panel1; p0 += GROUP) {
-		uint32_t p1 = a->panel1 - p0 < GROUP ? a->panel1 : p0 + GROUP, passes = (a->rows + ROWS - 1) / ROWS;
+	for (uint32_t g = 0; g < groups; g++) {
+		uint32_t p0 = a->panel0 + panels * g / groups, p1 = a->panel0 + panels * (g + 1) / groups;
 
+		if (a->rows <= FEW) {
+			few[a->rows - 1](a, p0, p1);
+			continue;
+		}
 		for (uint32_t i = 0; i < passes; i++) {
 			uint32_t row = (uint32_t)((uint64_t)a->rows * i / passes);
 
@@ -514,16 +590,15 @@ rope_avx2(float *x, uint32_t n_heads, uint32_t head_dim, const float *cos, const
 	}
 }
 
+/* x <= EXP_MAX */
 INLINE __m256
-exp_avx2(__m256 x)
+exp_low(__m256 x)
 {
 	const __m256 round = _mm256_set1_ps(EXP_ROUND), one = _mm256_set1_ps(1.0f);
 	__m256 zero = _mm256_cmp_ps(x, _mm256_set1_ps(EXP_MIN), _CMP_LT_OQ);
-	__m256 high = _mm256_cmp_ps(x, _mm256_set1_ps(EXP_MAX), _CMP_GT_OQ);
 	__m256 n, r, p;
 	__m256i e;
 
-	x = _mm256_blendv_ps(x, _mm256_set1_ps(EXP_MAX), high);
 	n = _mm256_sub_ps(_mm256_fmadd_ps(x, _mm256_set1_ps(EXP_LOG2E), round), round);
 	r = _mm256_fmadd_ps(n, _mm256_set1_ps(-EXP_LN2_LO), _mm256_fmadd_ps(n, _mm256_set1_ps(-EXP_LN2_HI), x));
 	p = _mm256_fmadd_ps(_mm256_set1_ps(EXP_C6), r, _mm256_set1_ps(EXP_C5));
@@ -534,6 +609,14 @@ exp_avx2(__m256 x)
 	p = _mm256_fmadd_ps(p, r, one);
 	e = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
 	return _mm256_andnot_ps(zero, _mm256_mul_ps(p, _mm256_castsi256_ps(e)));
+}
+
+INLINE __m256
+exp_avx2(__m256 x)
+{
+	__m256 high = _mm256_cmp_ps(x, _mm256_set1_ps(EXP_MAX), _CMP_GT_OQ);
+
+	return exp_low(_mm256_blendv_ps(x, _mm256_set1_ps(EXP_MAX), high));
 }
 
 AVX2 static void
@@ -600,20 +683,27 @@ kv_write_avx2(const struct k_kv_block *b, const float *k, const float *v, uint32
 
 /* ---- attention ---- */
 
-#define HEADS 16u        /* query heads of one KV head that share its unpacking */
-#define TEAM 4u          /* of these, those whose chains run together */
+/* Query vectors are (row, head) pairs that share a KV head. */
 
-/* One KV head of a block as BF16, and the scales of its positions (NULL: all BF16). */
-struct head_page {
-	const uint16_t *k, *v;
-	const float *ks, *vs;   /* [32], 1 in BF16 positions */
-	uint32_t lo, hi;        /* slots that count */
+#define VECTORS 32u      /* at most together */
+#define HEADS 16u        /* of one row */
+
+/* Vectors lie as [hd_pad / 32][n][32]. */
+typedef float vectors[256 / 32 * VECTORS][32];
+
+struct attending {
+	_Alignas(32) vectors q, out, block; /* out: so far, block: of this one */
+	_Alignas(32) float p[VECTORS][32];  /* scores, then probabilities of the block */
+	_Alignas(32) float m[VECTORS], l[VECTORS]; /* maximum and sum so far; l is 0 before the first block */
+	_Alignas(32) float block_m[VECTORS], block_l[VECTORS];
+	_Alignas(32) uint32_t valid[VECTORS]; /* slots of this block that count */
+	uint32_t n, hd_pad;
 };
 
-/* What a query head has so far. */
-struct head {
-	_Alignas(32) float q[256], out[256], block[256], p[32];
-	float m, l, block_m, block_l;
+/* One KV head of a block as BF16, what is prefetched beside, and the scales of its positions (NULL: all BF16). */
+struct head_page {
+	const uint16_t *k, *v, *next_k, *next_v;
+	const float *ks, *vs;   /* [32], 1 in BF16 positions */
 };
 
 /* The words of `now` where the mask has ones, else those of `then`, if any. */
@@ -634,35 +724,36 @@ lanes_of(uint32_t bits)
 	return _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32((int)bits), bit), bit);
 }
 
-/* 16 codes to BF16. */
-INLINE __m256i
-e4m3_to_bf16(const uint8_t *code)
+/* 32 codes to BF16, in their order. */
+INLINE void
+e4m3_to_bf16(const uint8_t *code, __m256i out[2])
 {
-	__m256i c = _mm256_slli_epi16(_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(const void *)code)), 8);
-	__m256 v[2];
-
-	half_to_float(e4m3_to_half(c), v);
-	/* pack works on halves of a register */
-	return _mm256_permute4x64_epi64(_mm256_packus_epi32(_mm256_srli_epi32(_mm256_castps_si256(v[0]), 16),
-	    _mm256_srli_epi32(_mm256_castps_si256(v[1]), 16)), 0xd8);
+	words_of(_mm256_permute4x64_epi64(_mm256_loadu_si256((const __m256i *)(const void *)code), 0xd8), true, out);
 }
 
-/* The FP8 positions of a head's K and V as BF16 beside those that are BF16 already. */
+/* The FP8 positions of a head's K and V as BF16 beside those that are BF16 already; prefetches those of `next`. */
 INLINE void
-mix_page(const struct k_attention *a, const struct k_kv_block *b, uint32_t kvh, uint16_t *k, uint16_t *v)
+mix_page(const struct k_attention *a, const struct k_kv_block *b, const struct k_kv_block *next, uint32_t kvh, uint16_t *k,
+    uint16_t *v)
 {
 	uint32_t size = a->hd_pad * K_BLOCK;
 	size_t head = (size_t)kvh * size, half = (size_t)a->n_kv_heads * size;
 	bool mixed = b->k != NULL && b->fp8 != 0xffffffffu;
 
-	for (uint32_t i = 0; i < size; i += 16) {
-		/* 8 positions of one pair of dimensions; 8 dimensions of one pair of positions. */
+	for (uint32_t i = 0; i < size; i += 32) {
+		/* 16 positions of one pair of dimensions; 16 dimensions of one pair of positions. */
 		uint32_t pair = b->fp8 >> (i / (2 * a->hd_pad) * 2) & 3;
-		__m256i of = _mm256_set1_epi32((int)((pair & 1) * 0xffffu | (pair >> 1) * 0xffff0000u));
+		__m256i of = _mm256_set1_epi32((int)((pair & 1) * 0xffffu | (pair >> 1) * 0xffff0000u)), word[2];
 
-		store_mixed(k + i, e4m3_to_bf16(b->q + head + i), mixed ? b->k + head + i : NULL,
-		    lanes_of(b->fp8 >> (i / 16 % 4 * 8)));
-		store_mixed(v + i, e4m3_to_bf16(b->q + half + head + i), mixed ? b->v + head + i : NULL, of);
+		_mm_prefetch((const char *)next->q + head + i, _MM_HINT_T0);
+		_mm_prefetch((const char *)next->q + half + head + i, _MM_HINT_T0);
+		e4m3_to_bf16(b->q + head + i, word);
+		for (uint32_t t = 0; t < 2; t++)
+			store_mixed(k + i + t * 16, word[t], mixed ? b->k + head + i + t * 16 : NULL,
+			    lanes_of(b->fp8 >> (i / 32 % 2 * 16 + t * 8)));
+		e4m3_to_bf16(b->q + half + head + i, word);
+		for (uint32_t t = 0; t < 2; t++)
+			store_mixed(v + i + t * 16, word[t], mixed ? b->v + head + i + t * 16 : NULL, of);
 	}
 }
 
@@ -680,248 +771,283 @@ mix_scales(const struct k_attention *a, const struct k_kv_block *b, uint32_t kvh
 	}
 }
 
-INLINE void
-halves(const uint16_t *at, __m256 *even, __m256 *odd)
+/* As round_bf16() of a probability, a float, 0 where it does not count. A NaN comes from values that were rounded before: its
+ * low word is 0, it stays NaN. */
+INLINE __m256
+round_probability(__m256 p, __m256 valid)
 {
-	__m256i w = _mm256_loadu_si256((const __m256i *)(const void *)at);
+	__m256i u = _mm256_castps_si256(p), odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
 
-	*even = _mm256_castsi256_ps(_mm256_slli_epi32(w, 16));
-	*odd = _mm256_castsi256_ps(_mm256_and_si256(w, _mm256_set1_epi32((int)0xffff0000)));
+	u = _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd);
+	u = _mm256_and_si256(u, _mm256_set1_epi32((int)0xffff0000));
+	return _mm256_and_ps(valid, _mm256_castsi256_ps(u));
 }
 
-/* Scores of the 32 positions of a page for n heads, into p. */
+/* Scores p of a vector to probabilities; their maximum and sum. */
 INLINE void
-page_scores(const struct k_attention *a, const struct head_page *page, struct head *head, const uint32_t n)
-{
-	for (uint32_t t = 0; t < 4; t++) {
-		__m256 total[TEAM], even[TEAM], odd[TEAM], e, o;
-
-		UNROLL
-		for (uint32_t h = 0; h < n; h++)
-			total[h] = _mm256_setzero_ps();
-		for (uint32_t d0 = 0; d0 < a->head_dim; d0 += K_BLOCK) {
-			UNROLL
-			for (uint32_t h = 0; h < n; h++)
-				even[h] = odd[h] = _mm256_setzero_ps();
-			for (uint32_t d = d0; d < d0 + K_BLOCK && d < a->head_dim; d += 2) {
-				halves(page->k + d * K_BLOCK + t * 16, &e, &o);
-				UNROLL
-				for (uint32_t h = 0; h < n; h++) {
-					even[h] = _mm256_fmadd_ps(e, _mm256_broadcast_ss(&head[h].q[d]), even[h]);
-					odd[h] = _mm256_fmadd_ps(o, _mm256_broadcast_ss(&head[h].q[d + 1]), odd[h]);
-				}
-			}
-			UNROLL
-			for (uint32_t h = 0; h < n; h++)
-				total[h] = _mm256_add_ps(total[h], _mm256_add_ps(even[h], odd[h]));
-		}
-		UNROLL
-		for (uint32_t h = 0; h < n; h++) {
-			if (page->ks != NULL)
-				total[h] = _mm256_mul_ps(total[h], _mm256_load_ps(page->ks + t * 8));
-			_mm256_store_ps(head[h].p + t * 8, _mm256_mul_ps(total[h], _mm256_set1_ps(a->scale)));
-		}
-	}
-}
-
-/* Scores in p to probabilities; their maximum and sum. */
-INLINE void
-page_softmax(const struct head_page *page, struct head *head)
+page_softmax(const struct head_page *page, uint32_t slots, float p[32], float *maximum, float *sum)
 {
 	const __m256 low = _mm256_set1_ps(-INFINITY);
-	uint32_t slots = (page->hi == 32 ? 0xffffffffu : (1u << page->hi) - 1) & ~((1u << page->lo) - 1);
 	__m256 max = low, nan = _mm256_setzero_ps(), valid[4], prob[4];
 	__m128 m;
 
 	UNROLL
 	for (uint32_t t = 0; t < 4; t++) {
-		__m256 s = _mm256_load_ps(head->p + t * 8);
+		__m256 s = _mm256_load_ps(p + t * 8);
 
 		valid[t] = _mm256_castsi256_ps(lanes_of(slots >> (t * 8)));
-		nan = _mm256_or_ps(nan, _mm256_and_ps(valid[t], _mm256_cmp_ps(s, s, _CMP_UNORD_Q)));
-		max = _mm256_max_ps(max, _mm256_blendv_ps(low, s, valid[t]));
+		prob[t] = _mm256_blendv_ps(low, s, valid[t]);
+		nan = _mm256_or_ps(nan, _mm256_cmp_ps(prob[t], prob[t], _CMP_UNORD_Q));
+		max = _mm256_max_ps(max, prob[t]);
 	}
 	m = _mm_max_ps(_mm256_castps256_ps128(max), _mm256_extractf128_ps(max, 1));
 	m = _mm_max_ps(m, _mm_movehl_ps(m, m));
 	m = _mm_max_ss(m, _mm_movehdup_ps(m));
-	head->block_m = _mm256_movemask_ps(nan) ? NAN : _mm_cvtss_f32(m);
+	*maximum = _mm256_movemask_ps(nan) ? NAN : _mm_cvtss_f32(m);
 	UNROLL
-	for (uint32_t t = 0; t < 4; t++) {
-		__m256 s = _mm256_sub_ps(_mm256_load_ps(head->p + t * 8), _mm256_set1_ps(head->block_m));
-
-		prob[t] = _mm256_and_ps(valid[t], rounded_bf16(exp_avx2(s)));
-	}
-	head->block_l = fold16(_mm256_add_ps(prob[0], prob[2]), _mm256_add_ps(prob[1], prob[3]));
+	for (uint32_t t = 0; t < 4; t++)
+		prob[t] = round_probability(exp_low(_mm256_sub_ps(prob[t], _mm256_set1_ps(*maximum))), valid[t]);
+	*sum = fold16(_mm256_add_ps(prob[0], prob[2]), _mm256_add_ps(prob[1], prob[3]));
 	UNROLL
 	for (uint32_t t = 0; t < 4; t++) {
 		if (page->vs != NULL)
-			prob[t] = _mm256_and_ps(valid[t], rounded_bf16(_mm256_mul_ps(prob[t], _mm256_load_ps(page->vs + t * 8))));
-		_mm256_store_ps(head->p + t * 8, prob[t]);
+			prob[t] = round_probability(_mm256_mul_ps(prob[t], _mm256_load_ps(page->vs + t * 8)), valid[t]);
+		_mm256_store_ps(p + t * 8, prob[t]);
 	}
 }
 
-/* The block's output for n heads. */
-INLINE void
-page_output(const struct k_attention *a, const struct head_page *page, struct head *head, const uint32_t n)
+/* Adds outputs of a block to what the vectors have: one's lie `each` floats apart, 32 dimensions of it `ld`. */
+AVX2 static void
+merge(struct attending *s, const float *block, size_t each, size_t ld)
 {
-	for (uint32_t d = 0; d < a->head_dim; d += 8) {
-		__m256 even[TEAM], odd[TEAM], e, o;
+	const __m256i none = _mm256_setzero_si256();
 
-		UNROLL
-		for (uint32_t h = 0; h < n; h++)
-			even[h] = odd[h] = _mm256_setzero_ps();
-		for (uint32_t j = page->lo & ~1u; j < page->hi; j += 2) {
-			halves(page->v + (j / 2 * a->hd_pad + d) * 2, &e, &o);
-			/* The even slot of the first pair and the odd one of the last may hold anything. */
-			if (j >= page->lo)
-				UNROLL
-				for (uint32_t h = 0; h < n; h++)
-					even[h] = _mm256_fmadd_ps(e, _mm256_broadcast_ss(&head[h].p[j]), even[h]);
-			if (j + 1 < page->hi)
-				UNROLL
-				for (uint32_t h = 0; h < n; h++)
-					odd[h] = _mm256_fmadd_ps(o, _mm256_broadcast_ss(&head[h].p[j + 1]), odd[h]);
+	for (uint32_t i = 0; i < s->n; i += 8) {
+		__m256 m = _mm256_load_ps(s->m + i), bm = _mm256_load_ps(s->block_m + i);
+		__m256 l = _mm256_load_ps(s->l + i), bl = _mm256_load_ps(s->block_l + i);
+		__m256 hasnt = _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_load_si256((const __m256i *)(const void *)(s->valid + i)),
+		    none));
+		__m256 had = _mm256_cmp_ps(l, _mm256_setzero_ps(), _CMP_NEQ_UQ);
+		__m256 max = _mm256_blendv_ps(m, bm, _mm256_cmp_ps(bm, m, _CMP_GT_OQ));
+		__m256 fa = exp_avx2(_mm256_sub_ps(m, max)), fb = exp_avx2(_mm256_sub_ps(bm, max));
+		uint32_t has = ~(uint32_t)_mm256_movemask_ps(hasnt), more = (uint32_t)_mm256_movemask_ps(had);
+		_Alignas(32) float fas[8], fbs[8];
+
+		max = _mm256_blendv_ps(bm, max, had);
+		bl = _mm256_blendv_ps(bl, _mm256_fmadd_ps(l, fa, _mm256_mul_ps(bl, fb)), had);
+		_mm256_store_ps(s->m + i, _mm256_blendv_ps(max, m, hasnt));
+		_mm256_store_ps(s->l + i, _mm256_blendv_ps(bl, l, hasnt));
+		_mm256_store_ps(fas, fa);
+		_mm256_store_ps(fbs, fb);
+		for (uint32_t j = 0; j < 8 && i + j < s->n; j++) {
+			for (uint32_t d = 0; (has >> j & 1) && d < s->hd_pad; d += 8) {
+				float *out = &s->out[d / 32 * s->n + i + j][d % 32];
+				__m256 v = _mm256_loadu_ps(block + (i + j) * each + d / 32 * ld + d % 32);
+
+				if (more >> j & 1)
+					v = _mm256_fmadd_ps(_mm256_load_ps(out), _mm256_set1_ps(fas[j]), _mm256_mul_ps(v, _mm256_set1_ps(fbs[j])));
+				_mm256_store_ps(out, v);
+			}
 		}
-		UNROLL
-		for (uint32_t h = 0; h < n; h++)
-			_mm256_store_ps(head[h].block + d, _mm256_add_ps(_mm256_setzero_ps(), _mm256_add_ps(even[h], odd[h])));
 	}
 }
 
-INLINE float
-exp_one(float x)
+/* Of a page, the room that its head needs where it has to be made of FP8 first, and for V without slots that do not count. */
+struct page_room {
+	_Alignas(32) uint16_t k[256 * K_BLOCK], v[256 * K_BLOCK], trimmed[256 * K_BLOCK];
+	_Alignas(32) float ks[32], vs[32];
+};
+
+INLINE struct head_page
+page_at(const struct k_attention *a, uint32_t kvh, uint32_t block, uint32_t end, struct page_room *room)
 {
-	return _mm256_cvtss_f32(exp_avx2(_mm256_set1_ps(x)));
+	const struct k_kv_block *b = &a->block[block], *next = block + 1 < end ? b + 1 : b;
+	size_t at = (size_t)kvh * a->hd_pad * K_BLOCK;
+
+	if (b->fp8 == 0) {
+		if (next->k == NULL)
+			next = b;
+		return (struct head_page){b->k + at, b->v + at, next->k + at, next->v + at, NULL, NULL};
+	}
+	mix_page(a, b, next->q == NULL ? b : next, kvh, room->k, room->v);
+	mix_scales(a, b, kvh, room->ks, room->vs);
+	return (struct head_page){room->k, room->v, room->k, room->v, room->ks, room->vs};
 }
 
-/* Adds a block to what the head has. */
-INLINE void
-merge(struct head *h, uint32_t hd, bool first)
+/* V with zeros in the slots that do not count; false if what is left is not all finite. */
+AVX2 static bool
+trim_page(const uint16_t *v, uint32_t hd_pad, uint32_t slots, uint16_t *out)
 {
-	float to, fa, fb;
+	const __m256i inf = _mm256_set1_epi16(0x7f80);
+	__m256i bad = _mm256_setzero_si256();
 
-	if (first) {
-		h->m = h->block_m, h->l = h->block_l;
-		memcpy(h->out, h->block, hd * sizeof(*h->out));
+	for (uint32_t j = 0; j < K_BLOCK / 2; j++, slots >>= 2) {
+		__m256i of = _mm256_set1_epi32((int)((slots & 1) * 0xffffu | (slots >> 1 & 1) * 0xffff0000u));
+
+		for (uint32_t i = j * hd_pad * 2, to = i + hd_pad * 2; i < to; i += 16) {
+			__m256i w = _mm256_and_si256(_mm256_loadu_si256((const __m256i *)(const void *)(v + i)), of);
+
+			bad = _mm256_or_si256(bad, _mm256_cmpeq_epi16(_mm256_and_si256(w, inf), inf));
+			_mm256_store_si256((__m256i *)(void *)(out + i), w);
+		}
+	}
+	return _mm256_testz_si256(bad, bad);
+}
+
+/* 16 pairs of 32 words, ld words apart, times n vectors, as a linear layer: for a few they are split on the way. */
+AVX2 static void
+page_rows(const uint16_t *word, size_t ld, const uint16_t *next, const inputs *x, totals *total, uint32_t n)
+{
+	_Alignas(32) float spread[1024];
+	const struct block page = {.word = word, .ld = ld, .next = next};
+
+	if (n <= 4 * FEW) {
+		all_rows(&page, PAGE, x, total, n);
 		return;
 	}
-	to = h->block_m > h->m ? h->block_m : h->m;
-	fa = exp_one(h->m - to), fb = exp_one(h->block_m - to);
-	h->l = fmaf(h->l, fa, h->block_l * fb);
-	for (uint32_t d = 0; d < hd; d += 8)
-		_mm256_store_ps(h->out + d, _mm256_fmadd_ps(_mm256_load_ps(h->out + d), _mm256_set1_ps(fa),
-		    _mm256_mul_ps(_mm256_load_ps(h->block + d), _mm256_set1_ps(fb))));
-	h->m = to;
+	spread_tile(&page, PAGE, false, 0, spread);
+	spread_tile(&page, PAGE, false, 512, spread);
+	many_block(spread, x, total, n);
 }
 
-INLINE void
-attend_page(const struct k_attention *a, const struct head_page *page, struct head *head, const uint32_t n)
-{
-	page_scores(a, page, head, n);
-	for (uint32_t h = 0; h < n; h++)
-		page_softmax(page, &head[h]);
-	page_output(a, page, head, n);
-}
-
-#define ATTEND(n) \
-	AVX2 static void attend_##n(const struct k_attention *a, const struct head_page *page, struct head *head) \
-	{ \
-		attend_page(a, page, head, n); \
-	}
-ATTEND(1)
-ATTEND(2)
-ATTEND(3)
-ATTEND(4)
-
-/* The outputs, maxima and sums of a block, between heads and parts. */
+/* A page for all vectors. In the slots of V that do not count for one of them there is nothing but finite numbers. */
 AVX2 static void
-put_part(const struct k_attention *a, uint32_t block, const struct head *head)
+attend_page(const struct k_attention *a, const struct head_page *page, struct attending *s)
 {
-	uint32_t n = a->head1 - a->head0;
+	memset(s->p, 0, s->n * sizeof(*s->p));
+	memset(s->block, 0, s->hd_pad / 32 * s->n * sizeof(*s->block));
+	for (uint32_t d = 0; d < s->hd_pad; d += 32)
+		page_rows(page->k + d * K_BLOCK, 2 * K_BLOCK, page->next_k + d * K_BLOCK, (const inputs *)s->q[d / 32 * s->n], s->p, s->n);
+	for (uint32_t i = 0; i < s->n; i++) {
+		for (uint32_t t = 0; t < 32; t += 8) {
+			__m256 v = _mm256_load_ps(s->p[i] + t);
+
+			if (page->ks != NULL)
+				v = _mm256_mul_ps(v, _mm256_load_ps(page->ks + t));
+			_mm256_store_ps(s->p[i] + t, _mm256_mul_ps(v, _mm256_set1_ps(a->scale)));
+		}
+		page_softmax(page, s->valid[i], s->p[i], &s->block_m[i], &s->block_l[i]);
+	}
+	for (uint32_t d = 0; d < s->hd_pad; d += 32)
+		page_rows(page->v + d * 2, 2 * s->hd_pad, page->next_v + d * 2, (const inputs *)s->p, &s->block[d / 32 * s->n], s->n);
+}
+
+/* The outputs, maxima and sums of a block. */
+AVX2 static void
+put_part(const struct k_attention *a, uint32_t block, const struct attending *s)
+{
 	float *m, *part = k_part_of(a, block, &m);
 
-	for (uint32_t i = 0; i < n; i++) {
-		memcpy(part + (size_t)i * a->hd_pad, head[i].block, a->hd_pad * sizeof(*part));
-		m[i] = head[i].block_m, m[K_PART_HEADS + i] = head[i].block_l;
+	for (uint32_t i = 0; i < s->n; i++)
+		for (uint32_t d = 0; d < s->hd_pad; d += 32)
+			memcpy(part + i * s->hd_pad + d, s->block[d / 32 * s->n + i], sizeof(*s->block));
+	memcpy(m, s->block_m, s->n * sizeof(*m));
+	memcpy(m + K_PART_HEADS, s->block_l, s->n * sizeof(*m));
+}
+
+/* The slots of a block that a row at pos attends to. */
+static inline uint32_t
+slots_of(const struct k_attention *a, uint32_t pos, uint32_t block)
+{
+	uint32_t at = block * K_BLOCK, first = k_window_first(pos, a->window);
+	uint32_t lo = first > at ? first - at : 0, n = pos < at ? 0 : pos - at + 1;
+
+	return lo >= K_BLOCK ? 0 : (n < K_BLOCK ? (1u << n) - 1 : 0xffffffffu) & 0xffffffffu << lo;
+}
+
+/* A block for all vectors, `heads` of each row. */
+AVX2 static void
+attend_block(const struct k_attention *a, struct head_page *page, uint32_t block, uint32_t heads, struct page_room *room,
+    struct attending *s)
+{
+	const uint16_t *v = page->v;
+	uint32_t some = 0, all = 0xffffffff;
+
+	for (uint32_t i = 0; i < s->n; i++) {
+		s->valid[i] = slots_of(a, a->pos + i / heads, block);
+		some |= s->valid[i], all &= s->valid[i];
 	}
-}
+	if (all != 0xffffffff) {
+		page->v = room->trimmed;
+		if (!trim_page(v, s->hd_pad, some, room->trimmed) && a->rows > 1) {
+			/* What is 0 times Inf counts where the slot does: each row by itself. */
+			for (uint32_t r = 0; r < a->rows; r++) {
+				uint32_t slots = slots_of(a, a->pos + r, block);
 
-AVX2 static void
-get_part(const struct k_attention *a, uint32_t block, struct head *head)
-{
-	uint32_t n = a->head1 - a->head0;
-	float *m;
-	const float *part = k_part_of(a, block, &m);
-
-	for (uint32_t i = 0; i < n; i++) {
-		memcpy(head[i].block, part + (size_t)i * a->hd_pad, a->hd_pad * sizeof(*part));
-		head[i].block_m = m[i], head[i].block_l = m[K_PART_HEADS + i];
-	}
-}
-
-AVX2 static void
-divide(const struct k_attention *a, uint32_t h0, uint32_t h1, const struct head *head)
-{
-	uint32_t hd = a->head_dim;
-
-	for (uint32_t h = h0; h < h1; h++)
-		for (uint32_t d = 0; d < hd; d += 8)
-			_mm256_maskstore_ps(a->out + (size_t)h * hd + d, tail(d, hd),
-			    _mm256_div_ps(_mm256_load_ps(head[h - h0].out + d), _mm256_set1_ps(head[h - h0].l)));
-}
-
-/* Heads [h0, h1) of one KV head, at most HEADS. */
-AVX2 static void
-attend_heads(const struct k_attention *a, uint32_t kvh, uint32_t h0, uint32_t h1)
-{
-	static void (*const attend[TEAM])(const struct k_attention *, const struct head_page *, struct head *) = {
-	    attend_1, attend_2, attend_3, attend_4};
-	uint32_t hd = a->head_dim, start = k_window_first(a->pos, a->window), first = start / K_BLOCK;
-	uint32_t from, end;
-	size_t at = (size_t)kvh * a->hd_pad * K_BLOCK;
-	_Alignas(32) uint16_t k[256 * K_BLOCK], v[256 * K_BLOCK];
-	_Alignas(32) float ks[32], vs[32];
-	struct head head[HEADS];
-
-	k_attention_blocks(a, &from, &end);
-	for (uint32_t h = h0; h < h1; h++)
-		for (uint32_t d = 0; d < hd; d += 8)
-			_mm256_store_ps(head[h - h0].q + d,
-			    rounded_bf16(_mm256_maskload_ps(a->q + (size_t)h * hd + d, tail(d, hd))));
-	for (uint32_t b = from; b < end; b++) {
-		const struct k_kv_block *kv = &a->block[b];
-		struct head_page page = {k, v, ks, vs, b == first ? start % K_BLOCK : 0,
-		    a->pos - b * K_BLOCK + 1 < K_BLOCK ? a->pos - b * K_BLOCK + 1 : K_BLOCK};
-
-		if (kv->fp8 == 0) {
-			page.k = kv->k + at, page.v = kv->v + at;
-			page.ks = page.vs = NULL;
-		} else {
-			mix_page(a, kv, kvh, k, v);
-			mix_scales(a, kv, kvh, ks, vs);
+				for (uint32_t i = 0; i < s->n; i++)
+					s->valid[i] = i / heads == r ? slots : 0;
+				trim_page(v, s->hd_pad, slots, room->trimmed);
+				attend_page(a, page, s);
+				merge(s, s->block[0], 32, s->n * 32);
+			}
+			return;
 		}
-		for (uint32_t h = 0; h < h1 - h0; h += TEAM)
-			attend[(h1 - h0 - h < TEAM ? h1 - h0 - h : TEAM) - 1](a, &page, head + h);
-		if (a->parts != NULL)
-			put_part(a, b, head);
-		for (uint32_t h = 0; a->parts == NULL && h < h1 - h0; h++)
-			merge(&head[h], hd, b == first);
+	}
+	attend_page(a, page, s);
+	if (a->parts != NULL)
+		put_part(a, block, s);
+	else
+		merge(s, s->block[0], 32, s->n * 32);
+}
+
+AVX2 static void
+divide(const struct k_attention *a, uint32_t h0, uint32_t heads, const struct attending *s)
+{
+	for (uint32_t i = 0; i < s->n; i++) {
+		float *out = a->out + i / heads * a->ld + (size_t)(h0 + i % heads) * a->head_dim;
+
+		for (uint32_t d = 0; d < a->head_dim; d += 8)
+			_mm256_maskstore_ps(out + d, tail(d, a->head_dim),
+			    _mm256_div_ps(_mm256_load_ps(&s->out[d / 32 * s->n + i][d % 32]), _mm256_set1_ps(s->l[i])));
+	}
+}
+
+/* Heads [h0, h0 + heads) of one KV head, all rows, at most VECTORS of both. */
+AVX2 static void
+attend(const struct k_attention *a, uint32_t kvh, uint32_t h0, uint32_t heads)
+{
+	const struct k_attention last = k_attention_row(a, a->rows - 1);
+	uint32_t from, end, ignored;
+	struct attending s;
+	struct page_room room;
+
+	s.n = a->rows * heads, s.hd_pad = a->hd_pad;
+	memset(s.m, 0, (size_t)((char *)s.valid - (char *)s.m));
+	for (uint32_t i = 0; i < s.n; i++) {
+		const float *q = a->q + i / heads * a->ld + (size_t)(h0 + i % heads) * a->head_dim;
+
+		for (uint32_t d = 0; d < s.hd_pad; d += 8)
+			_mm256_store_ps(&s.q[d / 32 * s.n + i][d % 32], d < a->head_dim ?
+			    rounded_bf16(_mm256_maskload_ps(q + d, tail(d, a->head_dim))) : _mm256_setzero_ps());
+	}
+	k_attention_blocks(&last, &ignored, &end);
+	k_attention_blocks(a, &from, &ignored);
+	for (uint32_t b = from; b < end; b++) {
+		struct head_page page = page_at(a, kvh, b, end, &room);
+
+		attend_block(a, &page, b, heads, &room, &s);
 	}
 	if (a->parts == NULL)
-		divide(a, h0, h1, head);
+		divide(a, h0, heads, &s);
 }
 
 AVX2 static void
 attention_merge_avx2(const struct k_attention *a)
 {
-	struct head head[HEADS];
+	struct attending s;
 
+	s.n = a->head1 - a->head0, s.hd_pad = a->hd_pad;
+	memset(s.m, 0, (size_t)((char *)s.valid - (char *)s.m));
+	memset(s.valid, 0xff, sizeof(s.valid));
 	for (uint32_t b = a->block0; b < a->block1; b++) {
-		get_part(a, b, head);
-		for (uint32_t h = 0; h < a->head1 - a->head0; h++)
-			merge(&head[h], a->head_dim, b == a->block0);
+		float *m;
+		const float *part = k_part_of(a, b, &m);
+
+		memcpy(s.block_m, m, s.n * sizeof(*m));
+		memcpy(s.block_l, m + K_PART_HEADS, s.n * sizeof(*m));
+		merge(&s, part, a->hd_pad, 32);
 	}
-	divide(a, a->head0, a->head1, head);
+	divide(a, a->head0, s.n, &s);
 }
 
 static void
@@ -929,12 +1055,16 @@ attention_avx2(const struct k_attention *a)
 {
 	uint32_t group = a->n_heads / a->n_kv_heads;
 
-	for (uint32_t r = 0; r < a->rows; r++) {
-		const struct k_attention one = k_attention_row(a, r);
+	for (uint32_t h = a->head0, to; h < a->head1; h = to) {
+		uint32_t most;
 
-		for (uint32_t h = a->head0, to; h < a->head1; h = to) {
-			to = k_heads_end(a, h, HEADS);
-			attend_heads(&one, h / group, h, to);
+		to = k_heads_end(a, h, HEADS);
+		most = VECTORS / (to - h);
+		for (uint32_t r = 0; r < a->rows; r += most) {
+			struct k_attention some = k_attention_row(a, r);
+
+			some.rows = a->rows - r < most ? a->rows - r : most;
+			attend(&some, h / group, h, to - h);
 		}
 	}
 }
@@ -944,15 +1074,17 @@ attention_avx2(const struct k_attention *a)
 AVX2 static void
 probe_read_avx2(const void *mem, size_t bytes)
 {
-	const char *p = mem;
+	const size_t part = bytes / 4; /* four streams are the fastest */
 	__m256i s[8] = {0};
 
 	for (size_t i = 0; i < bytes; i += 256) {
+		const char *p = (const char *)mem + i / 256 % 4 * part + i / 1024 * 256;
+
 		UNROLL
 		for (size_t j = 0; j < 8; j++) {
 			if (j % 2 == 0)
-				_mm_prefetch(p + i + j * 32 + AHEAD, _MM_HINT_T0);
-			s[j] = _mm256_add_epi64(s[j], _mm256_loadu_si256((const __m256i *)(const void *)(p + i + j * 32)));
+				_mm_prefetch(p + j * 32 + 2048, _MM_HINT_T0);
+			s[j] = _mm256_add_epi64(s[j], _mm256_loadu_si256((const __m256i *)(const void *)(p + j * 32)));
 		}
 	}
 	UNROLL

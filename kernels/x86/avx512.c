@@ -150,7 +150,7 @@ unpack_part(const struct k_weight *w, uint32_t block, enum k_format format, uint
 			_mm512_store_si512(out + i, weights_at(&b, PLANES, i));
 			_mm512_store_si512(out + i + 32, weights_at(&b, PLANES, i + 32));
 		}
-		if (to == 1024 && w->flag[block])
+		if (to == 1024 && w->flag[block] & K_HAS_EXCEPTIONS)
 			patch_block(w, block, out);
 		return;
 	}

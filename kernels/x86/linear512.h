@@ -94,7 +94,7 @@ OF(few_panel)(const struct k_linear *a, uint32_t panel, const uint32_t n, enum s
 		for (uint32_t i = kb; kb % CHUNK == 0 && i < kb_n && i < kb + CHUNK; i++)
 			for (uint32_t r = 0; r < n; r++)
 				OF(expand)(a->x + r * a->ldx + i * K_BLOCK, x[i - kb][r]);
-		if (from == WORDS || (from == PLANES && w->flag[panel * kb_n + kb])) {
+		if (from == WORDS || (from == PLANES && w->flag[panel * kb_n + kb] & K_HAS_EXCEPTIONS)) {
 			unpack_block(w, panel * kb_n + kb, a->format, word);
 			OF(rows_block)(&b, WORDS, in, total[0], K_PANEL, n);
 		} else {
