@@ -518,6 +518,7 @@ bench_run(const struct bench_options *o, struct err *err)
 		rc = err_set(err, -EINVAL, "OCTET_CPU: %s", why);
 	else if ((rc = team_new(&b->team, o->threads, 1000)) != 0)
 		err_set(err, rc, "worker threads: %s", strerror(-rc));
+	team_pin_caller(b->team);
 	if (rc == 0 && (rc = measure(b, err)) == 0) {
 		if (o->json)
 			print_json(b);

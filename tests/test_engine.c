@@ -11,6 +11,7 @@
 #include <errno.h>
 #include <math.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -1236,6 +1237,61 @@ teardown(void **state)
 	return 0;
 }
 
+/* ---- the team ---- */
+
+static void
+note_cpus(void *arg, uint32_t part, uint32_t parts)
+{
+	(void)parts;
+	assert_int_equal(sched_getaffinity(0, sizeof(cpu_set_t), (cpu_set_t *)arg + part), 0);
+}
+
+static void *
+call_team(void *arg)
+{
+	struct team *team;
+	uint32_t cpus = (uint32_t)CPU_COUNT((cpu_set_t *)arg);
+	cpu_set_t *set = calloc(cpus, sizeof(*set)), all;
+
+	/* As large as the mask: to each its own. */
+	assert_int_equal(team_new(&team, 0, 50), 0);
+	assert_int_equal(team_size(team), cpus);
+	team_pin_caller(team);
+	team_run(team, note_cpus, set);
+	team_free(&team);
+	CPU_ZERO(&all);
+	for (uint32_t i = 0; i < cpus; i++) {
+		assert_int_equal(CPU_COUNT(&set[i]), 1);
+		CPU_OR(&all, &all, &set[i]);
+	}
+	assert_true(CPU_EQUAL(&all, (cpu_set_t *)arg));
+
+	/* Smaller: wherever there is room. */
+	assert_int_equal(sched_setaffinity(0, sizeof(cpu_set_t), arg), 0);
+	assert_int_equal(team_new(&team, cpus - 1, 50), 0);
+	team_pin_caller(team);
+	team_run(team, note_cpus, set);
+	team_free(&team);
+	for (uint32_t i = 0; i + 1 < cpus; i++)
+		assert_true(CPU_EQUAL(&set[i], (cpu_set_t *)arg));
+	free(set);
+	return NULL;
+}
+
+static void
+test_team_is_pinned(void **state)
+{
+	pthread_t thread;
+	cpu_set_t set;
+
+	(void)state;
+	assert_int_equal(sched_getaffinity(0, sizeof(set), &set), 0);
+	if (CPU_COUNT(&set) < 2)
+		skip();
+	assert_int_equal(team_thread(&thread, call_team, &set), 0);
+	pthread_join(thread, NULL);
+}
+
 /* ---- probes ---- */
 
 #define PROBE_TOKENS 300u
@@ -1439,6 +1495,7 @@ main(void)
 		cmocka_unit_test(test_evidence),
 		cmocka_unit_test(test_refusals),
 		cmocka_unit_test(test_rollout_abort),
+		cmocka_unit_test(test_team_is_pinned),
 		cmocka_unit_test(test_probe),
 		cmocka_unit_test(test_probe_company),
 		cmocka_unit_test(test_probe_time_and_cancel),

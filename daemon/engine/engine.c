@@ -266,6 +266,7 @@ engine_main(void *arg)
 {
 	struct engine *e = arg;
 
+	team_pin_caller(e->team);
 	kernels_thread_init();
 	while (take_mail(e)) {
 		drop_cancelled(e);

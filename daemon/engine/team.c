@@ -23,6 +23,7 @@
 struct team {
 	uint32_t size;
 	bool alone;                     /* caller's */
+	bool pinned;
 	uint32_t spin_us;
 	team_fn fn;
 	void *arg;
@@ -72,6 +73,22 @@ wait_for_round(struct team *t, uint32_t seen)
 	pthread_mutex_unlock(&t->lock);
 }
 
+/* The calling thread to the n-th CPU of those it may run on. */
+static void
+pin(uint32_t n)
+{
+	cpu_set_t set, one;
+	int cpu = 0;
+
+	if (sched_getaffinity(0, sizeof(set), &set) != 0)
+		return;
+	while (cpu < CPU_SETSIZE && (!CPU_ISSET(cpu, &set) || n-- > 0))
+		cpu++;
+	CPU_ZERO(&one);
+	CPU_SET(cpu, &one);
+	sched_setaffinity(0, sizeof(one), &one);
+}
+
 static void *
 worker_main(void *arg)
 {
@@ -80,6 +97,8 @@ worker_main(void *arg)
 	uint32_t seen = 0;
 
 	free(arg);
+	if (t->pinned)
+		pin(w.part);
 	kernels_thread_init();
 	for (;;) {
 		wait_for_round(t, seen);
@@ -140,7 +159,7 @@ team_new(struct team **out, uint32_t n, uint32_t spin_us)
 	t = aligned_alloc(64, sizeof(*t));
 	if (t == NULL)
 		return -ENOMEM;
-	*t = (struct team){.size = 1, .spin_us = spin_us};
+	*t = (struct team){.size = 1, .pinned = n == cpus && n > 1, .spin_us = spin_us};
 	pthread_mutex_init(&t->lock, NULL);
 	pthread_cond_init(&t->wake, NULL);
 	t->thread = calloc(n, sizeof(*t->thread));
@@ -183,6 +202,13 @@ team_free(struct team **tp)
 	free(t->thread);
 	free(t);
 	*tp = NULL;
+}
+
+void
+team_pin_caller(const struct team *t)
+{
+	if (t != NULL && t->pinned)
+		pin(0);
 }
 
 uint32_t

@@ -4,7 +4,9 @@
 /*
  * The worker team: the calling thread plus n-1 workers that run one function
  * together, over a spin-then-sleep barrier. One caller at a time. Workers
- * sleep when nothing runs, and have FTZ/DAZ set.
+ * sleep when nothing runs, and have FTZ/DAZ set. A team as large as its affinity
+ * mask has a CPU for each thread: free to move, two of them end up on one CPU
+ * whenever something else wants another, and each barrier waits for both.
  */
 #include <pthread.h>
 #include <stdbool.h>
@@ -18,6 +20,7 @@ typedef void (*team_fn)(void *arg, uint32_t part, uint32_t parts);
 /* n 0: the CPUs of the affinity mask. Never more than those. */
 int team_new(struct team **, uint32_t n, uint32_t spin_us);
 void team_free(struct team **);
+void team_pin_caller(const struct team *); /* the calling thread, which will call from now on, as workers are */
 uint32_t team_size(const struct team *);
 uint32_t team_parts(const struct team *); /* of the rounds to come: 1 if the caller runs them alone */
 void team_set_spin(struct team *, uint32_t spin_us);

@@ -3,13 +3,16 @@
 # tests/bench/growth.sh BUILD_DIR MODEL_DIR [ROUNDS]: how cost grows, with a daemon of its own.
 #
 # Milliseconds a token behind contexts of more and more positions, KV cache in BF16 and in FP8, and the slope beside the bytes that a
-# position adds; tokens/s of 1 to 64 sequences; tokens/s of requests while 10 and while 10,000 wait. Rounds go in turns; medians.
+# position adds; tokens/s of 1 to 64 sequences; tokens/s of requests while 10 and while 10,000 wait, which the app that waits for
+# them asks for from CPUs of its own: its cost is not the daemon's. Rounds go in turns; medians.
 # TESTS picks: "context sequences queue"; CONTEXTS has the positions. Needs jq. What sampling costs: tests/check/checkkernels --bench.
 . "$(dirname "$0")/lib.sh"
 [ $# -ge 2 ] || usage
 build=$1 model=$(realpath "$2") rounds=${3-3}
 : "${TESTS=context sequences queue}" "${CONTEXTS=128 512 1024 2048 4096 8000}"
-config <<END
+half=$(($(nproc) / 2))
+settings() { # threads
+	config <<END
 max_queue = 20000
 max_clients = 400
 max_clients_per_uid = 400
@@ -18,8 +21,9 @@ max_requests_per_uid = 20000
 [engine]
 kv_cache_bytes = 1G
 prefix_cache = off
+threads = $1
 END
-start
+}
 
 # Least squares of the medians; a position has K and V of every layer, in FP8 with two scales a head.
 contexts() {
@@ -36,30 +40,41 @@ contexts() {
 			printf "KV %s: %.4g ms + %.4g us a position of %d bytes: %.1f GB/s\n", f, i, s * 1e3, b, b / s / 1e6 }'
 	done
 }
-for round in $(seq "$rounds"); do
-	case $TESTS in *context*)
-		for n in $CONTEXTS; do
-			for format in bf16 fp8; do
-				octetctl set kv_cache=$format >/dev/null 2>&1 || :
-				bench --requests 1 --prompt-tokens "$n" --output-tokens 60 | jq "(.total_ms.p50 - .ttft_ms.p50) / 59" >>"$dir/context.$format.$n"
+case $TESTS in *context* | *sequences*)
+	settings 0
+	start
+	for round in $(seq "$rounds"); do
+		case $TESTS in *context*)
+			for n in $CONTEXTS; do
+				for format in bf16 fp8; do
+					octetctl set kv_cache=$format >/dev/null 2>&1 || :
+					bench --requests 1 --prompt-tokens "$n" --output-tokens 60 |
+					    jq "(.total_ms.p50 - .ttft_ms.p50) / 59" >>"$dir/context.$format.$n"
+				done
 			done
-		done
-		octetctl set kv_cache=bf16 >/dev/null 2>&1 || : ;;
-	esac
-	case $TESTS in *sequences*)
-		for n in 1 2 4 8 16 32 64; do
-			bench --clients "$n" --requests "$n" --prompt-tokens 8 --output-tokens 64 | jq --argjson n "$n" '63e3 * $n / (.total_ms.p50 - .ttft_ms.p50)' >>"$dir/sequences.$n"
-		done ;;
-	esac
-	case $TESTS in *queue*)
+			octetctl set kv_cache=bf16 >/dev/null 2>&1 || : ;;
+		esac
+		case $TESTS in *sequences*)
+			for n in 1 2 4 8 16 32 64; do
+				bench --clients "$n" --requests "$n" --prompt-tokens 8 --output-tokens 64 |
+				    jq --argjson n "$n" '63e3 * $n / (.total_ms.p50 - .ttft_ms.p50)' >>"$dir/sequences.$n"
+			done ;;
+		esac
+	done
+	stop ;;
+esac
+case $TESTS in *queue*)
+	settings "$half"
+	start taskset -c "0-$((half - 1))"
+	for round in $(seq "$rounds"); do
 		for n in 10 10000; do # 64 run
-			clients=$(((n + 64) / 37))
-			bench --clients $clients --in-flight 37 --requests $((n + 64 > 2000 ? n + 64 : 2000)) --prompt-tokens 4 --output-tokens 60 |
+			taskset -c "$half-$(($(nproc) - 1))" "$build/octet" bench --json --clients $(((n + 64) / 37)) --in-flight 37 \
+			    --requests $((n + 64 > 2000 ? n + 64 : 2000)) --prompt-tokens 4 --output-tokens 60 |
 			    jq .output_tokens_per_s >>"$dir/queue.$n"
-		done ;;
-	esac
-done
-stop
+		done
+	done
+	stop ;;
+esac
 case $TESTS in *context*) contexts ;; esac
 for f in "$dir"/sequences.* "$dir"/queue.*; do
 	[ ! -f "$f" ] || echo "${f##*.} $(median <"$f")" | sed "s/^/$(basename "${f%.*}") /"
