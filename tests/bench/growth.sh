@@ -3,7 +3,7 @@
 # tests/bench/growth.sh BUILD_DIR MODEL_DIR [ROUNDS]: how cost grows, with a daemon of its own.
 #
 # Milliseconds a token behind contexts of more and more positions, KV cache in BF16 and in FP8, and the slope beside the bytes that a
-# position adds; tokens/s of 1 to 64 sequences; tokens/s of requests while 10 and while 10,000 wait, which the app that waits for
+# position adds; tokens/s of 1 to 64 sequences; tokens/s of requests while 96 and while 10,016 wait, which the app that waits for
 # them asks for from CPUs of its own: its cost is not the daemon's. Rounds go in turns; medians.
 # TESTS picks: "context sequences queue"; CONTEXTS has the positions. Needs jq. What sampling costs: tests/check/checkkernels --bench.
 . "$(dirname "$0")/lib.sh"
@@ -14,8 +14,8 @@ half=$(($(nproc) / 2))
 settings() { # threads
 	config <<END
 max_queue = 20000
-max_clients = 400
-max_clients_per_uid = 400
+max_clients = 200
+max_clients_per_uid = 200
 max_requests = 64
 max_requests_per_uid = 20000
 [engine]
@@ -67,9 +67,9 @@ case $TESTS in *queue*)
 	settings "$half"
 	start taskset -c "0-$((half - 1))"
 	for round in $(seq "$rounds"); do
-		for n in 10 10000; do # 64 run
-			taskset -c "$half-$(($(nproc) - 1))" "$build/octet" bench --json --clients $(((n + 64) / 37)) --in-flight 37 \
-			    --requests $((n + 64 > 2000 ? n + 64 : 2000)) --prompt-tokens 4 --output-tokens 60 |
+		for n in 96 10016; do # 64 run; from as many sessions, as each costs bells of its own
+			taskset -c "$half-$(($(nproc) - 1))" "$build/octet" bench --json --clients 160 --in-flight $(((n + 64) / 160)) \
+			    --requests 12000 --prompt-tokens 4 --output-tokens 60 |
 			    jq .output_tokens_per_s >>"$dir/queue.$n"
 		done
 	done
