@@ -82,6 +82,49 @@ k_heads_end(const struct k_attention *a, uint32_t h, uint32_t most)
 	return to - h > most ? h + most : to;
 }
 
+/* Rows of a call from `row` on, and heads [h, to) of one KV head: at most `vectors` of both. */
+static inline struct k_attention
+k_attention_some(const struct k_attention *a, uint32_t row, uint32_t h, uint32_t to, uint32_t vectors)
+{
+	struct k_attention some = k_attention_row(a, row);
+	uint32_t most = vectors / (to - h);
+
+	some.rows = a->rows - row < most ? a->rows - row : most;
+	some.head0 = h, some.head1 = to;
+	return some;
+}
+
+/* The slots of a block that a row at pos attends to. */
+static inline uint32_t
+k_slots_of(uint32_t pos, uint32_t window, uint32_t block)
+{
+	uint32_t at = block * K_BLOCK, first = k_window_first(pos, window), slots = 0xffffffffu;
+
+	if (pos < at || first > at + 31)
+		return 0;
+	if (pos - at < 31)
+		slots &= (2u << (pos - at)) - 1;
+	if (first > at)
+		slots &= 0xffffffffu << (first - at);
+	return slots;
+}
+
+/* The same of n vectors, `heads` of each row; returns those that count for all, and in *any for one at least. */
+static inline uint32_t
+k_set_valid(const struct k_attention *a, uint32_t block, uint32_t heads, uint32_t n, uint32_t *valid, uint32_t *any)
+{
+	uint32_t all = 0xffffffffu, slots = 0;
+
+	*any = 0;
+	for (uint32_t i = 0; i < n; i++) {
+		if (i % heads == 0)
+			slots = k_slots_of(a->pos + i / heads, a->window, block);
+		valid[i] = slots;
+		all &= slots, *any |= slots;
+	}
+	return all;
+}
+
 void divergence_avx2(const float *a, const float *b, uint32_t n, float max_a, float max_b, double out[3]);
 void divergence_avx512(const float *a, const float *b, uint32_t n, float max_a, float max_b, double out[3]);
 double weights_avx2(const float *x, uint32_t n, float max, double temperature, double least, double *p);

@@ -415,7 +415,7 @@ all_rows(const struct block *b, enum source from, const inputs *x, totals *total
 		switch (n) {
 		case 1: rows_block(b, from, 0, x + r, total + r, 1); break;
 		case 2: rows_block(b, from, 0, x + r, total + r, 2); break;
-		case 3: rows_block(b, FLOATS, 0, x + r, total + r, 3); break;
+		case 3: rows_block(b, FLOATS, 0, x + r, total + r, 3); break; /* not from PAGE */
 		}
 	}
 }
@@ -745,8 +745,10 @@ mix_page(const struct k_attention *a, const struct k_kv_block *b, const struct k
 		uint32_t pair = b->fp8 >> (i / (2 * a->hd_pad) * 2) & 3;
 		__m256i of = _mm256_set1_epi32((int)((pair & 1) * 0xffffu | (pair >> 1) * 0xffff0000u)), word[2];
 
-		_mm_prefetch((const char *)next->q + head + i, _MM_HINT_T0);
-		_mm_prefetch((const char *)next->q + half + head + i, _MM_HINT_T0);
+		if (i % 64 == 0) {
+			_mm_prefetch((const char *)next->q + head + i, _MM_HINT_T0);
+			_mm_prefetch((const char *)next->q + half + head + i, _MM_HINT_T0);
+		}
 		e4m3_to_bf16(b->q + head + i, word);
 		for (uint32_t t = 0; t < 2; t++)
 			store_mixed(k + i + t * 16, word[t], mixed ? b->k + head + i + t * 16 : NULL,
@@ -852,9 +854,9 @@ merge(struct attending *s, const float *block, size_t each, size_t ld)
 	}
 }
 
-/* Of a page, the room that its head needs where it has to be made of FP8 first, and for V without slots that do not count. */
+/* Of a page, the room that its head needs where it has to be made of FP8 first. */
 struct page_room {
-	_Alignas(32) uint16_t k[256 * K_BLOCK], v[256 * K_BLOCK], trimmed[256 * K_BLOCK];
+	_Alignas(32) uint16_t k[256 * K_BLOCK], v[256 * K_BLOCK];
 	_Alignas(32) float ks[32], vs[32];
 };
 
@@ -905,8 +907,7 @@ page_rows(const uint16_t *word, size_t ld, const uint16_t *next, const inputs *x
 		all_rows(&page, PAGE, x, total, n);
 		return;
 	}
-	spread_tile(&page, PAGE, false, 0, spread);
-	spread_tile(&page, PAGE, false, 512, spread);
+	spread_from(&page, PAGE, 0, spread);
 	many_block(spread, x, total, n);
 }
 
@@ -945,43 +946,38 @@ put_part(const struct k_attention *a, uint32_t block, const struct attending *s)
 	memcpy(m + K_PART_HEADS, s->block_l, s->n * sizeof(*m));
 }
 
-/* The slots of a block that a row at pos attends to. */
-static inline uint32_t
-slots_of(const struct k_attention *a, uint32_t pos, uint32_t block)
+/* A block where V of slots that only some rows attend to is not finite, each row by itself: 0 times Inf counts where they do. */
+AVX2 static void
+attend_apart(const struct k_attention *a, struct head_page *page, uint32_t block, uint32_t heads, const uint16_t *v,
+    uint16_t *trimmed, struct attending *s)
 {
-	uint32_t at = block * K_BLOCK, first = k_window_first(pos, a->window);
-	uint32_t lo = first > at ? first - at : 0, n = pos < at ? 0 : pos - at + 1;
+	page->v = trimmed;
+	for (uint32_t r = 0; r < a->rows; r++) {
+		uint32_t slots = k_slots_of(a->pos + r, a->window, block);
 
-	return lo >= K_BLOCK ? 0 : (n < K_BLOCK ? (1u << n) - 1 : 0xffffffffu) & 0xffffffffu << lo;
+		for (uint32_t i = 0; i < s->n; i++)
+			s->valid[i] = i / heads == r ? slots : 0;
+		trim_page(v, s->hd_pad, slots, trimmed);
+		attend_page(a, page, s);
+		merge(s, s->block[0], 32, s->n * 32);
+	}
 }
 
 /* A block for all vectors, `heads` of each row. */
 AVX2 static void
-attend_block(const struct k_attention *a, struct head_page *page, uint32_t block, uint32_t heads, struct page_room *room,
+attend_block(const struct k_attention *a, struct head_page *page, uint32_t block, uint32_t heads, uint16_t *trimmed,
     struct attending *s)
 {
-	const uint16_t *v = page->v;
-	uint32_t some = 0, all = 0xffffffff;
+	uint32_t any;
 
-	for (uint32_t i = 0; i < s->n; i++) {
-		s->valid[i] = slots_of(a, a->pos + i / heads, block);
-		some |= s->valid[i], all &= s->valid[i];
-	}
-	if (all != 0xffffffff) {
-		page->v = room->trimmed;
-		if (!trim_page(v, s->hd_pad, some, room->trimmed) && a->rows > 1) {
-			/* What is 0 times Inf counts where the slot does: each row by itself. */
-			for (uint32_t r = 0; r < a->rows; r++) {
-				uint32_t slots = slots_of(a, a->pos + r, block);
+	if (k_set_valid(a, block, heads, s->n, s->valid, &any) != 0xffffffffu) {
+		const uint16_t *v = page->v;
 
-				for (uint32_t i = 0; i < s->n; i++)
-					s->valid[i] = i / heads == r ? slots : 0;
-				trim_page(v, s->hd_pad, slots, room->trimmed);
-				attend_page(a, page, s);
-				merge(s, s->block[0], 32, s->n * 32);
-			}
+		if (!trim_page(v, s->hd_pad, any, trimmed) && a->rows > 1) {
+			attend_apart(a, page, block, heads, v, trimmed, s);
 			return;
 		}
+		page->v = trimmed;
 	}
 	attend_page(a, page, s);
 	if (a->parts != NULL)
@@ -1002,17 +998,18 @@ divide(const struct k_attention *a, uint32_t h0, uint32_t heads, const struct at
 	}
 }
 
-/* Heads [h0, h0 + heads) of one KV head, all rows, at most VECTORS of both. */
+/* Heads of one KV head, all rows, at most VECTORS of both. */
 AVX2 static void
-attend(const struct k_attention *a, uint32_t kvh, uint32_t h0, uint32_t heads)
+attend(const struct k_attention *a)
 {
 	const struct k_attention last = k_attention_row(a, a->rows - 1);
-	uint32_t from, end, ignored;
+	uint32_t h0 = a->head0, heads = a->head1 - h0, kvh = h0 / (a->n_heads / a->n_kv_heads), from, end, ignored;
+	_Alignas(32) uint16_t trimmed[256 * K_BLOCK];
 	struct attending s;
 	struct page_room room;
 
 	s.n = a->rows * heads, s.hd_pad = a->hd_pad;
-	memset(s.m, 0, (size_t)((char *)s.valid - (char *)s.m));
+	memset(s.l, 0, sizeof(s.l));
 	for (uint32_t i = 0; i < s.n; i++) {
 		const float *q = a->q + i / heads * a->ld + (size_t)(h0 + i % heads) * a->head_dim;
 
@@ -1025,7 +1022,7 @@ attend(const struct k_attention *a, uint32_t kvh, uint32_t h0, uint32_t heads)
 	for (uint32_t b = from; b < end; b++) {
 		struct head_page page = page_at(a, kvh, b, end, &room);
 
-		attend_block(a, &page, b, heads, &room, &s);
+		attend_block(a, &page, b, heads, trimmed, &s);
 	}
 	if (a->parts == NULL)
 		divide(a, h0, heads, &s);
@@ -1037,7 +1034,7 @@ attention_merge_avx2(const struct k_attention *a)
 	struct attending s;
 
 	s.n = a->head1 - a->head0, s.hd_pad = a->hd_pad;
-	memset(s.m, 0, (size_t)((char *)s.valid - (char *)s.m));
+	memset(s.l, 0, sizeof(s.l));
 	memset(s.valid, 0xff, sizeof(s.valid));
 	for (uint32_t b = a->block0; b < a->block1; b++) {
 		float *m;
@@ -1053,18 +1050,13 @@ attention_merge_avx2(const struct k_attention *a)
 static void
 attention_avx2(const struct k_attention *a)
 {
-	uint32_t group = a->n_heads / a->n_kv_heads;
-
 	for (uint32_t h = a->head0, to; h < a->head1; h = to) {
-		uint32_t most;
+		struct k_attention some;
 
 		to = k_heads_end(a, h, HEADS);
-		most = VECTORS / (to - h);
-		for (uint32_t r = 0; r < a->rows; r += most) {
-			struct k_attention some = k_attention_row(a, r);
-
-			some.rows = a->rows - r < most ? a->rows - r : most;
-			attend(&some, h / group, h, to - h);
+		for (uint32_t r = 0; r < a->rows; r += some.rows) {
+			some = k_attention_some(a, r, h, to, VECTORS);
+			attend(&some);
 		}
 	}
 }

@@ -821,21 +821,6 @@ page_ahead(const struct k_attention *a, uint32_t kvh, uint32_t block, uint32_t l
 	return page_of(a, &a->block[block + to < last ? block + to : last], kvh, false);
 }
 
-/* Slots of a block that a row at pos attends to. */
-static uint32_t
-slots_of(uint32_t pos, uint32_t window, uint32_t block)
-{
-	uint32_t at = block * K_BLOCK, first = k_window_first(pos, window), slots = 0xffffffffu;
-
-	if (pos < at || first > at + 31)
-		return 0;
-	if (pos - at < 31)
-		slots &= (2u << (pos - at)) - 1;
-	if (first > at)
-		slots &= 0xffffffffu << (first - at);
-	return slots;
-}
-
 /* One row, heads [h0, h1) of one KV head, fewer than FEWEST. */
 AVX512 static void
 attend_few(const struct k_attention *a, uint32_t h0, uint32_t h1, const struct k_products *by)
@@ -870,7 +855,7 @@ attend_few(const struct k_attention *a, uint32_t h0, uint32_t h1, const struct k
 			}
 			by->score(q, n, a->hd_pad, k, next, score + g * n);
 			for (uint32_t i = g * n; i < (g + 1) * n; i++) {
-				s.valid[i] = slots_of(a->pos, a->window, b + g);
+				s.valid[i] = k_slots_of(a->pos, a->window, b + g);
 				scales[i] = kv->fp8 == 0 ? (struct scales){NULL, NULL} : (struct scales){ks[g], vs[g]};
 			}
 		}
@@ -956,22 +941,6 @@ attend_page(struct vectors *s, const void *q, const uint16_t *k, const uint16_t 
 	merge(s, s->block_m, s->block_l, s->valid, out);
 }
 
-/* Sets the slots of a block for each vector; returns those that count for all, and in *any for one at least. */
-static uint32_t
-set_valid(const struct k_attention *a, struct vectors *s, uint32_t block, uint32_t heads, uint32_t *any)
-{
-	uint32_t all = 0xffffffffu, slots = 0;
-
-	*any = 0;
-	for (uint32_t i = 0; i < s->n; i++) {
-		if (i % heads == 0)
-			slots = slots_of(a->pos + i / heads, a->window, block);
-		s->valid[i] = slots;
-		all &= slots, *any |= slots;
-	}
-	return all;
-}
-
 /* Rows of one call, with heads [h0, h1) of one KV head: VECTORS in all at most. False if a value that does not count for
  * all is not finite: in a product it would. */
 AVX512 static bool
@@ -1000,7 +969,7 @@ attend_vectors(const struct k_attention *a, uint32_t h0, uint32_t h1, const stru
 			mix_v(a, kv, kvh, v, v);
 			mix_scales(a, kv, kvh, ks, vs);
 		}
-		if (set_valid(a, &s, b, heads, &any) != 0xffffffffu) {
+		if (k_set_valid(a, b, heads, s.n, s.valid, &any) != 0xffffffffu) {
 			if (!trim_page(pv, a->hd_pad, any, trimmed))
 				return false;
 			pv = trimmed;
@@ -1025,15 +994,11 @@ static void
 attend(const struct k_attention *a, const struct k_products *by, const struct k_products *few)
 {
 	for (uint32_t h = a->head0, to; h < a->head1; h = to) {
-		uint32_t rows;
+		struct k_attention some;
 
 		to = k_heads_end(a, h, VECTORS);
-		rows = VECTORS / (to - h);
-		for (uint32_t r = 0; r < a->rows; r += rows) {
-			struct k_attention some = k_attention_row(a, r);
-
-			some.rows = a->rows - r < rows ? a->rows - r : rows;
-			some.head0 = h, some.head1 = to;
+		for (uint32_t r = 0; r < a->rows; r += some.rows) {
+			some = k_attention_some(a, r, h, to, VECTORS);
 			if (!avx512_are_many(&some) || !attend_vectors(&some, h, to, by))
 				attend_rows(&some, few);
 		}
