@@ -156,7 +156,8 @@ OF(many_panels)(const struct k_linear *a, uint32_t p0, uint32_t p1, uint32_t row
 	_Alignas(64) totals total[GROUP][ROWS];
 	const struct block b = {.operand = spread};
 
-	memset(total, 0, (p1 - p0) * sizeof(*total));
+	for (uint32_t p = p0; p < p1; p++)
+		memset(total[p - p0], 0, rows * sizeof(**total));
 	for (uint32_t kb0 = 0; kb0 < kb_n; kb0 += CHUNK) {
 		uint32_t kb1 = kb_n - kb0 < CHUNK ? kb_n : kb0 + CHUNK;
 
