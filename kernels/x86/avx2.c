@@ -707,13 +707,13 @@ struct head_page {
 	const float *ks, *vs;   /* [32], 1 in BF16 positions */
 };
 
-/* The words of `now` where the mask has ones, else those of `then`, if any. */
+/* 16 words of `to` stay where the mask has ones. */
 INLINE void
-store_mixed(uint16_t *to, __m256i now, const uint16_t *then, __m256i mask)
+keep_words(uint16_t *to, const uint16_t *others, __m256i mask)
 {
-	if (then != NULL)
-		now = _mm256_blendv_epi8(_mm256_loadu_si256((const __m256i *)(const void *)then), now, mask);
-	_mm256_store_si256((__m256i *)(void *)to, now);
+	__m256i *at = (__m256i *)(void *)to;
+
+	_mm256_store_si256(at, _mm256_blendv_epi8(_mm256_loadu_si256((const __m256i *)(const void *)others), _mm256_load_si256(at), mask));
 }
 
 /* 32-bit lanes: all ones where a bit of `bits` is set. */
@@ -729,34 +729,43 @@ lanes_of(uint32_t bits)
 INLINE void
 e4m3_to_bf16(const uint8_t *code, __m256i out[2])
 {
-	words_of(_mm256_permute4x64_epi64(_mm256_loadu_si256((const __m256i *)(const void *)code), 0xd8), true, out);
+	const __m256i magnitude = _mm256_set1_epi8(0x7f);
+	__m256i c = _mm256_loadu_si256((const __m256i *)(const void *)code);
+	__m256i small = _mm256_cmpgt_epi8(_mm256_set1_epi8(8), _mm256_and_si256(c, magnitude));
+
+	c = _mm256_permute4x64_epi64(c, 0xd8);
+	if (__builtin_expect(_mm256_movemask_epi8(small), 0))
+		words_of(c, true, out);
+	else
+		words_of(c, false, out);
 }
 
-/* The FP8 positions of a head's K and V as BF16 beside those that are BF16 already; prefetches those of `next`. */
+/* The same of a head's K, or V. */
 INLINE void
-mix_page(const struct k_attention *a, const struct k_kv_block *b, const struct k_kv_block *next, uint32_t kvh, uint16_t *k,
-    uint16_t *v)
+words_of_page(const uint8_t *code, const uint8_t *next, uint32_t size, uint16_t *to)
 {
-	uint32_t size = a->hd_pad * K_BLOCK;
-	size_t head = (size_t)kvh * size, half = (size_t)a->n_kv_heads * size;
-	bool mixed = b->k != NULL && b->fp8 != 0xffffffffu;
-
 	for (uint32_t i = 0; i < size; i += 32) {
-		/* 16 positions of one pair of dimensions; 16 dimensions of one pair of positions. */
-		uint32_t pair = b->fp8 >> (i / (2 * a->hd_pad) * 2) & 3;
-		__m256i of = _mm256_set1_epi32((int)((pair & 1) * 0xffffu | (pair >> 1) * 0xffff0000u)), word[2];
+		__m256i word[2];
 
-		if (i % 64 == 0) {
-			_mm_prefetch((const char *)next->q + head + i, _MM_HINT_T0);
-			_mm_prefetch((const char *)next->q + half + head + i, _MM_HINT_T0);
-		}
-		e4m3_to_bf16(b->q + head + i, word);
-		for (uint32_t t = 0; t < 2; t++)
-			store_mixed(k + i + t * 16, word[t], mixed ? b->k + head + i + t * 16 : NULL,
-			    lanes_of(b->fp8 >> (i / 32 % 2 * 16 + t * 8)));
-		e4m3_to_bf16(b->q + half + head + i, word);
-		for (uint32_t t = 0; t < 2; t++)
-			store_mixed(v + i + t * 16, word[t], mixed ? b->v + head + i + t * 16 : NULL, of);
+		if (i % 64 == 0)
+			_mm_prefetch((const char *)next + i, _MM_HINT_T0);
+		e4m3_to_bf16(code + i, word);
+		_mm256_store_si256((__m256i *)(void *)(to + i), word[0]);
+		_mm256_store_si256((__m256i *)(void *)(to + i + 16), word[1]);
+	}
+}
+
+/* BF16 words of K and V in place of those of positions that are FP8. */
+INLINE void
+mix_page(const struct k_kv_block *b, size_t head, uint32_t size, uint32_t hd_pad, uint16_t *k, uint16_t *v)
+{
+	for (uint32_t i = 0; i < size; i += 16) {
+		/* 8 positions of one pair of dimensions; 8 dimensions of one pair of positions. */
+		uint32_t pair = b->fp8 >> (i / (2 * hd_pad) * 2) & 3;
+		__m256i of = _mm256_set1_epi32((int)((pair & 1) * 0xffffu | (pair >> 1) * 0xffff0000u));
+
+		keep_words(k + i, b->k + head + i, lanes_of(b->fp8 >> (i / 16 % 4 * 8)));
+		keep_words(v + i, b->v + head + i, of);
 	}
 }
 
@@ -865,14 +874,20 @@ INLINE struct head_page
 page_at(const struct k_attention *a, uint32_t kvh, uint32_t block, uint32_t end, struct page_room *room)
 {
 	const struct k_kv_block *b = &a->block[block], *next = block + 1 < end ? b + 1 : b;
-	size_t at = (size_t)kvh * a->hd_pad * K_BLOCK;
+	uint32_t size = a->hd_pad * K_BLOCK;
+	size_t at = (size_t)kvh * size, v_at = at + (size_t)a->n_kv_heads * size;
 
 	if (b->fp8 == 0) {
 		if (next->k == NULL)
 			next = b;
 		return (struct head_page){b->k + at, b->v + at, next->k + at, next->v + at, NULL, NULL};
 	}
-	mix_page(a, b, next->q == NULL ? b : next, kvh, room->k, room->v);
+	if (next->q == NULL)
+		next = b;
+	words_of_page(b->q + at, next->q + at, size, room->k);
+	words_of_page(b->q + v_at, next->q + v_at, size, room->v);
+	if (b->k != NULL && b->fp8 != 0xffffffffu)
+		mix_page(b, at, size, a->hd_pad, room->k, room->v);
 	mix_scales(a, b, kvh, room->ks, room->vs);
 	return (struct head_page){room->k, room->v, room->k, room->v, room->ks, room->vs};
 }
