@@ -976,6 +976,7 @@ main(int argc, char **argv)
 		default: return 2;
 		}
 	}
+	setvbuf(stdout, NULL, _IOLBF, 0);
 	kernels_thread_init();
 	ref = kernels_select("ref", why, sizeof(why));
 	if (only != NULL && select_level(only, why, sizeof(why)) == NULL) {
@@ -986,7 +987,7 @@ main(int argc, char **argv)
 	if (!benching)
 		printf("# seed %llu\n", (unsigned long long)seed);
 	for (size_t i = 0; (name = level_name(i)) != NULL; i++) {
-		if ((only != NULL && strcmp(only, name) != 0) || (!benching && i == 0 && only == NULL))
+		if ((only != NULL && strcmp(only, name) != 0) || (i == 0 && only == NULL))
 			continue;
 		ops = select_level(name, why, sizeof(why));
 		if (ops == NULL) {
