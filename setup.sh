@@ -4,7 +4,7 @@
 
 packages_build="gcc make autoconf automake libtool pkg-config libuv1-dev libncurses-dev libinih-dev
  libjansson-dev libpcre2-dev libutf8proc-dev libmd-dev libxxhash-dev"
-packages_test="libcmocka-dev tmux jq procps g++ strace"
+packages_test="libcmocka-dev tmux jq procps g++ strace libsimde-dev"
 
 # setup_packages [test]: apt-get is called only for what is missing.
 setup_packages() {

@@ -20,6 +20,10 @@
 #include "daemon/engine/sample.h"
 #include "kernels/kernels.h"
 
+#ifndef EMU512
+#define EMU512 false
+#endif
+
 static uint64_t seed = 1, rng;
 static const struct k_ops *ref, *ops;
 static unsigned n_tests, n_failed;
@@ -993,6 +997,7 @@ main(int argc, char **argv)
 		if (ops == NULL) {
 			if (!benching)
 				printf("# skipped: %s\n", why);
+			n_failed += EMU512 && strncmp(name, "avx512", 6) == 0; /* no hardware to blame */
 			continue;
 		}
 		if (!benching)
