@@ -20,6 +20,8 @@
 
 #include "kernels/internal.h"
 
+#pragma GCC system_header /* newer versions of it have what is defined below, and some are macros: no warning of that */
+
 typedef int16_t emu_i16x16 __attribute__((vector_size(32)));
 typedef uint16_t emu_u16x16 __attribute__((vector_size(32)));
 typedef int16_t emu_i16x32 __attribute__((vector_size(64)));
@@ -34,10 +36,6 @@ union emu {
 	uint32_t u32[16];
 	uint16_t u16[32];
 };
-
-#ifdef __clang__ /* there some are macros, even where SIMD Everywhere has nothing in their place */
-#pragma clang diagnostic ignored "-Wmacro-redefined"
-#endif
 
 /* ---- memory ---- */
 
