@@ -105,6 +105,13 @@ struct kd_result {
 	float top_logprob[KD_MAX_TOP];
 };
 
+/* What FP8 does, or would do, to the inputs of a site of one row, looked at before they are rounded and whatever the site's
+ * format, with the scale that fp8 would give them: of the row; for kv_cache of each head's K and V. */
+struct kd_evidence {
+	float absmax;                    /* largest magnitude */
+	uint32_t n, zeros, saturated;    /* values; those other than 0 that become 0; those that become the largest code */
+};
+
 struct kd_status {
 	char device[64], kernels[128];   /* what it is called; driver and library versions */
 	uint64_t mem_used, mem_total;    /* bytes */

@@ -218,4 +218,18 @@ cu_scale_of(float absmax)
 
 	return s < 0x1p-126f ? 1.0f : s; /* a NaN stays */
 }
+
+/* What E4M3 makes of a value beside the largest magnitude of its row: x / (max / 448) rounds to 0 up to half of 2^-9, and to 448
+ * from half way between it and 416. */
+static __device__ __forceinline__ bool
+cu_becomes_zero(float v, float max)
+{
+	return v != 0 && fabsf(v) <= __fmul_rn(__fdiv_rn(max, 448.0f), 0x1p-10f);
+}
+
+static __device__ __forceinline__ bool
+cu_becomes_largest(float v, float max)
+{
+	return v != 0 && fabsf(v) >= __fmul_rn(__fdiv_rn(max, 448.0f), 432.0f);
+}
 #endif

@@ -55,7 +55,30 @@ write_kv(const struct cu_attention &a, const struct kd_block &b, bool is_v, uint
 		page[page_at(is_v, head, slot, d, a.hd)] = (uint16_t)cu_bf16x2(v[d], 0);
 }
 
-/* A warp a head: those of q, then of k, then of v. */
+/* What FP8 makes of a head's values. */
+static __device__ __forceinline__ void
+observe_head(struct kd_evidence *seen, const float *v, uint32_t hd, uint32_t lane)
+{
+	float m = 0, zeros = 0, saturated = 0;
+
+	for (uint32_t d = lane; d < hd; d += 32)
+		m = fmaxf(m, fabsf(v[d]));
+	m = cu_warp_max(m);
+	for (uint32_t d = lane; d < hd; d += 32) {
+		zeros += cu_becomes_zero(v[d], m);
+		saturated += cu_becomes_largest(v[d], m);
+	}
+	zeros = cu_warp_sum(zeros), saturated = cu_warp_sum(saturated);
+	if (lane != 0)
+		return;
+	atomicMax(reinterpret_cast<uint32_t *>(&seen->absmax), __float_as_uint(m)); /* magnitudes are ordered as their bits are */
+	atomicAdd(&seen->n, hd);
+	atomicAdd(&seen->zeros, (uint32_t)zeros);
+	atomicAdd(&seen->saturated, (uint32_t)saturated);
+}
+
+/* A warp a head: those of q, then of k, then of v. SEEN: one row's K and V are measured. */
+template <bool SEEN>
 __global__ void __launch_bounds__(WARPS * 32)
 rope_kv(struct cu_attention a)
 {
@@ -97,12 +120,16 @@ rope_kv(struct cu_attention a)
 	}
 	write_kv(a, a.table[a.first[r] + (size_t)(pos / 32) * a.n_layers + a.layer], is_v,
 	    h - a.n_heads - (is_v ? a.kv.n_kv : 0), pos % 32, v, lane);
+	if (SEEN && r == a.seen_row)
+		observe_head(a.seen, v, a.hd, lane);
 }
 
 extern "C" void
 cu_rope_kv(const struct cu_attention *a, cudaStream_t stream)
 {
-	CU_LAUNCH(rope_kv, dim3(a->rows, (a->n_heads + 2 * a->kv.n_kv + WARPS - 1) / WARPS), WARPS * 32, 0, stream, *a);
+	auto kernel = a->seen != nullptr ? rope_kv<true> : rope_kv<false>;
+
+	CU_LAUNCH(kernel, dim3(a->rows, (a->n_heads + 2 * a->kv.n_kv + WARPS - 1) / WARPS), WARPS * 32, 0, stream, *a);
 }
 
 /* ---- reading pages ---- */

@@ -86,6 +86,8 @@ struct cu_encoded {
 	uint8_t *xqb;           /* [rows, ld] E4M3 with a scale for each 128 */
 	float *xsb;             /* [rows, ldb] */
 	size_t ldb;
+	struct kd_evidence *seen; /* of row seen_row, before it is encoded; NULL: not wanted */
+	uint32_t seen_row;
 };
 /* x [.., ldx]; from (may be NULL) names the row of x that makes row r. */
 void cu_rmsnorm(const float *x, size_t ldx, const uint32_t *from, const float *w, uint32_t n, float eps, uint32_t rows,
@@ -125,6 +127,8 @@ struct cu_attention {
 	bool prefill;           /* a warp a tile; else a block a tile */
 	float *part;            /* [rows, n_heads, splits, hd + 2]: output, max, sum */
 	float scale;
+	struct kd_evidence *seen; /* K and V of row seen_row are added to it; NULL: not wanted */
+	uint32_t seen_row;
 };
 void cu_rope_kv(const struct cu_attention *, cudaStream_t);
 uint32_t cu_attention_tile_rows(uint32_t n_heads, uint32_t n_kv, uint32_t hd); /* rows of a tile at most */

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* One block a row: embedding, RMSNorm and SiLU*mul with their output encoded for the linear layers that follow. */
+/* One block a row: embedding, RMSNorm and SiLU*mul with their output encoded for the linear layers that follow; what FP8
+ * makes of one row of it. */
 #include "kernels/cuda/arch.cuh"
 #include "kernels/cuda/cu.h"
 
@@ -56,6 +57,39 @@ encode_squares(const struct cu_encoded &e, uint32_t r, uint32_t n, F get)
 	}
 }
 
+/* As daemon/engine/evidence.c has it. */
+template <class F>
+static __device__ __forceinline__ void
+observe(struct kd_evidence *seen, uint32_t n, float *scratch, F get)
+{
+	float m = 0, zeros = 0, saturated = 0;
+
+	for (uint32_t i = threadIdx.x; i < n; i += blockDim.x)
+		m = fmaxf(m, fabsf(get(i)));
+	m = cu_block_reduce(m, true, scratch);
+	for (uint32_t i = threadIdx.x; i < n; i += blockDim.x) {
+		float v = get(i);
+
+		zeros += cu_becomes_zero(v, m);
+		saturated += cu_becomes_largest(v, m);
+	}
+	zeros = cu_block_reduce(zeros, false, scratch); /* whole numbers below 2^24: exact */
+	saturated = cu_block_reduce(saturated, false, scratch);
+	if (threadIdx.x == 0)
+		*seen = {m, n, (uint32_t)zeros, (uint32_t)saturated};
+}
+
+/* SEEN: kernels of their own, since what a step in many is asked for would take registers of all others. */
+template <bool SEEN, class F>
+static __device__ __forceinline__ void
+finish_row(const struct cu_encoded &e, uint32_t r, uint32_t n, float s, float *scratch, F get)
+{
+	encode(e, r, n, s, get);
+	encode_squares(e, r, n, get);
+	if (SEEN && r == e.seen_row)
+		observe(e.seen, n, scratch, get);
+}
+
 /* The scale of a row from each thread's largest magnitude; NaN if one has it. */
 static __device__ __forceinline__ float
 row_scale(const struct cu_encoded &e, uint32_t r, float m, float *scratch)
@@ -73,6 +107,7 @@ row_scale(const struct cu_encoded &e, uint32_t r, float m, float *scratch)
 	return s;
 }
 
+template <bool SEEN>
 __global__ void __launch_bounds__(THREADS)
 rmsnorm(const float *x, size_t ldx, const uint32_t *from, const float *w, uint32_t n, float eps, struct cu_encoded e)
 {
@@ -92,15 +127,16 @@ rmsnorm(const float *x, size_t ldx, const uint32_t *from, const float *w, uint32
 
 	auto get = [=](uint32_t i) { return __fmul_rn(__fmul_rn(v[i], f), w[i]); };
 
-	encode(e, r, n, s, get);
-	encode_squares(e, r, n, get);
+	finish_row<SEEN>(e, r, n, s, scratch, get);
 }
 
 extern "C" void
 cu_rmsnorm(const float *x, size_t ldx, const uint32_t *from, const float *w, uint32_t n, float eps, uint32_t rows,
     const struct cu_encoded *e, cudaStream_t stream)
 {
-	CU_LAUNCH(rmsnorm, dim3(rows), THREADS, 0, stream, x, ldx, from, w, n, eps, *e);
+	auto kernel = e->seen != nullptr ? rmsnorm<true> : rmsnorm<false>;
+
+	CU_LAUNCH(kernel, dim3(rows), THREADS, 0, stream, x, ldx, from, w, n, eps, *e);
 }
 
 static __device__ __forceinline__ float
@@ -110,6 +146,7 @@ silu_mul_of(const float *gate, uint32_t n, uint32_t i)
 }
 
 /* Values are made twice where FP8 wants their largest first: an exp costs less than 4 bytes of memory. */
+template <bool SEEN>
 __global__ void __launch_bounds__(THREADS)
 silu_mul(const float *gu, uint32_t n, struct cu_encoded e)
 {
@@ -124,14 +161,15 @@ silu_mul(const float *gu, uint32_t n, struct cu_encoded e)
 
 	auto get = [=](uint32_t i) { return silu_mul_of(v, n, i); };
 
-	encode(e, r, n, s, get);
-	encode_squares(e, r, n, get);
+	finish_row<SEEN>(e, r, n, s, scratch, get);
 }
 
 extern "C" void
 cu_silu_mul(const float *gu, uint32_t n, uint32_t rows, const struct cu_encoded *e, cudaStream_t stream)
 {
-	CU_LAUNCH(silu_mul, dim3(rows), THREADS, 0, stream, gu, n, *e);
+	auto kernel = e->seen != nullptr ? silu_mul<true> : silu_mul<false>;
+
+	CU_LAUNCH(kernel, dim3(rows), THREADS, 0, stream, gu, n, *e);
 }
 
 /* The merge of attention's splits is a row's work too: [n_heads, splits, hd + 2] of output, max and sum. */
@@ -155,6 +193,7 @@ merged(const float *part, uint32_t splits, uint32_t hd, uint32_t i)
 	return l == 0 ? 0 : __fdiv_rn(o, l);
 }
 
+template <bool SEEN>
 __global__ void __launch_bounds__(THREADS)
 merge(struct cu_attention a, float *attn, struct cu_encoded e)
 {
@@ -176,14 +215,15 @@ merge(struct cu_attention a, float *attn, struct cu_encoded e)
 	__syncthreads();
 	auto get = [=](uint32_t i) { return out[i]; };
 
-	encode(e, r, n, s, get);
-	encode_squares(e, r, n, get);
+	finish_row<SEEN>(e, r, n, s, scratch, get);
 }
 
 extern "C" void
 cu_attention_merge(const struct cu_attention *a, float *attn, const struct cu_encoded *e, cudaStream_t stream)
 {
-	CU_LAUNCH(merge, dim3(a->rows), THREADS, 0, stream, *a, attn, *e);
+	auto kernel = e->seen != nullptr ? merge<true> : merge<false>;
+
+	CU_LAUNCH(kernel, dim3(a->rows), THREADS, 0, stream, *a, attn, *e);
 }
 
 /* A row's token; what the step before drew is written down for those that read it later. */

@@ -15,6 +15,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "daemon/engine/evidence.h"
 #include "daemon/engine/sample.h"
 #include "kernels/cuda/plugin.h"
 
@@ -448,6 +449,31 @@ check_encoded(const char *what, const struct cu_encoded *e, const float *value, 
 	free(got), free(want), free(code), free(s);
 }
 
+/* Figures of FP8 against those of `n` values each from `value` on; far: counts that may differ, where sums had another order. */
+static void
+check_seen(const char *what, const struct kd_evidence *dev, const float *const *value, uint32_t n_values, uint32_t n, int far)
+{
+	struct kd_evidence got;
+	struct evidence_site want;
+	struct evidence *e;
+	char name[96], why[160];
+	int zeros, saturated;
+
+	if (evidence_new(&e, 1) != 0)
+		abort();
+	for (uint32_t i = 0; i < n_values; i++)
+		evidence_add(e, GROUP_Q, 0, value[i], n);
+	evidence_read(e, GROUP_Q, 0, &want);
+	evidence_free(&e);
+	from_device(&got, dev, sizeof(got));
+	zeros = (int)lrintf(want.zero * (float)want.n), saturated = (int)lrintf(want.saturated * (float)want.n);
+	snprintf(name, sizeof(name), "%s of %u: what FP8 makes of a row", what, n);
+	snprintf(why, sizeof(why), "n %u, absmax %.9g, %u zeros, %u saturated; ref has %u, %.9g, %d, %d", got.n, (double)got.absmax, got.zeros,
+	    got.saturated, (unsigned)want.n, (double)want.absmax, zeros, saturated);
+	tell(got.n == want.n && fabsf(got.absmax - want.absmax) <= (float)far * 1e-6f * want.absmax && abs((int)got.zeros - zeros) <= far &&
+	    abs((int)got.saturated - saturated) <= far, name, why);
+}
+
 /* A value that is no number, before others of the same thread: the row's scale must tell. */
 static void
 check_nan(void)
@@ -477,11 +503,11 @@ check_rows(uint32_t n)
 	uint32_t pad = (n + 31) & ~31u, from[ROWS] = {2, 0, 1};
 	float *x = host(ROWS * n * 2 * 4), *w = host(n * 4), *y = host(ROWS * n * 4);
 	struct cu_encoded e = {device(ROWS * pad * 2), device(ROWS * pad), device(ROWS * 4), pad, device(ROWS * pad),
-	    device(ROWS * (k_squares(n) + 1) * 4), k_squares(n) + 1};
+	    device(ROWS * (k_squares(n) + 1) * 4), k_squares(n) + 1, device(sizeof(*e.seen)), 2};
 	void *dx, *dw, *df;
 
 	for (uint32_t i = 0; i < ROWS * n * 2; i++)
-		x[i] = normal() * 3;
+		x[i] = normal() * (next_random() % 8 == 0 ? 1e-5f : 3); /* some become 0 */
 	memset(x, 0, n * 4); /* a row of zeros */
 	for (uint32_t i = 0; i < n; i++)
 		w[i] = 1 + normal() / 8;
@@ -490,12 +516,14 @@ check_rows(uint32_t n)
 		ref->rmsnorm(x + from[r] * n, w, n, 1e-5f, y + r * n);
 	cu_rmsnorm(dx, n, df, dw, n, 1e-5f, ROWS, &e, NULL);
 	check_encoded("rmsnorm", &e, y, ROWS, n, 1);
+	check_seen("rmsnorm", e.seen, &(const float *){y + 2 * n}, 1, n, 1);
 	for (uint32_t r = 0; r < ROWS; r++)
 		ref->silu_mul(x + r * 2 * n, x + r * 2 * n + n, n, y + r * n);
 	cu_silu_mul(dx, n, ROWS, &e, NULL);
 	check_encoded("silu_mul", &e, y, ROWS, n, 0);
+	check_seen("silu_mul", e.seen, &(const float *){y + 2 * n}, 1, n, 0);
 	must(cudaFree(dx)), must(cudaFree(dw)), must(cudaFree(df)), must(cudaFree(e.xb)), must(cudaFree(e.xq)), must(cudaFree(e.xs));
-	must(cudaFree(e.xqb)), must(cudaFree(e.xsb));
+	must(cudaFree(e.xqb)), must(cudaFree(e.xsb)), must(cudaFree(e.seen));
 	free(x), free(w), free(y);
 }
 
@@ -519,12 +547,14 @@ check_attention(const struct scene *s)
 	struct kd_block *table = host(blocks * 2 * sizeof(*table));
 	uint32_t *pos = host(s->context * 4), *first = host(s->context * 4);
 	struct cu_tile *tile = host(s->context * sizeof(*tile));
-	struct cu_encoded none = {.ld = 0};
+	struct cu_encoded none = {.seen = device(sizeof(*none.seen)), .seen_row = s->rows - 1};
+	const float *last[64]; /* K and V of the heads of the last row */
+	float *last_row = NULL;
 	char name[160], why[96] = "";
 	bool ok = true;
 
 	for (uint32_t i = 0; i < s->context * width; i++)
-		qkv[i] = normal();
+		qkv[i] = normal() * (next_random() % 16 == 0 ? 1e-6f : 1);
 	for (uint32_t i = 0; i < s->context * half; i++)
 		cos_t[i] = cosf((float)i), sin_t[i] = sinf((float)i);
 	for (uint32_t i = 0; i < s->hd; i++)
@@ -551,19 +581,24 @@ check_attention(const struct scene *s)
 			    .pos = r, .window = s->window, .scale = 1.0f / sqrtf((float)s->hd)});
 		for (uint32_t i = 0; i < s->n_kv * s->hd; i++)
 			vmax = fmaxf(vmax, fabsf(v[q + s->n_kv * s->hd + i]));
-		free(tmp);
+		free(last_row);
+		last_row = tmp;
 	}
+	for (uint32_t h = 0; h < 2 * s->n_kv; h++)
+		last[h] = last_row + q + h * s->hd;
 
 	struct cu_attention a = {.kv = {device(blocks * 3 * elems * 2), device(blocks * 3 * s->n_kv * 64 * 4), elems, s->n_kv},
 	    .table = to_device(table, blocks * 2 * sizeof(*table)), .first = to_device(first, s->context * 4), .pos = to_device(pos, s->context * 4),
 	    .n_layers = 2, .layer = 1, .n_heads = s->n_heads, .hd = s->hd, .window = s->window, .eps = 1e-5f, .rows = s->context,
 	    .qkv = to_device(qkv, s->context * width * 4), .q = device(s->context * q * 2), .cos = to_device(cos_t, s->context * half * 4 + 4),
-	    .sin = to_device(sin_t, s->context * half * 4 + 4), .splits = s->splits, .prefill = s->prefill, .scale = 1.0f / sqrtf((float)s->hd)};
+	    .sin = to_device(sin_t, s->context * half * 4 + 4), .splits = s->splits, .prefill = s->prefill, .scale = 1.0f / sqrtf((float)s->hd),
+	    .seen = to_device(&(struct kd_evidence){0}, sizeof(struct kd_evidence)), .seen_row = s->context - 1};
 
 	if (s->norm)
 		a.q_norm = a.k_norm = to_device(norm, s->hd * 4);
 	cu_rope_kv(&a, NULL);
 	must(cudaStreamSynchronize(NULL));
+	check_seen("K and V", a.seen, last, 2 * s->n_kv, s->hd, s->norm ? 2 : 0);
 	/* The rows that attend come last; the cache has all. */
 	for (uint32_t i = 0; i < s->rows; i += tile[tiles - 1].n)
 		tile[tiles] = (struct cu_tile){i, s->rows - i < most ? s->rows - i : most}, tiles++;
@@ -575,6 +610,7 @@ check_attention(const struct scene *s)
 	cu_attend(&some, NULL);
 	cu_attention_merge(&some, dattn, &none, NULL);
 	from_device(out, dattn, s->rows * q * 4);
+	check_seen("merge", none.seen, &(const float *){out + (s->rows - 1) * q}, 1, (uint32_t)q, 0);
 	for (size_t i = 0; i < s->rows * q && ok; i++)
 		/* A probability may round to its neighbour in BF16: 2^-8 of the largest value at the very most; q and k too, where a
 		 * norm of heads was summed in another order. */
@@ -586,13 +622,13 @@ check_attention(const struct scene *s)
 	    s->hd, s->context, s->rows, s->window, s->fp8, s->splits, s->prefill ? ", prefill" : "", s->norm ? ", norms" : "");
 	tell(ok, name, why);
 
-	const void *mem[] = {a.kv.mem, a.kv.scale, a.table, a.first, a.pos, a.qkv, a.q, a.cos, a.sin, a.q_norm, some.tile, dpart, dattn};
+	const void *mem[] = {a.kv.mem, a.kv.scale, a.table, a.first, a.pos, a.qkv, a.q, a.cos, a.sin, a.q_norm, some.tile, dpart, dattn, a.seen, none.seen};
 
 	for (size_t i = 0; i < sizeof(mem) / sizeof(*mem); i++)
 		must(cudaFree((void *)(uintptr_t)mem[i]));
 	for (uint32_t b = 0; b < blocks; b++)
 		free(page[b].k), free(page[b].v), free(page[b].q), free(page[b].scale);
-	free(qkv), free(cos_t), free(sin_t), free(out), free(want), free(norm), free(page), free(table), free(pos), free(first), free(tile);
+	free(last_row), free(qkv), free(cos_t), free(sin_t), free(out), free(want), free(norm), free(page), free(table), free(pos), free(first), free(tile);
 }
 
 static void
