@@ -15,7 +15,7 @@
 #include <stdint.h>
 #include "kernels/kernels.h"
 
-#define KD_ABI 3u
+#define KD_ABI 4u
 #define KD_SYMBOL "octet_device_api"
 #define KD_LM_HEAD 7u   /* groups below are the linear layers of a layer */
 #define KD_KV_CACHE 8u
@@ -112,6 +112,11 @@ struct kd_evidence {
 	uint32_t n, zeros, saturated;    /* values; those other than 0 that become 0; those that become the largest code */
 };
 
+struct kd_sample {
+	uint32_t row;                    /* of the step; of lm_head it is the first that wants logits */
+	struct kd_evidence *site;        /* [KD_GROUPS][n_layers], lm_head at layer 0; n 0: it did not run */
+};
+
 struct kd_status {
 	char device[64], kernels[128];   /* what it is called; driver and library versions */
 	uint64_t mem_used, mem_total;    /* bytes */
@@ -135,10 +140,10 @@ struct kd_api {
 	int (*load)(struct kd_device *, const struct kd_model *, char *why, size_t why_len);
 	/* Starts rows [0, n) behind those that were started before; KD_AHEAD steps at most are under way. want [n_wanted] may
 	 * be NULL: then all logits are copied. logits: [n_wanted, vocab], the rows of kind KD_LOGITS are written; result
-	 * [n_wanted], the others: both belong to the device until wait(). The rest may be used again at once, and pages too:
-	 * rows that are submitted later run later. -EIO: the device failed, for good. */
+	 * [n_wanted], the others: both, and the sites of a sample (NULL: none), belong to the device until wait(). The rest may
+	 * be used again at once, and pages too: rows that are submitted later run later. -EIO: the device failed, for good. */
 	int (*submit)(struct kd_device *, const struct kd_row *, uint32_t n, const struct kd_want *, float *logits,
-	    struct kd_result *, char *why, size_t why_len);
+	    struct kd_result *, const struct kd_sample *, char *why, size_t why_len);
 	/* Until the oldest step that is under way is done. -EIO as above. */
 	int (*wait)(struct kd_device *, char *why, size_t why_len);
 	/* One row again, to find where it first goes non-finite: 1 found, 0 not. */

@@ -37,6 +37,11 @@ answers() {
 	octetctl use bf16 >/dev/null 2>&1
 	[ "$2" != both ] || octetctl eval --candidate fp8 --text "$scratch/text" --json >"$scratch/$1.eval"
 }
+# What FP8 makes of inputs: of a prompt's rows, one a step, and of those behind it.
+evidence() {
+	octet complete --ignore-eos --max-tokens 6 "She go to school every day and I" >/dev/null
+	octetctl --json status | jq -c '[.groups[].evidence | .absmax, .zero, .saturated]' >"$scratch/$1.evidence"
+}
 near() { jq -en "($1 - $2 | if . < 0 then -. else . end) <= $3"; }
 
 engine_options='backend = cpu' config <<END
@@ -45,6 +50,12 @@ END
 start || exit 1
 answers cpu both
 is "the CPU answered" "$(jq length "$scratch/cpu.bf16") $(wc -l <"$scratch/cpu.drawn")" "${tokens-6} $(echo $plans | wc -w)"
+stop
+rm -rf "$scratch/state"
+engine_options='backend = cpu
+evidence_steps = 1' config </dev/null
+start
+evidence cpu
 stop
 
 engine_options='backend = cuda' config </dev/null
@@ -102,12 +113,23 @@ max_batch_tokens = 16' config </dev/null
 	rm -rf "$scratch/state"
 fi
 OCTET_PLUGIN=$plugin
+rm -rf "$scratch/state"
+engine_options='backend = cuda
+evidence_steps = 1' config </dev/null
+start
+evidence gpu
+is "evidence of every site" "$(jq '[.[] | length > 0 and all(. != null)] | all' "$scratch/gpu.evidence")" true
+is "it is the CPU's" "$(jq -n --slurpfile a "$scratch/cpu.evidence" --slurpfile b "$scratch/gpu.evidence" \
+	'[$a, $b | flatten] | transpose | map(.[0] - .[1] | fabs) as $off | [transpose[0], $off] | transpose | map(.[1] <= 0.003 + 0.01 * .[0]) | all')" true
+is "none of these steps was a graph's" "$(octetctl --json status | jq .device.graph_launches)" 0
+stop
 for residency in both sites nested; do
 	rm -rf "$scratch/state"
 	rm -f "$scratch"/gpu.*
 	options="residency = $residency"
 	[ $residency != sites ] || options="nested_sites = attention.k_proj mlp.up_proj@0-1 lm_head"
 	engine_options="backend = cuda
+evidence_steps = 3
 $options" config <<END
 $policies
 END

@@ -33,6 +33,7 @@ struct step {
 	uint32_t n, n_wanted;
 	float *logits;
 	struct kd_result *result;
+	struct kd_evidence *site; /* NULL: no sample */
 };
 
 struct kd_device {
@@ -165,6 +166,12 @@ run(struct kd_device *d)
 		s->result[r->want] = result_of(d, r, &s->want[r->want], e.state);
 		drew[r->want] = s->result[r->want].token;
 	}
+	for (uint32_t i = 0; s->site != NULL && i < KD_GROUPS * d->m.n_layers; i++) {
+		uint32_t g = i / d->m.n_layers, l = i % d->m.n_layers;
+		bool ran = g != KD_LM_HEAD || (l == 0 && s->n_wanted > 0);
+
+		s->site[i] = ran ? (struct kd_evidence){(float)(100 * g + l + 1), SIM_SEEN, sim_zeros(g, l), sim_saturated(g, l)} : (struct kd_evidence){0};
+	}
 	free(d->drawn);
 	d->drawn = drew;
 	for (uint32_t i = 0; i < s->n; i++)
@@ -215,7 +222,7 @@ check_table(struct kd_device *d, const struct kd_row *r)
 
 static int
 sim_submit(struct kd_device *d, const struct kd_row *row, uint32_t n, const struct kd_want *want, float *logits,
-    struct kd_result *result, char *why, size_t why_len)
+    struct kd_result *result, const struct kd_sample *sample, char *why, size_t why_len)
 {
 	struct step *s = &d->step[d->n_submitted % KD_AHEAD];
 	uint32_t w = 0;
@@ -226,7 +233,10 @@ sim_submit(struct kd_device *d, const struct kd_row *row, uint32_t n, const stru
 	if (n == 0 || n > d->m.max_rows)
 		die("no rows, or too many");
 	d->behind += d->n_submitted > d->n_waited;
-	*s = (struct step){.row = calloc(n, sizeof(*s->row)), .n = n, .logits = logits, .result = result};
+	if (sample != NULL && sample->row >= n)
+		die("a sample of a row that there is not");
+	*s = (struct step){.row = calloc(n, sizeof(*s->row)), .n = n, .logits = logits, .result = result,
+	    .site = sample != NULL ? sample->site : NULL};
 	for (uint32_t i = 0; i < n; i++) {
 		size_t blocks = row[i].pos / PLACE + 1;
 
@@ -240,6 +250,8 @@ sim_submit(struct kd_device *d, const struct kd_row *row, uint32_t n, const stru
 	for (uint32_t i = 0; i < w; i++)
 		s->want[i].edit = copy(want[i].edit, want[i].n_edit * sizeof(*want[i].edit));
 	memset(result, 0xee, w * sizeof(*result)); /* nobody may look before wait() */
+	if (s->site != NULL)
+		memset(s->site, 0xee, KD_GROUPS * (size_t)d->m.n_layers * sizeof(*s->site));
 	d->n_submitted++;
 	if (toss(d))
 		run_all(d);

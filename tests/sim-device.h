@@ -17,6 +17,11 @@
 #define SIM_BAD_SEED 0xbadbadbadu /* a request with it is not finite at this position */
 #define SIM_BAD_POSITION 40u
 
+/* What a sample says of a site. */
+#define SIM_SEEN 1024u /* values */
+static inline uint32_t sim_zeros(uint32_t group, uint32_t layer) { return 20 * group + layer + 1; }
+static inline uint32_t sim_saturated(uint32_t group, uint32_t layer) { return 20 * layer + group + 1; }
+
 static inline uint64_t
 sim_mix(uint64_t a, uint64_t b)
 {

@@ -19,6 +19,7 @@
 
 #include "daemon/engine/device.h"
 #include "daemon/engine/engine.h"
+#include "daemon/engine/evidence.h"
 #include "daemon/engine/probe.h"
 #include "tests/sim-device.h"
 
@@ -426,6 +427,31 @@ test_behind(void **state)
 	assert_int_equal(st.graph_launches, 49);
 }
 
+/* One step in so many has a row measured, behind another or before; what came back is told by site. */
+static void
+test_evidence(void **state)
+{
+	struct fixture f;
+	struct engine_config cfg = config(16 << 20);
+	struct evidence_site site;
+	struct kd_status st;
+
+	(void)state;
+	cfg.evidence_steps = 7;
+	start(&f, &cfg, 5);
+	submit(&f, ask(&f, 20, 50));
+	reap_all(&f);
+	for (uint32_t g = 0; g < N_GROUPS; g++)
+		for (uint32_t l = 0; l < (g == GROUP_LM_HEAD ? 1 : model->shape.n_layers); l++) {
+			engine_evidence(f.e, (enum plan_group)g, l, &site);
+			assert_int_equal(site.n, 50 / 7 * SIM_SEEN);
+			assert_true(site.absmax == (float)(100 * g + l + 1));
+			assert_true(site.zero == (float)sim_zeros(g, l) / SIM_SEEN && site.saturated == (float)sim_saturated(g, l) / SIM_SEEN);
+		}
+	stop(&f, &st);
+	assert_int_equal(st.graphs, 49); /* it holds nobody up */
+}
+
 /* Penalties count a token that the host does not know yet; who has them holds nobody up. */
 static void
 test_penalties(void **state)
@@ -565,6 +591,7 @@ run_any(uint64_t seed, uint32_t kv_blocks, uint32_t window, bool whole, struct k
 	model->shape.window = window;
 	cfg.prefix_cache = seed % 3 != 0;
 	cfg.pin = seed % 5 == 0;
+	cfg.evidence_steps = seed % 4;
 	start(&f, &cfg, seed);
 	while (f.n_asked < REQUESTS)
 		do_anything(&f);
@@ -638,6 +665,7 @@ main(void)
 {
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(test_behind),
+		cmocka_unit_test(test_evidence),
 		cmocka_unit_test(test_penalties),
 		cmocka_unit_test(test_probe),
 		cmocka_unit_test(test_failure),

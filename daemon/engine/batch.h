@@ -65,6 +65,7 @@ struct step {
 	struct part *part;    /* [max_seqs] */
 	struct want { const struct seq *seq; uint32_t pos; } *want; /* [max_batch_tokens] logits of a position; in the order of parts */
 	uint32_t n_parts, n_want, rows, probe_rows; /* rows: without the probe's, which come behind them */
+	bool evidence;        /* one of its rows is measured */
 	double start_ms, submitted_ms;
 };
 

@@ -30,6 +30,8 @@ struct device {
 		struct kd_result *result; /* [max_rows] */
 		uint32_t n_want, n_wanted;
 		float *logits;     /* of those after the first n_want */
+		struct kd_evidence *site; /* [KD_GROUPS][n_layers] */
+		struct evidence *evidence; /* what those are added to; NULL: there are none */
 	} flight[KD_AHEAD];
 	uint64_t n_submitted, n_waited; /* flights, in turns */
 	struct kd_edit *edit;      /* [cap_edit] of all wants of a step, one after the other */
@@ -95,7 +97,7 @@ device_close(struct device **dp)
 	if (d->dev != NULL)
 		d->api->close(&d->dev);
 	for (uint32_t i = 0; i < KD_AHEAD; i++)
-		free(d->flight[i].result);
+		free(d->flight[i].result), free(d->flight[i].site);
 	free(d->row), free(d->want), free(d->edit), free(d->at);
 	free(d);
 	*dp = NULL;
@@ -175,9 +177,14 @@ make_buffers(struct device *d)
 	d->row = calloc(d->max_rows, sizeof(*d->row));
 	d->want = calloc(d->max_rows, sizeof(*d->want));
 	d->at = calloc(d->m->shape.vocab, sizeof(*d->at));
-	for (uint32_t i = 0; i < KD_AHEAD; i++)
-		if ((d->flight[i].result = calloc(d->max_rows, sizeof(*d->flight[i].result))) == NULL)
+	for (uint32_t i = 0; i < KD_AHEAD; i++) {
+		struct flight *f = &d->flight[i];
+
+		f->result = calloc(d->max_rows, sizeof(*f->result));
+		f->site = calloc((size_t)KD_GROUPS * d->m->shape.n_layers, sizeof(*f->site));
+		if (f->result == NULL || f->site == NULL)
 			return false;
+	}
 	return d->row != NULL && d->want != NULL && d->at != NULL;
 }
 
@@ -318,9 +325,10 @@ give_up(struct device *d, const struct flight *f)
 }
 
 void
-device_submit(struct device *d, const struct forward_row *row, uint32_t n, float *logits)
+device_submit(struct device *d, const struct forward_row *row, uint32_t n, float *logits, struct evidence *evidence, uint32_t sample)
 {
 	struct flight *f = &d->flight[d->n_submitted++ % KD_AHEAD];
+	struct kd_sample s = {sample, f->site};
 	uint32_t n_wanted = 0, at = 0;
 	char why[256];
 
@@ -334,10 +342,20 @@ device_submit(struct device *d, const struct forward_row *row, uint32_t n, float
 	}
 	for (uint32_t i = d->n_want; i < n_wanted; i++)
 		d->want[i] = (struct kd_want){.kind = KD_LOGITS};
-	f->n_want = d->n_want, f->n_wanted = n_wanted, f->logits = logits;
+	f->n_want = d->n_want, f->n_wanted = n_wanted, f->logits = logits, f->evidence = evidence;
 	if (!d->failed)
-		d->failed = d->api->submit(d->dev, d->row, n, d->want, logits, f->result, why, sizeof(why)) != 0;
+		d->failed = d->api->submit(d->dev, d->row, n, d->want, logits, f->result, evidence != NULL ? &s : NULL, why, sizeof(why)) != 0;
 	d->n_want = d->n_edit = 0;
+}
+
+static void
+note_evidence(const struct device *d, const struct flight *f)
+{
+	uint32_t layers = d->m->shape.n_layers;
+
+	for (uint32_t i = 0; i < KD_GROUPS * layers; i++)
+		evidence_note(f->evidence, (enum plan_group)(i / layers), i % layers, f->site[i].absmax, f->site[i].n, f->site[i].zeros,
+		    f->site[i].saturated);
 }
 
 void
@@ -348,6 +366,8 @@ device_wait(struct device *d)
 
 	if (d->failed || d->api->wait(d->dev, why, sizeof(why)) != 0)
 		give_up(d, f);
+	else if (f->evidence != NULL)
+		note_evidence(d, f);
 }
 
 bool

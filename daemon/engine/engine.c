@@ -314,7 +314,6 @@ allocate(struct engine *e, struct err *err)
 		if (rc != 0)
 			return rc;
 		forward_use_device(e->forward, e->cfg.device);
-		e->cfg.evidence_steps = 0; /* the inputs of its sites stay there */
 	}
 	e->running = calloc(e->max_seqs, sizeof(*e->running));
 	e->pick = calloc(e->max_seqs, sizeof(*e->pick));
@@ -516,8 +515,6 @@ engine_configure(struct engine *e, const struct engine_config *cfg)
 	next.kv_bytes = e->front_cfg.kv_bytes;
 	next.threads = e->front_cfg.threads;
 	next.device = e->front_cfg.device;
-	if (next.device != NULL)
-		next.evidence_steps = 0;
 	pthread_mutex_lock(&e->lock);
 	e->front_cfg = next;
 	e->new_cfg = true;

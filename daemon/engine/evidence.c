@@ -50,9 +50,19 @@ evidence_free(struct evidence **e)
 }
 
 void
-evidence_add(struct evidence *e, enum plan_group g, uint32_t layer, const float *x, uint32_t n)
+evidence_note(struct evidence *e, enum plan_group g, uint32_t layer, float max, uint32_t n, uint32_t zeros, uint32_t saturated)
 {
 	struct bucket *b = &e->bucket[index_of(e, e->now, g, layer)];
+
+	b->n += n;
+	b->zeros += zeros;
+	b->saturated += saturated;
+	b->absmax = max > b->absmax ? max : b->absmax;
+}
+
+void
+evidence_add(struct evidence *e, enum plan_group g, uint32_t layer, const float *x, uint32_t n)
+{
 	float max = 0, low, high;
 	uint32_t zeros = 0, saturated = 0;
 
@@ -65,10 +75,7 @@ evidence_add(struct evidence *e, enum plan_group g, uint32_t layer, const float 
 		zeros += x[i] != 0 && fabsf(x[i]) <= low;
 		saturated += x[i] != 0 && fabsf(x[i]) >= high;
 	}
-	b->n += n;
-	b->zeros += zeros;
-	b->saturated += saturated;
-	b->absmax = max > b->absmax ? max : b->absmax;
+	evidence_note(e, g, layer, max, n, zeros, saturated);
 }
 
 void

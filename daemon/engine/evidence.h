@@ -6,7 +6,7 @@
  * of one step in many, over the last 32 to 64 samples. The input is looked at
  * before it is rounded, whatever the site's format, with the scale that fp8
  * would give it (absmax / 448 of the row; for kv_cache of each head's K and V).
- * The engine thread and its team write, one row at a time; not locked.
+ * The engine thread and its team write, one row at a time, or what a device found; not locked.
  */
 #include <stdint.h>
 #include "daemon/engine/plan.h"
@@ -24,6 +24,8 @@ struct evidence_site {
 int evidence_new(struct evidence **, uint32_t n_layers);
 void evidence_free(struct evidence **);
 void evidence_add(struct evidence *, enum plan_group, uint32_t layer, const float *x, uint32_t n);
+/* Of n values whose largest magnitude is max: those other than 0 that become 0, those that become the largest code. */
+void evidence_note(struct evidence *, enum plan_group, uint32_t layer, float max, uint32_t n, uint32_t zeros, uint32_t saturated);
 void evidence_next(struct evidence *);  /* a sample is complete */
 void evidence_copy(struct evidence *to, const struct evidence *from);
 void evidence_read(const struct evidence *, enum plan_group, uint32_t layer, struct evidence_site *);

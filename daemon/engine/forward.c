@@ -713,7 +713,8 @@ keep_wanted(struct forward *f, uint32_t n)
 void
 forward_start(struct forward *f, const struct forward_row *row, uint32_t n)
 {
-	device_submit(f->device, row, n, f->logits);
+	device_submit(f->device, row, n, f->logits, f->evidence, f->sample_row);
+	f->evidence = NULL;
 }
 
 float *

@@ -43,7 +43,8 @@ float *forward_run(struct forward *, const struct forward_row *, uint32_t n);
 void forward_start(struct forward *, const struct forward_row *, uint32_t n);
 float *forward_wait(struct forward *);
 
-/* The next forward_run() also notes what FP8 would do to the inputs of one of its rows. */
+/* The next forward_run() also notes what FP8 would do to the inputs of one of its rows (of lm_head: of the first that wants
+ * logits); or the next forward_start(), once it was waited for. */
 void forward_sample(struct forward *, struct evidence *, uint32_t row);
 
 /* Runs one row again and tells where it first went non-finite; false if it did not. */

@@ -191,6 +191,16 @@ after_step(struct engine *e, const struct part *p, const struct want *want, cons
 }
 
 static void
+choose_evidence(struct engine *e, struct step *st)
+{
+	uint32_t steps = e->cfg.evidence_steps;
+
+	st->evidence = st->rows > 0 && steps != 0 && st->number % steps == 0;
+	if (st->evidence)
+		forward_sample(e->forward, e->evidence, (uint32_t)(st->number / steps % st->rows));
+}
+
+static void
 note_evidence(struct engine *e)
 {
 	evidence_next(e->evidence);
@@ -207,20 +217,18 @@ note_evidence(struct engine *e)
 static double
 pass(struct engine *e, struct step *st)
 {
-	bool evidence = st->rows > 0 && e->cfg.evidence_steps != 0 && st->number % e->cfg.evidence_steps == 0;
-	double start = engine_now_ms();
+	double start = engine_now_ms(), wait;
 
-	if (e->cfg.device != NULL) {
+	if (e->cfg.device == NULL) {
+		st->submitted_ms = start;
+		e->logits = forward_run(e->forward, e->row, st->rows + st->probe_rows);
+	} else {
 		e->logits = forward_wait(e->forward);
-		return engine_now_ms() - start;
 	}
-	st->submitted_ms = start;
-	if (evidence)
-		forward_sample(e->forward, e->evidence, (uint32_t)(st->number / e->cfg.evidence_steps % st->rows));
-	e->logits = forward_run(e->forward, e->row, st->rows + st->probe_rows);
-	if (evidence)
+	wait = engine_now_ms() - start;
+	if (st->evidence)
 		note_evidence(e);
-	return engine_now_ms() - start;
+	return wait;
 }
 
 /* The oldest step that is under way: what came out of it is told, and kept. */
@@ -293,6 +301,7 @@ step_run(struct engine *e)
 	}
 	st->number = ++e->step;
 	e->n_under_way++;
+	choose_evidence(e, st);
 	team_set_alone(e->team, (double)(st->rows + st->probe_rows) * (double)e->m->weights_bytes / 2 < SMALL_STEP);
 	if (e->cfg.device != NULL) {
 		tell_device(e, st);

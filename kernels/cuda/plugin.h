@@ -14,6 +14,7 @@
 
 enum { G_Q, G_K, G_V, G_O, G_GATE, G_UP, G_DOWN };
 enum bundle_name { B_QKV, B_O, B_GU, B_DOWN, N_BUNDLES };
+enum { SEEN_KV = N_BUNDLES, N_SEEN }; /* figures of a layer: the inputs of each bundle, K and V */
 
 /* Sites that read the same inputs, their weights one after the other: where
  * formats agree they are one product. */
@@ -114,6 +115,9 @@ struct flight {
 	cudaEvent_t begin, end;
 	uint32_t n_wanted;
 	struct kd_result *result; /* where its results go; NULL: nowhere */
+	uint32_t seen_row;
+	struct kd_evidence *seen; /* where the figures of that row go; NULL: there are none */
+	struct kd_evidence *pinned_seen; /* [n_layers * N_SEEN + 1] */
 	double host_us;
 	bool passes;            /* it took several: the last one's results alone are on the device */
 };
@@ -152,6 +156,7 @@ struct kd_device {
 	float *scalar_y;        /* [max_rows, scalar_n] what scalar mode gave; lm_head is larger */
 	uint32_t scalar_n;
 	struct kd_result *result; /* [max_rows] of the pass that ran last */
+	struct kd_evidence *seen; /* [n_layers][N_SEEN], then lm_head's: of a step with a sample */
 	uint32_t *first_bad;
 	uint32_t max_part;      /* rows * splits that part has room for */
 
@@ -179,7 +184,7 @@ int weights_load(struct kd_device *, const struct kd_model *, char *why, size_t 
 void weights_free(struct kd_device *);
 void weights_memory(struct kd_device *, const struct kd_model *, struct kd_memory *);
 int step_submit(struct kd_device *, const struct kd_row *, uint32_t n, const struct kd_want *, float *logits, struct kd_result *,
-    char *why, size_t why_len);
+    const struct kd_sample *, char *why, size_t why_len);
 int step_wait(struct kd_device *, char *why, size_t why_len);
 /* Memory of the card, or pinned memory of the step that is laid out, that grows: for at least so many of a size. What was in it
  * is lost. */

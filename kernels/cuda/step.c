@@ -4,7 +4,8 @@
  * stream; results come back in one copy, with one synchronisation. The next step may be put behind it meanwhile: its pinned
  * memory is another (a flight), what is on the card is used in the stream's order. Steps that only decode are padded up to a bucket of
  * rows; the second such step of a (bucket, plan, splits) is captured as a graph, and those after it replay that. A flip is
- * a new plan: its first step runs eagerly. Where rows are of several plans, so many of each, the fifth is captured.
+ * a new plan: its first step runs eagerly. Where rows are of several plans, so many of each, the fifth is captured. A step in
+ * many measures the inputs of one row, eagerly.
  */
 #include <errno.h>
 #include <math.h>
@@ -234,11 +235,12 @@ run_bundle(struct kd_device *d, const struct bundle *b, uint32_t layer, const st
 		    d->first_bad, d->stream);
 }
 
-/* What the inputs of a bundle must be encoded as. */
+/* What the inputs of a bundle must be encoded as; seen: the row of them that is measured. */
 static struct cu_encoded
-encoding(const struct kd_device *d, const struct bundle *b, uint32_t layer, const struct range *range, uint32_t n)
+encoding(const struct kd_device *d, const struct bundle *b, uint32_t layer, const struct range *range, uint32_t n, uint32_t seen)
 {
-	struct cu_encoded e = {.ld = d->ldx, .ldb = d->ldb};
+	size_t at = b->head ? (size_t)d->m.n_layers * N_SEEN : layer * N_SEEN + (size_t)(b - d->layer[layer].b);
+	struct cu_encoded e = {.ld = d->ldx, .ldb = d->ldb, .seen = seen != CU_NONE ? d->seen + at : NULL, .seen_row = seen};
 
 	for (uint32_t i = 0; i < n; i++)
 		for (uint32_t p = 0; p < b->parts; p++) {
@@ -261,7 +263,14 @@ struct shape {
 	uint32_t n_tiles, splits, n_wanted;
 	bool prefill, decode;
 	size_t edits;
+	uint32_t seen_row, seen_wanted; /* whose inputs are measured: of the rows, of those that want logits; CU_NONE: none */
 };
+
+static bool
+measures(const struct shape *s)
+{
+	return s->seen_row != CU_NONE || s->seen_wanted != CU_NONE;
+}
 
 static void
 run_layer(struct kd_device *d, uint32_t l, const struct shape *s)
@@ -274,23 +283,24 @@ run_layer(struct kd_device *d, uint32_t l, const struct shape *s)
 	    .n_layers = m->n_layers, .layer = l, .n_heads = m->n_heads, .hd = m->head_dim, .window = m->window, .eps = m->rms_eps,
 	    .rows = s->rows, .qkv = d->qkv, .q = d->q, .q_norm = layer->q_norm, .k_norm = layer->k_norm,
 	    .cos = layer->no_rope ? NULL : d->cos, .sin = d->sin, .tile = d->dev.tile, .n_tiles = s->n_tiles, .splits = s->splits,
-	    .prefill = s->prefill, .part = d->part, .scale = 1.0f / sqrtf((float)m->head_dim)};
-	struct cu_encoded e = encoding(d, &b[B_QKV], l, d->range, d->n_ranges);
+	    .prefill = s->prefill, .part = d->part, .scale = 1.0f / sqrtf((float)m->head_dim),
+	    .seen = s->seen_row != CU_NONE ? d->seen + l * N_SEEN + SEEN_KV : NULL, .seen_row = s->seen_row};
+	struct cu_encoded e = encoding(d, &b[B_QKV], l, d->range, d->n_ranges, s->seen_row);
 
 	cu_rmsnorm(d->x, m->hidden, NULL, layer->input_norm, m->hidden, m->rms_eps, s->rows, &e, d->stream);
 	run_bundle(d, &b[B_QKV], l, d->range, d->n_ranges, d->qkv, q + 2 * kv, false);
 	cu_rope_kv(&a, d->stream);
 	cu_attend(&a, d->stream);
-	e = encoding(d, &b[B_O], l, d->range, d->n_ranges);
+	e = encoding(d, &b[B_O], l, d->range, d->n_ranges, s->seen_row);
 	cu_attention_merge(&a, d->attn, &e, d->stream);
 	if (d->trace)
 		cu_check_finite(d->attn, q, l * 16 + G_V + 1, d->first_bad, d->stream);
 	run_bundle(d, &b[B_O], l, d->range, d->n_ranges, d->x, m->hidden, true);
 
-	e = encoding(d, &b[B_GU], l, d->range, d->n_ranges);
+	e = encoding(d, &b[B_GU], l, d->range, d->n_ranges, s->seen_row);
 	cu_rmsnorm(d->x, m->hidden, NULL, layer->post_norm, m->hidden, m->rms_eps, s->rows, &e, d->stream);
 	run_bundle(d, &b[B_GU], l, d->range, d->n_ranges, d->gu, 2 * (size_t)m->intermediate, false);
-	e = encoding(d, &b[B_DOWN], l, d->range, d->n_ranges);
+	e = encoding(d, &b[B_DOWN], l, d->range, d->n_ranges, s->seen_row);
 	cu_silu_mul(d->gu, m->intermediate, s->rows, &e, d->stream);
 	run_bundle(d, &b[B_DOWN], l, d->range, d->n_ranges, d->x, m->hidden, true);
 }
@@ -327,7 +337,7 @@ run_layers(struct kd_device *d, const struct shape *s)
 	if (s->n_wanted == 0)
 		return;
 	n = wanted_ranges(d, s->n_wanted, range);
-	e = encoding(d, &d->head, 0, range, n);
+	e = encoding(d, &d->head, 0, range, n, s->seen_wanted);
 	cu_rmsnorm(d->x, m->hidden, d->dev.from, d->final_norm, m->hidden, m->rms_eps, s->n_wanted, &e, d->stream);
 	/* As layer 0 of the plan, but told apart in a trace. */
 	run_bundle(d, &d->head, 0, range, n, d->logits, m->vocab, false);
@@ -546,7 +556,7 @@ capture(struct kd_device *d, struct graph *g, const struct shape *s)
 static void
 launch(struct kd_device *d, uint64_t plans, const struct shape *s)
 {
-	struct graph *g = s->decode ? find_graph(d, plans, s) : NULL;
+	struct graph *g = s->decode && !measures(s) ? find_graph(d, plans, s) : NULL;
 
 	if (g != NULL && !g->tried && g->seen++ >= (d->n_ranges == 1 ? 1u : MIXED_SEEN))
 		capture(d, g, s);
@@ -598,7 +608,7 @@ lay_out(struct kd_device *d, const struct kd_row *row, uint32_t n, const struct 
 	uint32_t context = 0;
 	int rc;
 
-	*s = (struct shape){.rows = n};
+	*s = (struct shape){.rows = n, .seen_row = CU_NONE, .seen_wanted = CU_NONE};
 	if ((rc = tables_stage(d, row, n, why, why_len)) != 0 ||
 	    (rc = stage_wants(d, row, n, want, n_wanted, &s->edits, why, why_len)) != 0)
 		return rc;
@@ -619,6 +629,24 @@ lay_out(struct kd_device *d, const struct kd_row *row, uint32_t n, const struct 
 	s->prefill = s->n_tiles * d->m.n_kv_heads >= 4 * d->sm_count && s->n_tiles < n;
 	s->splits = s->prefill ? 1 : splits_for(d, s->n_tiles, s->rows, context);
 	return 0;
+}
+
+/* Of rows [done, done + n), which are a pass. */
+static void
+take_sample(const struct flight *f, uint32_t done, uint32_t n, uint32_t n_wanted, struct shape *s)
+{
+	if (f->seen == NULL)
+		return;
+	if (f->seen_row >= done && f->seen_row < done + n)
+		s->seen_row = f->seen_row - done;
+	if (f->n_wanted == 0 && n_wanted > 0)
+		s->seen_wanted = 0;
+}
+
+static size_t
+seen_bytes(const struct kd_device *d)
+{
+	return ((size_t)d->m.n_layers * N_SEEN + 1) * sizeof(*d->seen);
 }
 
 static void
@@ -651,20 +679,25 @@ start_passes(struct kd_device *d, struct flight *f, const struct kd_row *row, ui
 			return rc;
 		if ((rc = lay_out(d, row + done, some, want != NULL ? want + f->n_wanted : NULL, known, &s, &got, why, why_len)) != 0)
 			return rc;
+		take_sample(f, done, some, got, &s);
 		if (done == 0)
 			cudaEventRecord(f->begin, d->stream);
+		if (done == 0 && f->seen != NULL)
+			cudaMemsetAsync(d->seen, 0, seen_bytes(d), d->stream);
 		copy_in(d, s.edits);
 		launch(d, mixed(d, row + done), &s);
 		copy_out(d, got, logits + (size_t)f->n_wanted * d->m.vocab, f->pinned + f->n_wanted);
 		done += some;
 		f->n_wanted += got;
 	}
+	if (f->seen != NULL)
+		cudaMemcpyAsync(f->pinned_seen, d->seen, seen_bytes(d), cudaMemcpyDeviceToHost, d->stream);
 	return 0;
 }
 
 int
 step_submit(struct kd_device *d, const struct kd_row *row, uint32_t n, const struct kd_want *want, float *logits,
-    struct kd_result *result, char *why, size_t why_len)
+    struct kd_result *result, const struct kd_sample *sample, char *why, size_t why_len)
 {
 	struct flight *f = &d->flight[d->n_submitted % KD_AHEAD], *before = &d->flight[(d->n_submitted + KD_AHEAD - 1) % KD_AHEAD];
 	const struct kd_result *known = NULL;
@@ -676,6 +709,7 @@ step_submit(struct kd_device *d, const struct kd_row *row, uint32_t n, const str
 		return snprintf(why, why_len, "%u steps are under way", KD_AHEAD), give_up(d, why);
 	cudaSetDevice(d->index);
 	f->n_wanted = 0, f->result = result;
+	f->seen = sample != NULL ? sample->site : NULL, f->seen_row = sample != NULL ? sample->row : CU_NONE;
 	d->host = &f->host;
 	f->passes = !find_ranges(d, row, n); /* very many plans in one batch */
 	if (f->passes || before->passes) {
@@ -689,6 +723,24 @@ step_submit(struct kd_device *d, const struct kd_row *row, uint32_t n, const str
 	f->host_us = now_us() - start;
 	d->n_submitted++;
 	return 0;
+}
+
+/* By sites: those of a bundle have the same inputs. */
+static void
+tell_seen(const struct kd_device *d, const struct flight *f)
+{
+	const uint32_t layers = d->m.n_layers;
+
+	memset(f->seen, 0, (size_t)KD_GROUPS * layers * sizeof(*f->seen));
+	for (uint32_t l = 0; l < layers; l++) {
+		const struct kd_evidence *from = f->pinned_seen + (size_t)l * N_SEEN;
+
+		for (uint32_t i = 0; i < N_BUNDLES; i++)
+			for (uint32_t p = 0; p < d->layer[l].b[i].parts; p++)
+				f->seen[d->layer[l].b[i].group[p] * layers + l] = from[i];
+		f->seen[KD_KV_CACHE * layers + l] = from[SEEN_KV];
+	}
+	f->seen[KD_LM_HEAD * layers] = f->pinned_seen[(size_t)layers * N_SEEN];
 }
 
 /* The one synchronisation of a step. */
@@ -708,6 +760,8 @@ step_wait(struct kd_device *d, char *why, size_t why_len)
 		return give_up(d, why);
 	if (f->result != NULL)
 		memcpy(f->result, f->pinned, f->n_wanted * sizeof(*f->pinned));
+	if (f->seen != NULL)
+		tell_seen(d, f);
 	cudaEventElapsedTime(&ms, f->begin, f->end);
 	__atomic_add_fetch(&d->busy_us, (uint64_t)(ms * 1e3f), __ATOMIC_RELAXED);
 	__atomic_store_n(&d->device_us, (uint32_t)(ms * 1e3f), __ATOMIC_RELAXED);

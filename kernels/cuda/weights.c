@@ -191,6 +191,7 @@ place_buffers(struct kd_device *d, const struct kd_model *m, char *base)
 	d->scalar_n = largest_n(m);
 	d->scalar_y = take(&a, rows * d->scalar_n * sizeof(float));
 	d->result = take(&a, rows * sizeof(*d->result));
+	d->seen = take(&a, ((size_t)m->n_layers * N_SEEN + 1) * sizeof(*d->seen));
 	d->first_bad = take(&a, sizeof(*d->first_bad));
 	return a.at;
 }
@@ -543,6 +544,7 @@ allocate(struct loader *x, const struct kd_model *m)
 
 		f->host.token = get(x, pinned, place_staged(&f->host, rows, NULL), "pinned memory");
 		f->pinned = get(x, pinned, rows * sizeof(*f->pinned), "pinned memory");
+		f->pinned_seen = get(x, pinned, ((size_t)m->n_layers * N_SEEN + 1) * sizeof(*f->pinned_seen), "pinned memory");
 	}
 	for (uint32_t i = 0; i < N_SLOTS * N_PIECES; i++)
 		x->slot[i / N_PIECES].card[i % N_PIECES] = get(x, on_card, piece_bytes(d), "memory to load with");
@@ -610,6 +612,7 @@ weights_free(struct kd_device *d)
 		cudaFreeHost(f->host.edit);
 		cudaFreeHost(f->host.block);
 		cudaFreeHost(f->pinned);
+		cudaFreeHost(f->pinned_seen);
 	}
 	tables_free(&d->tables);
 	free(d->layer);
