@@ -115,6 +115,9 @@ struct flight {
 	cudaEvent_t begin, end;
 	uint32_t n_wanted;
 	struct kd_result *result; /* where its results go; NULL: nowhere */
+	float *logits;          /* where those that are copied back go: of the wanted rows copied[n_copied] */
+	uint32_t *copied, n_copied; /* [max_rows] */
+	float *pinned_logits; size_t cap_logits; /* [n_copied, vocab]; grows */
 	uint32_t seen_row;
 	struct kd_evidence *seen; /* where the figures of that row go; NULL: there are none */
 	struct kd_evidence *pinned_seen; /* [n_layers * N_SEEN + 1] */

@@ -649,27 +649,48 @@ seen_bytes(const struct kd_device *d)
 	return ((size_t)d->m.n_layers * N_SEEN + 1) * sizeof(*d->seen);
 }
 
+/* To pinned memory, since a copy to any other would hold submit() up until the step has run. */
+static int
+grow_logits(struct kd_device *d, struct flight *f, const struct kd_row *row, uint32_t n, const struct kd_want *want, char *why,
+    size_t why_len)
+{
+	uint32_t wanted = 0, logits = 0;
+
+	for (uint32_t i = 0; i < n; i++)
+		if (row[i].wants)
+			logits += want == NULL || want[wanted].kind == KD_LOGITS, wanted++;
+	return step_grow(d, false, (void **)&f->pinned_logits, &f->cap_logits, (size_t)logits * d->m.vocab, sizeof(*f->pinned_logits), why,
+	    why_len);
+}
+
+/* What n_wanted rows of a pass came to; before it f->n_wanted were of others. */
 static void
-copy_out(struct kd_device *d, uint32_t n_wanted, float *logits, struct kd_result *pinned)
+copy_out(struct kd_device *d, struct flight *f, uint32_t n_wanted)
 {
 	size_t vocab = d->m.vocab;
 
 	if (n_wanted > 0)
-		cudaMemcpyAsync(pinned, d->result, n_wanted * sizeof(*pinned), cudaMemcpyDeviceToHost, d->stream);
-	for (uint32_t i = 0; i < n_wanted; i++)
-		if (d->host->want[i].kind == KD_LOGITS)
-			cudaMemcpyAsync(logits + i * vocab, d->logits + i * vocab, vocab * sizeof(float), cudaMemcpyDeviceToHost, d->stream);
+		cudaMemcpyAsync(f->pinned + f->n_wanted, d->result, n_wanted * sizeof(*f->pinned), cudaMemcpyDeviceToHost, d->stream);
+	for (uint32_t i = 0; i < n_wanted; i++) {
+		if (d->host->want[i].kind != KD_LOGITS)
+			continue;
+		cudaMemcpyAsync(f->pinned_logits + f->n_copied * vocab, d->logits + i * vocab, vocab * sizeof(float), cudaMemcpyDeviceToHost,
+		    d->stream);
+		f->copied[f->n_copied++] = f->n_wanted + i;
+	}
 }
 
 /* All passes of a step but the last are waited for: what they were laid out in is used again. */
 static int
 start_passes(struct kd_device *d, struct flight *f, const struct kd_row *row, uint32_t n, const struct kd_want *want,
-    const struct kd_result *known, float *logits, char *why, size_t why_len)
+    const struct kd_result *known, char *why, size_t why_len)
 {
 	uint32_t done = 0, got;
 	struct shape s;
 	int rc;
 
+	if ((rc = grow_logits(d, f, row, n, want, why, why_len)) != 0)
+		return rc;
 	while (done < n) {
 		uint32_t some = n - done;
 
@@ -686,7 +707,7 @@ start_passes(struct kd_device *d, struct flight *f, const struct kd_row *row, ui
 			cudaMemsetAsync(d->seen, 0, seen_bytes(d), d->stream);
 		copy_in(d, s.edits);
 		launch(d, mixed(d, row + done), &s);
-		copy_out(d, got, logits + (size_t)f->n_wanted * d->m.vocab, f->pinned + f->n_wanted);
+		copy_out(d, f, got);
 		done += some;
 		f->n_wanted += got;
 	}
@@ -708,7 +729,7 @@ step_submit(struct kd_device *d, const struct kd_row *row, uint32_t n, const str
 	if (d->n_submitted - d->n_waited == KD_AHEAD)
 		return snprintf(why, why_len, "%u steps are under way", KD_AHEAD), give_up(d, why);
 	cudaSetDevice(d->index);
-	f->n_wanted = 0, f->result = result;
+	f->n_wanted = f->n_copied = 0, f->result = result, f->logits = logits;
 	f->seen = sample != NULL ? sample->site : NULL, f->seen_row = sample != NULL ? sample->row : CU_NONE;
 	d->host = &f->host;
 	f->passes = !find_ranges(d, row, n); /* very many plans in one batch */
@@ -717,7 +738,7 @@ step_submit(struct kd_device *d, const struct kd_row *row, uint32_t n, const str
 			return give_up(d, why);
 		known = before->pinned;
 	}
-	if (start_passes(d, f, row, n, want, known, logits, why, why_len) != 0)
+	if (start_passes(d, f, row, n, want, known, why, why_len) != 0)
 		return give_up(d, why);
 	cudaEventRecord(f->end, d->stream);
 	f->host_us = now_us() - start;
@@ -760,6 +781,8 @@ step_wait(struct kd_device *d, char *why, size_t why_len)
 		return give_up(d, why);
 	if (f->result != NULL)
 		memcpy(f->result, f->pinned, f->n_wanted * sizeof(*f->pinned));
+	for (uint32_t i = 0; i < f->n_copied; i++)
+		memcpy(f->logits + (size_t)f->copied[i] * d->m.vocab, f->pinned_logits + (size_t)i * d->m.vocab, d->m.vocab * sizeof(*f->logits));
 	if (f->seen != NULL)
 		tell_seen(d, f);
 	cudaEventElapsedTime(&ms, f->begin, f->end);

@@ -544,6 +544,8 @@ allocate(struct loader *x, const struct kd_model *m)
 
 		f->host.token = get(x, pinned, place_staged(&f->host, rows, NULL), "pinned memory");
 		f->pinned = get(x, pinned, rows * sizeof(*f->pinned), "pinned memory");
+		if ((f->copied = calloc(rows, sizeof(*f->copied))) == NULL && x->rc == 0)
+			x->rc = -ENOMEM, snprintf(x->why, x->why_len, "out of memory");
 		f->pinned_seen = get(x, pinned, ((size_t)m->n_layers * N_SEEN + 1) * sizeof(*f->pinned_seen), "pinned memory");
 	}
 	for (uint32_t i = 0; i < N_SLOTS * N_PIECES; i++)
@@ -613,6 +615,8 @@ weights_free(struct kd_device *d)
 		cudaFreeHost(f->host.block);
 		cudaFreeHost(f->pinned);
 		cudaFreeHost(f->pinned_seen);
+		cudaFreeHost(f->pinned_logits);
+		free(f->copied);
 	}
 	tables_free(&d->tables);
 	free(d->layer);

@@ -181,9 +181,11 @@ cudaFreeHost(void *p)
 cudaError_t
 cudaMemcpyAsync(void *to, const void *from, size_t n, enum cudaMemcpyKind kind, cudaStream_t s)
 {
+	/* Memory of the host that is not pinned: the call would wait until all before it has run. */
+	if (s != nullptr && kind == cudaMemcpyDeviceToHost && !is_pinned(to))
+		die("results were copied to memory that is not pinned");
 	emu_enqueue(s, [=] { memcpy(to, from, n); });
-	/* Memory of the host that is not pinned: the call waits. */
-	if (s != nullptr && kind != cudaMemcpyDeviceToDevice && !is_pinned(kind == cudaMemcpyHostToDevice ? from : to))
+	if (s != nullptr && kind == cudaMemcpyHostToDevice && !is_pinned(from))
 		run_all(s);
 	return cudaSuccess;
 }
