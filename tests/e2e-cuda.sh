@@ -154,6 +154,13 @@ END
 	ok "perplexity: $got, the CPU's $ppl" near "$got" "$ppl" "$ppl * 0.005"
 	ppl=$(jq .text.kl.mean "$scratch/cpu.eval") got=$(jq .text.kl.mean "$scratch/gpu.eval")
 	ok "KL of fp8: $got, the CPU's $ppl" near "$got" "$ppl" "$ppl * 0.1"
+	octet complete --json --ignore-eos --max-tokens "${beside-50}" "She go to school every day and" | tail -1 | jq -c .tokens >"$scratch/alone"
+	octet complete --json --ignore-eos --max-tokens "${beside-50}" "She go to school every day and" >"$scratch/beside" &
+	beside_one=$!
+	got=$(octetctl eval --candidate fp8 --text "$scratch/text" --json | jq .text.kl.mean)
+	wait $beside_one
+	ok "KL beside a request: $got" near "$got" "$ppl" "$ppl * 0.1"
+	is "which has the tokens that it has alone" "$(tail -1 "$scratch/beside" | jq -c .tokens)" "$(cat "$scratch/alone")"
 	drawn() { octet complete --temperature 1.5 --seed 3 --ignore-eos --max-tokens "${long-12}" "It work"; }
 	is "a seed repeats itself" "$(drawn)" "$(drawn)"
 	octet bench --clients 4 --requests 6 --prompt-tokens 8 --output-tokens 4 --json >"$scratch/bench" &

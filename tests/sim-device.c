@@ -34,6 +34,7 @@ struct step {
 	float *logits;
 	struct kd_result *result;
 	struct kd_evidence *site; /* NULL: no sample */
+	bool copies;            /* logits */
 };
 
 struct kd_device {
@@ -225,6 +226,7 @@ sim_submit(struct kd_device *d, const struct kd_row *row, uint32_t n, const stru
     struct kd_result *result, const struct kd_sample *sample, char *why, size_t why_len)
 {
 	struct step *s = &d->step[d->n_submitted % KD_AHEAD];
+	bool copies = false;
 	uint32_t w = 0;
 
 	(void)why, (void)why_len;
@@ -233,10 +235,18 @@ sim_submit(struct kd_device *d, const struct kd_row *row, uint32_t n, const stru
 	if (n == 0 || n > d->m.max_rows)
 		die("no rows, or too many");
 	d->behind += d->n_submitted > d->n_waited;
+	for (uint32_t i = 0, of = 0; i < n; of += row[i++].wants) {
+		if (!row[i].wants || want[of].kind != KD_LOGITS)
+			continue;
+		if (d->n_submitted > d->n_waited && d->step[(d->n_submitted - 1) % KD_AHEAD].copies)
+			die("logits of two steps at a time, of which the engine has room for one's");
+		copies = true;
+		memset(logits + (size_t)of * d->m.vocab, 0xee, d->m.vocab * sizeof(*logits));
+	}
 	if (sample != NULL && sample->row >= n)
 		die("a sample of a row that there is not");
 	*s = (struct step){.row = calloc(n, sizeof(*s->row)), .n = n, .logits = logits, .result = result,
-	    .site = sample != NULL ? sample->site : NULL};
+	    .site = sample != NULL ? sample->site : NULL, .copies = copies};
 	for (uint32_t i = 0; i < n; i++) {
 		size_t blocks = row[i].pos / PLACE + 1;
 

@@ -500,6 +500,33 @@ test_probe(void **state)
 	assert_true(st.graphs > 0 && st.graphs < st.eager_steps);
 }
 
+/* One that runs beside live rows does not hold them up: each step is behind another, those with its rows and those after them. */
+static void
+test_probe_behind(void **state)
+{
+	struct fixture f;
+	struct engine_config cfg = config(16 << 20);
+	struct kd_status st;
+	uint32_t *ids = calloc(15, sizeof(*ids));
+	struct asked *a;
+
+	(void)state;
+	start(&f, &cfg, 4);
+	a = ask(&f, 30, 80);
+	assert_int_equal(probe_new(&a->probe, PROBE_SCORE, ids, 15, 1, plans[0], plans[1]), 0);
+	a->probe->max_rows = 1, a->probe->share = 1e6, a->probe->owner = a; /* a row in every step that may have one */
+	for (int s = 0; s < N_SIDES; s++)
+		a->probe->dump[s] = malloc((size_t)14 * model->shape.vocab * sizeof(float));
+	f.n_probes++;
+	submit(&f, a);
+	reap_all(&f);
+	assert_int_equal(a->probe->error, 0);
+	probe_free(&a->probe);
+	stop(&f, &st);
+	assert_int_equal(st.eager_steps, 80);
+	assert_int_equal(st.graphs, 79);
+}
+
 /* A device that fails ends what runs, and what comes after, with an error. */
 static void
 test_failure(void **state)
@@ -668,6 +695,7 @@ main(void)
 		cmocka_unit_test(test_evidence),
 		cmocka_unit_test(test_penalties),
 		cmocka_unit_test(test_probe),
+		cmocka_unit_test(test_probe_behind),
 		cmocka_unit_test(test_failure),
 		cmocka_unit_test(test_any),
 	};

@@ -237,6 +237,8 @@ probe_drop_pages(struct engine *e)
 	bool any = false;
 
 	for (struct probe *p = e->probes; p != NULL; p = p->next) {
+		if (p->under_way)
+			continue;
 		any |= p->kv[0].n_blocks > 0 || p->kv[1].n_blocks > 0;
 		drop_pages(e, p);
 	}
@@ -263,7 +265,7 @@ void
 probe_drop_cancelled(struct engine *e)
 {
 	for (struct probe **pp = &e->probes; *pp != NULL;) {
-		if (__atomic_load_n(&(*pp)->cancelled, __ATOMIC_ACQUIRE))
+		if (!(*pp)->under_way && __atomic_load_n(&(*pp)->cancelled, __ATOMIC_ACQUIRE))
 			finish(e, pp, -ECANCELED);
 		else
 			pp = &(*pp)->next;
@@ -309,12 +311,6 @@ rows_beside(const struct engine *e, const struct probe *p)
 	if (p->kind == PROBE_TIME || e->live_ms == 0 || (p->in_turns ? e->step % TURN != 1 : e->step % PLAIN_TURN == 0))
 		return 0;
 	return p->rows_beside < 1 ? 1 : p->rows_beside < e->cfg.max_batch_tokens ? (uint32_t)p->rows_beside : e->cfg.max_batch_tokens;
-}
-
-bool
-probe_due(const struct engine *e)
-{
-	return e->probes != NULL && (probe_alone(e) || rows_beside(e, e->probes) > 0);
 }
 
 /* A pass of the candidate beside live rows ended: how many rows may both sides have next? */
@@ -383,6 +379,7 @@ probe_choose(struct engine *e, uint32_t n_live)
 		return 0;
 	}
 	p->chunk = n;
+	p->under_way = true;
 	for (uint32_t i = 0; i < n; i++) {
 		uint32_t pos = p->n_run + i;
 
@@ -476,6 +473,7 @@ probe_after(struct engine *e, uint32_t n, uint32_t n_live, const float *logits, 
 {
 	struct probe *p = e->probes;
 
+	p->under_way = false;
 	if (n_live == 0) {
 		p->side_us[p->side] += ms * 1e3;
 		p->side_rows[p->side] += n;

@@ -66,6 +66,7 @@ struct probe {
 	double rows_beside, beside_ms; /* rows of a pass beside live ones; what the dearer side of the last cost more */
 	bool in_turns;              /* one row costs more than the share: one step of many, then */
 	int side;
+	bool under_way;             /* rows of it were chosen and not taken yet: it must stay as it is */
 };
 
 /* Takes the tokens (malloc'd) in any case, and references to the plans. -ENOMEM. */
@@ -86,18 +87,17 @@ struct probe *engine_reap_probes(struct engine *); /* list by ->next, or NULL */
 /* ---- the engine's side ---- */
 
 struct forward_row;
-/* Does the first probe ask for a step without live rows? */
+/* Does the first probe ask for a step without live rows? That step runs neither behind nor before another. */
 bool probe_alone(const struct engine *);
-/* Does it ask for rows in the next step? That step runs neither behind nor before another that is under way. */
-bool probe_due(const struct engine *);
-/* Adds rows of the first probe after n_live rows; returns their number. */
+/* Adds rows of the first probe after n_live rows; returns their number. probe_after() before the next call: what a probe runs
+ * depends on what came out. */
 uint32_t probe_choose(struct engine *, uint32_t n_live);
 /* Takes what a step computed: n rows whose logits start at `logits`. ms: of the
  * forward pass; n_live: live rows in it. */
 void probe_after(struct engine *, uint32_t n, uint32_t n_live, const float *logits, double ms);
 /* A step without probe rows took so long. */
 void probe_note_live(struct engine *, double ms);
-/* Gives the pages of all probes back; false if there were none. */
+/* Gives the pages of all probes back, but of one that is under way; false if there were none. */
 bool probe_drop_pages(struct engine *);
 void probe_drop_cancelled(struct engine *);
 void probe_finish_all(struct engine *, int error);

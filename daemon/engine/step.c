@@ -268,21 +268,23 @@ step_finish(struct engine *e)
 		take(e);
 }
 
-/* The rows of the next step; false: there are none. Behind another step no probe runs. */
+/* The rows of the next step; false: there are none. Behind another step a probe's rows run only beside live ones, and not
+ * behind a probe's: what is next depends on what came out, and there is one place for logits. */
 static bool
 choose(struct engine *e, struct step *st)
 {
-	bool behind = e->n_under_way > 0;
+	const struct step *before = e->n_under_way > 0 ? step_last(e) : NULL;
 
 	st->n_parts = st->n_want = st->rows = st->probe_rows = 0;
 	st->start_ms = engine_now_ms();
-	if (behind && probe_due(e))
+	if (before != NULL && probe_alone(e))
 		return false;
-	if (!behind && probe_alone(e))
+	if (before == NULL && probe_alone(e))
 		st->probe_rows = probe_choose(e, 0);
 	if (st->probe_rows == 0) {
 		batch_choose(e, st);
-		st->probe_rows = behind ? 0 : probe_choose(e, st->rows);
+		if (before == NULL || (st->rows > 0 && before->probe_rows == 0))
+			st->probe_rows = probe_choose(e, st->rows);
 	}
 	return st->rows + st->probe_rows > 0;
 }
@@ -309,8 +311,8 @@ step_run(struct engine *e)
 		forward_start(e->forward, e->row, st->rows + st->probe_rows);
 	}
 	batch_flush(e); /* of the step before, while the device runs this one */
-	/* A device goes on with this step while the one before is taken; a probe's logits are wanted at once. */
-	if (under_way > 0 || e->cfg.device == NULL || st->probe_rows > 0)
+	/* A device goes on with this step while the one before is taken; a probe's that runs alone is timed. */
+	if (under_way > 0 || e->cfg.device == NULL || st->rows == 0)
 		take(e);
 	return true;
 }
