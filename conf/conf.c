@@ -28,6 +28,7 @@ struct option {
 
 static const char *const backends[] = {"auto", "cpu", "cuda", NULL};
 static const char *const residencies[] = {"both", "nested", NULL};
+static const char *const no_yes[] = {"no", "yes", NULL};
 static const char *const on_flips[] = {"switch", "pin", NULL};
 static const char *const prefix_caches[] = {"off", "user", "all", NULL};
 static const char *const log_levels[] = {"error", "warn", "info", "debug", NULL};
@@ -68,6 +69,8 @@ static const struct option options[] = {
 	    "weights on a card: plain in BF16 and FP8, or the nested planes in the memory of BF16"},
 	{"engine", "nested_sites", TYPE_STRING, AT(nested_sites), "", 0, 0, NULL, RESTART, "",
 	    "selectors, spaces between: what is nested though residency is both"},
+	{"engine", "fast_accumulation", TYPE_ENUM, AT(fast_accumulation), "no", 0, 0, no_yes, RESTART, "",
+	    "FP8 products of many rows on a card add with fewer bits"},
 	{"engine", "threads", TYPE_NUMBER, AT(threads), "0", 0, 1024, NULL, RESTART, "",
 	    "worker threads; 0: the CPUs octetd may use"},
 	{"engine", "kv_cache_bytes", TYPE_SIZE, AT(kv_cache_bytes), "256M", 1, UINT64_MAX / 4, NULL, RESTART, "bytes",

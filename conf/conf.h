@@ -47,7 +47,7 @@ struct conf {
 	char *model_path;
 	/* [engine] */
 	uint64_t kv_cache_bytes;
-	uint32_t backend, device, residency, threads, max_batch_tokens, max_batch, max_context, step_target_ms, spin_us, prefix_cache, evidence_steps;
+	uint32_t backend, device, residency, fast_accumulation, threads, max_batch_tokens, max_batch, max_context, step_target_ms, spin_us, prefix_cache, evidence_steps;
 	char *nested_sites;
 	/* [precision] */
 	char *policy;

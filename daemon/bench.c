@@ -220,7 +220,7 @@ make_room(struct bench *b, struct err *err)
 	}
 	if ((rc = forward_new(&b->f, b->m, b->ops, b->team, &b->kv, CHUNK, err)) != 0 || b->device == NULL)
 		return rc;
-	rc = device_load(b->device, b->m, &b->kv, CHUNK, &(struct device_options){.nested = false}, err);
+	rc = device_load(b->device, b->m, &b->kv, CHUNK, &(struct device_options){.fast_accumulation = b->o->fast_accumulation}, err);
 	if (rc == 0)
 		forward_use_device(b->f, b->device);
 	return rc;

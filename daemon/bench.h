@@ -18,6 +18,7 @@ struct bench_options {
 	uint32_t threads;    /* 0: the CPUs of the affinity mask */
 	bool json;
 	bool cuda;           /* on the card that CUDA calls 0, beside nobody's ceilings but memory's */
+	bool fast_accumulation; /* there */
 	uint32_t rounds;     /* of which the median is taken, BENCH_MAX_ROUNDS at most; 0: 5 */
 	uint32_t context;    /* positions behind a decoding sequence; 0: 128 */
 };

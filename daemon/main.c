@@ -225,7 +225,7 @@ start_backend(struct octetd *d, struct err *err)
 	if (rc == 0) {
 		d->backend = device_name(d->device);
 		d->device_options = (struct device_options){.nested = c->residency == CONF_RESIDENCY_NESTED, .nested_sites = c->nested_sites,
-		    .cache_dir = c->state_dir};
+		    .fast_accumulation = c->fast_accumulation != 0, .cache_dir = c->state_dir};
 		return 0;
 	}
 	if (c->backend == CONF_BACKEND_CUDA) {
@@ -664,7 +664,7 @@ run(struct daemon *m, bool check_only)
 static const char usage[] =
     "usage: octetd [--config FILE] [--check] [--help] [--help-options] [--version]\n"
     "       octetd --bench MODEL_DIR [--threads N] [--only WORDS] [--rounds N] [--backend cpu|cuda] [--context N]\n"
-    "                                [--json]\n"
+    "                                [--fast-accumulation] [--json]\n"
     "       octetd --pack MODEL_DIR [--threads N]\n"
     "  --config FILE   configuration file (default " OCTET_SYSCONFDIR "/octet.ini)\n"
     "  --check         read and check the file, the model and the policies, then end\n"
@@ -674,6 +674,7 @@ static const char usage[] =
     "    --rounds N    the median of so many (default: 5)\n"
     "    --backend B   cpu (default) or cuda\n"
     "    --context N   positions behind a decoding sequence (default: 128)\n"
+    "    --fast-accumulation  [engine] fast_accumulation = yes\n"
     "    --json        one JSON object\n"
     "  --pack DIR      pack a model once and for all, into DIR/" PACKED_NAME ": the next start maps that\n"
     "  --help-options  every option of the file\n"
@@ -727,7 +728,7 @@ main(int argc, char **argv)
 	static const struct option longs[] = {{"config", required_argument, NULL, 'c'}, {"check", no_argument, NULL, 't'},
 	    {"bench", required_argument, NULL, 'b'}, {"pack", required_argument, NULL, 'p'}, {"threads", required_argument, NULL, 'n'},
 	    {"only", required_argument, NULL, 'y'}, {"rounds", required_argument, NULL, 'r'}, {"backend", required_argument, NULL, 'B'}, {"context", required_argument, NULL, 'C'},
-	    {"json", no_argument, NULL, 'j'},
+	    {"fast-accumulation", no_argument, NULL, 'f'}, {"json", no_argument, NULL, 'j'},
 	    {"help", no_argument, NULL, 'h'}, {"help-options", no_argument, NULL, 'o'}, {"version", no_argument, NULL, 'v'},
 	    {NULL, 0, NULL, 0}};
 	static struct daemon m;
@@ -768,6 +769,7 @@ main(int argc, char **argv)
 			if (!number("--context", optarg, 1 << 20, &bench.context))
 				return 2;
 			break;
+		case 'f': bench.fast_accumulation = for_bench = true; break;
 		case 'j': bench.json = for_bench = true; break;
 		case 'h': printf("%s", usage); return 0;
 		case 'o': conf_print_options(stdout); return 0;
@@ -780,7 +782,7 @@ main(int argc, char **argv)
 		return 2;
 	}
 	if (bench.model == NULL && (for_bench || (threads && pack == NULL))) {
-		fprintf(stderr, "octetd: --threads, --only, --rounds, --backend, --context and --json belong to --bench, --threads to --pack too\n%s", usage);
+		fprintf(stderr, "octetd: --threads, --only, --rounds, --backend, --context, --fast-accumulation and --json belong to --bench, --threads to --pack too\n%s", usage);
 		return 2;
 	}
 	if (pack != NULL) {

@@ -15,7 +15,7 @@
 #include <stdint.h>
 #include "kernels/kernels.h"
 
-#define KD_ABI 4u
+#define KD_ABI 5u
 #define KD_SYMBOL "octet_device_api"
 #define KD_LM_HEAD 7u   /* groups below are the linear layers of a layer */
 #define KD_KV_CACHE 8u
@@ -45,6 +45,7 @@ struct kd_model {
 	const float *final_norm;             /* [hidden] */
 	const float *rope_cos, *rope_sin;    /* [max_context, head_dim / 2] */
 	const uint8_t *residency;            /* [KD_GROUPS][n_layers] enum kd_residency, lm_head at layer 0; NULL: both */
+	bool fast_accumulation;              /* of FP8 products by a library: fewer bits of a sum, if that is faster */
 	uint32_t max_rows;                   /* of a step */
 	uint32_t n_pages;                    /* of the KV cache, [n_kv_heads * hd_pad * 32] 16-bit values each */
 	const char *cache_dir;               /* where found plans of cuBLASLt are kept; NULL: nowhere */

@@ -92,6 +92,7 @@ if [ -z "${OCTET_TEST_PLUGIN-}" ]; then
 	OCTET_EMU_FAULT=choices OCTET_EMU_LATE=1 # memory grows while a step has yet to run
 	export OCTET_EMU_LATE
 	engine_options='backend = cuda
+fast_accumulation = yes
 max_batch = 16
 max_batch_tokens = 16' config </dev/null
 	ok "start with products to choose from" start
@@ -104,9 +105,13 @@ max_batch_tokens = 16' config </dev/null
 	unset OCTET_EMU_LATE
 	set -- "$scratch"/state/cublaslt-*
 	is "a line for each product" "$(wc -l <"$1")" 10
+	has "of a file for fast accumulation" "$1" "cublaslt-[0-9]*-fast-emulation"
 	sed 's/ [0-9a-f]* \([0-9a-f]*\)\( 0 0 0 0 0 0\)$/ 0 \1\2/' "$1" >"$scratch/lines" # algorithms that the library does not know
 	cp "$scratch/lines" "$1"
 	ok "start with a file that is wrong" start
+	octetctl use fp8 >/dev/null
+	has "status tells of fast accumulation" "$(octetctl --json status | jq -r '.groups[] | select(.name == "mlp.up_proj") | .kernels[0] | tostring')" "fast accumulation"
+	octetctl use bf16 >/dev/null
 	stop
 	is "it was timed again" "$(cmp -s "$1" "$scratch/lines" && echo same)$(wc -l <"$1")" 10
 	unset OCTET_EMU_FAULT

@@ -227,6 +227,7 @@ test_options(void **state)
 		{"engine", "device", {"0", "255"}, {"256", "device '256' is not between 0 and 255"}},
 		{"engine", "residency", {"both", "nested"}, {"fp8", "residency 'fp8' is none of both, nested"}},
 		{"engine", "nested_sites", {"mlp.* attention.q_proj@0-3,-1", ""}, {NULL}},
+		{"engine", "fast_accumulation", {"no", "yes"}, {"1", "fast_accumulation '1' is none of no, yes"}},
 		{"engine", "threads", {"0", "1024"}, {"1025", "threads '1025' is not between 0 and 1024", "+1",
 		    "threads '+1' is no number", "1.5", "threads '1.5' is no number", "18446744073709551616",
 		    "threads '18446744073709551616' is no number"}},

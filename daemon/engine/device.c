@@ -148,7 +148,7 @@ sizes(const struct model_shape *s, uint32_t max_rows, uint64_t n_pages, const st
 	return (struct kd_model){.hidden = s->hidden, .intermediate = s->intermediate, .n_layers = s->n_layers,
 	    .n_heads = s->n_heads, .n_kv_heads = s->n_kv_heads, .head_dim = s->head_dim, .vocab = s->vocab,
 	    .max_context = s->max_context, .window = s->window, .rms_eps = s->rms_eps,
-	    .residency = residency->format, .max_rows = max_rows,
+	    .residency = residency->format, .fast_accumulation = o->fast_accumulation, .max_rows = max_rows,
 	    .n_pages = (uint32_t)(n_pages < UINT32_MAX / 2 ? n_pages : UINT32_MAX / 2), .cache_dir = o->cache_dir,
 	    .progress = o->progress, .progress_arg = o->progress_arg};
 }

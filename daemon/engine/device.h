@@ -22,6 +22,7 @@ const char *device_name(const struct device *);    /* "cuda" */
 struct device_options {
 	bool nested;              /* residency */
 	const char *nested_sites; /* selectors, spaces between: nested in any case; NULL: none */
+	bool fast_accumulation;
 	const char *cache_dir;    /* NULL: none */
 	void (*progress)(void *, int percent);
 	void *progress_arg;

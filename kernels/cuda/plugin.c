@@ -186,13 +186,12 @@ plugin_has_fp8(const struct kd_device *d)
 static int
 plugin_load(struct kd_device *d, const struct kd_model *m, char *why, size_t why_len)
 {
-	const char *fast = getenv("OCTET_CUDA_FAST_ACCUM");
 	size_t free_now = 0, total = 0;
 	int rc;
 
 	cudaSetDevice(d->index);
 	/* Its workspace before the KV pool has all that is left. */
-	if ((rc = lt_new(&d->lt, m->cache_dir, d->name, fast != NULL && *fast == '1', why, why_len)) != 0 ||
+	if ((rc = lt_new(&d->lt, m->cache_dir, d->name, m->fast_accumulation, why, why_len)) != 0 ||
 	    (rc = weights_load(d, m, why, why_len)) != 0 ||
 	    (rc = cu_failed(cudaGetLastError(), "loading the model", why, why_len)) != 0)
 		return rc;
@@ -215,12 +214,14 @@ plugin_executes(const struct kd_device *d, uint32_t group, uint32_t layer, enum 
 static const char *
 library_of(const struct kd_device *d, const struct bundle *b, uint32_t layer, enum k_format f)
 {
-	static const char *const names[] = {[LT_BF16] = "cuBLASLt bf16", [LT_FP8_OUTER] = "cuBLASLt e4m3 outer-vector",
-	    [LT_FP8_SCALAR] = "cuBLASLt e4m3 unit scales", [LT_FP8_SQUARES] = "cuBLASLt e4m3 blk128x128"};
+	static const char *const names[][2] = {[LT_BF16] = {"cuBLASLt bf16", "cuBLASLt bf16"},
+	    [LT_FP8_OUTER] = {"cuBLASLt e4m3 outer-vector", "cuBLASLt e4m3 outer-vector, fast accumulation"},
+	    [LT_FP8_SCALAR] = {"cuBLASLt e4m3 unit scales", "cuBLASLt e4m3 unit scales, fast accumulation"},
+	    [LT_FP8_SQUARES] = {"cuBLASLt e4m3 blk128x128", "cuBLASLt e4m3 blk128x128"}};
 	enum k_format as = f == K_FP8W ? K_BF16 : f == K_FP8T ? K_FP8 : f;
 	uint8_t took = b == NULL ? 0 : d->took[b->head ? N_BUNDLES : b - d->layer[layer].b][as];
 
-	return took == TOOK_NONE ? "the same, 64 at a time" : took == 0 ? "cuBLASLt" : names[took - 1];
+	return took == TOOK_NONE ? "the same, 64 at a time" : took == 0 ? "cuBLASLt" : names[took - 1][d->m.fast_accumulation];
 }
 
 static void

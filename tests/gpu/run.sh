@@ -173,7 +173,8 @@ stage_bench() {
 		[ -z "$dry" ] || only='decode 1'
 		for fast in 0 1; do
 			echo "fast accumulation $fast"
-			within $limit env OCTET_CUDA_FAST_ACCUM=$fast OCTET_PLUGIN="$plugin" octetd --bench "$dir" --backend cuda --context 1024 --only "$only" 2>&1 ||
+			[ $fast = 0 ] || set -- --fast-accumulation
+			within $limit env OCTET_PLUGIN="$plugin" octetd --bench "$dir" --backend cuda --context 1024 --only "$only" "$@" 2>&1 ||
 				echo "FAILED: $?"
 			[ -z "$dry" ] || break
 			only='fp8 prefill' limit=120
