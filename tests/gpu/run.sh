@@ -3,17 +3,18 @@
 # The CUDA backend on a card.
 #
 #   tests/gpu/run.sh pack             where octet is built: programs and libraries to carry, in build-gpu/carry (below 64 MiB)
-#   tests/gpu/run.sh [STAGE...]       on a machine with the card: check bench serve torch, then the table
+#   tests/gpu/run.sh [STAGE...]       on a machine with the card: check bench serve fast torch, then the tables
 #
 #   check  what the card does (measure), every kernel against ref, a few under compute-sanitizer, octetd against the CPU:
 #          proof, and stories260k if it was there to be packed
 #   bench  octetd --bench on random weights in the shape of Llama-3.1-8B, made here: 17 GB in $OCTET_GPU_TMP
 #   serve  50 tokens in, 50 out, a 1B shape, as many clients as help; 1,000 flips under 32 clients
+#   fast   fast accumulation off and on: KL of FP8 linears and of FP8 KV, a 1B shape, steps of more than 64 rows
 #   torch  PyTorch on the same card, the same shapes
 #
 # Each stage takes less than ten minutes, fails alone, and leaves a file in build-gpu/out (small: take it along to the next
 # machine if stages run on several); of whichever there are tests/gpu/results/DATE.md is made (and copied to $OUT, if set) and
-# the table, printed last. It needs no package of a distribution and builds nothing: Python 3 and CUDA's libraries, the rest is
+# two tables, printed last: what octet does, and what its choices rest on. It needs no package of a distribution and builds nothing: Python 3 and CUDA's libraries, the rest is
 # packed. With OCTET_GPU_DRY=1 the plugin of tests/gpu/emu takes the card's place and a tiny model the large ones', and the file
 # is build-gpu/out/dry.md: that shows whether this script works, and nothing else.
 set -u
@@ -183,7 +184,7 @@ stage_bench() {
 	} >"$out/bench.txt" 2>&1
 }
 
-# serving POLICY: a daemon on the model of the stage.
+# serving POLICY [LINE]: a daemon on the model of the stage; a line of [engine].
 serving() {
 	scratch=$(mktemp -d)
 	OCTET_SOCKET=$scratch/s OCTET_CONTROL_SOCKET=$scratch/c
@@ -203,6 +204,7 @@ serving() {
 	kv_cache_bytes = $kv
 	max_batch = 256
 	max_batch_tokens = 1024
+	${2-}
 	[precision]
 	policy = $1
 	[policy linears]
@@ -277,6 +279,30 @@ stage_serve() {
 	} >"$out/serve.txt" 2>&1
 }
 
+# KL between plans of random weights says nothing of a model, but which sum is nearer: both differ from bf16 by their rounding, and one
+# by its sum too.
+stage_fast() {
+	rm -f "$out/fast.txt"
+	dir=$(model 1b) || exit 1
+	kv=8G
+	[ -z "$dry" ] || kv=64M
+	{
+		echo "## KL of eval, fast accumulation off and on, a 1B shape"
+		card
+		head -c "$([ -n "$dry" ] && echo 200 || echo 6000)" models/proof/eval/prose.txt >"$tmp/text"
+		for fast in no yes; do
+			serving bf16 "fast_accumulation = $fast"
+			for candidate in linears all; do
+				r=$(within 100 octetctl eval --candidate $candidate --text "$tmp/text" --json 2>&1)
+				echo "kl $fast $candidate $(printf '%s' "$r" | jq -er '.text | "\(.kl.mean) top1 \(.top1) tokens \(.tokens)"' 2>/dev/null || echo "FAILED: ${r:-no time}")"
+			done
+			octetctl use linears >/dev/null
+			octetctl --json status | jq -r '.groups[] | select(.name == "mlp.up_proj") | "runs \(.kernels[0])"'
+			stop_serving
+		done
+	} >"$out/fast.txt" 2>&1
+}
+
 stage_torch() {
 	{
 		echo "## PyTorch, linears and attention of the same shape, context 1024"
@@ -313,10 +339,88 @@ table() {
 	awk '$1 == "serve" && $7 == "host_us" { print $2 ", " $3 " clients: host " $8 " us a step, card busy " $10 }' "$out/serve.txt" 2>/dev/null
 	echo
 	grep -h '^flips' "$out/serve.txt" 2>/dev/null
-	for s in check bench serve torch; do
+	choices
+	for s in check bench serve fast torch; do
 		[ -f "$out/$s.txt" ] || { echo "$s: did not run"; continue; }
 		grep -h '^not ok\|FAILED\|exit [1-9]' "$out/$s.txt" | sed "s/^/$s: /" | head -20
 	done
+}
+
+# What the choices rest on: medians of ratios over shapes, the best number of splits, the rest as it was printed.
+choices() {
+	[ -f "$out/check.txt" ] || [ -f "$out/fast.txt" ] || return
+	echo
+	echo '| choice | measured |'
+	echo '|---|---|'
+	cat "$out/check.txt" "$out/fast.txt" 2>/dev/null | awk '
+	function median(list, n,   v, i, j, t) {
+		split(list, v, " ")
+		for (i = 2; i <= n; i++)
+			for (j = i; j > 1 && v[j - 1] + 0 > v[j] + 0; j--) {
+				t = v[j]
+				v[j] = v[j - 1]
+				v[j - 1] = t
+			}
+		return n ? v[int((n + 1) / 2)] : 0
+	}
+	function rows(t) { return t <= 64 ? "to 64 rows" : "more rows" }
+	$1 == "lt" && $16 == "first" {
+		at = $2 " " $5 " " $7 " " $9
+		gain[rows($9)] = gain[rows($9)] " " $17 / $20
+		n_gain[rows($9)]++
+		if ($3 == "plain")
+			plain[at] = $20
+		else if (plain[at] > 0) {
+			which = $2 ", " rows($9)
+			ratio[which] = ratio[which] " " plain[at] / $20
+			n_ratio[which]++
+		}
+	}
+	$1 == "lt" && $15 == 0 { refused[$2 " " $3]++ }
+	$1 == "off" { sub(/^off /, ""); off[++n_off] = $0 }
+	$1 == "graph" { sub(/^graph /, ""); graph[++n_graph] = $0 }
+	$1 == "unpack" { sub(/^unpack /, ""); unpack[++n_unpack] = $0 }
+	$1 == "attend" {
+		at = $3 " batch " $6
+		if (!(at in seen))
+			order[++n_order] = at
+		seen[at] = 1
+		if (!(($2, at) in best) || $9 + 0 < best[$2, at]) {
+			best[$2, at] = $9 + 0
+			splits[$2, at] = $8
+		}
+	}
+	$1 == "kl" { kl[++n_kl] = "FP8 " ($3 == "all" ? "linears and KV" : "linears") ", fast accumulation " $2 ": " $4 ", the same first choice " $6 }
+	END {
+		for (i = 1; i <= split("scalar outer outer16", mode, " "); i++)
+			for (j = 1; j <= 2; j++) {
+				which = mode[i] ", " (j == 1 ? "to 64 rows" : "more rows")
+				if (n_ratio[which])
+					printf "| fast accumulation, speed: %s | x%.2f |\n", which, median(ratio[which], n_ratio[which])
+			}
+		for (i = 1; i <= n_off; i++)
+			print "| sums off FP64 by | " off[i] " |"
+		for (i = 1; i <= n_kl; i++)
+			print "| KL against bf16 | " kl[i] " |"
+		for (i = 1; i <= n_graph; i++)
+			print "| graph | " graph[i] " |"
+		for (i = 1; i <= n_unpack; i++)
+			print "| unpacking E4M3 | " unpack[i] " |"
+		for (i = 1; i <= n_order; i++) {
+			at = order[i]
+			split(at, head, /[\/ ]/)
+			printf "| KV, GQA %d, %s | bf16 %.1f us (%d splits), fp8 %.1f us (%d): x%.2f |\n", head[1] / head[2], substr(at, index(at, "batch")), best["bf16", at],
+			    splits["bf16", at], best["fp8", at], splits["fp8", at], (best["fp8", at] ? best["bf16", at] / best["fp8", at] : 0)
+		}
+		for (j = 1; j <= 2; j++) {
+			which = j == 1 ? "to 64 rows" : "more rows"
+			if (n_gain[which])
+				printf "| timing eight algorithms, %s | the best is x%.2f of the first |\n", which, median(gain[which], n_gain[which])
+		}
+		for (which in refused)
+			printf "| cuBLASLt refuses, %s | %d shapes |\n", which, refused[which]
+	}'
+	echo
 }
 
 results() {
@@ -330,7 +434,7 @@ results() {
 		versions
 		echo '```'
 		table
-		for s in check bench serve torch; do
+		for s in check bench serve fast torch; do
 			[ -f "$out/$s.txt" ] || continue
 			echo '```'
 			cat "$out/$s.txt"
@@ -347,11 +451,11 @@ if [ "${1-}" = pack ]; then
 	exit
 fi
 for s in "$@"; do
-	case $s in check | bench | serve | torch | table) ;; *) sed -n '5,20s/^# \{0,1\}//p' "$0"; exit 2 ;; esac
+	case $s in check | bench | serve | fast | torch | table) ;; *) sed -n '5,20s/^# \{0,1\}//p' "$0"; exit 2 ;; esac
 done
 mkdir -p "$out" "$tmp"
 unpack
-[ $# -gt 0 ] || set -- check bench serve torch
+[ $# -gt 0 ] || set -- check bench serve fast torch
 for s in "$@"; do
 	[ "$s" = table ] || ("stage_$s") || echo "FAILED: $s ended before its time" >>"$out/$s.txt"
 done
