@@ -291,11 +291,18 @@ check(struct loader *x, cudaError_t e, const char *what)
 		x->rc = cu_failed(e, what, x->why, x->why_len);
 }
 
-/* On the stream of the kernels that read it; from memory that is not pinned, so `from` may go when it returns. */
+/* On the stream of the kernels that read it. `from` must stay until sent(), or the end of loading. */
 static void
 copy(struct loader *x, void *to, const void *from, size_t bytes)
 {
 	check(x, cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, x->d->stream), "copying the model");
+}
+
+/* What was copied may go. Whether a copy from memory that is not pinned had its own copy made is the driver's to decide. */
+static void
+sent(struct loader *x)
+{
+	check(x, cudaStreamSynchronize(x->d->stream), "copying the model");
 }
 
 /* A list of a device's own, remembered to be freed. */
@@ -372,6 +379,7 @@ load_exceptions(struct loader *x, const struct k_weight *w, struct cu_exceptions
 		out->col = copy_list(x, col, w->n_exc * sizeof(*col));
 		out->delta = copy_list(x, delta, w->n_exc * sizeof(*delta));
 		out->master = copy_list(x, master, w->n_exc * sizeof(*master));
+		sent(x);
 	}
 out:
 	free(e), free(row), free(first), free(col), free(delta), free(master);
@@ -426,6 +434,7 @@ load_squares(struct loader *x, const struct k_weight *w, const struct bundle *b,
 	for (uint32_t i = 0; i < n; i++)
 		memcpy(all + (size_t)i * b->ld_square, w->square + (size_t)i * (K_SQUARE / K_PANEL) * wide, wide * sizeof(*all));
 	copy(x, b->square + (size_t)b->square_at[part] * b->ld_square, all, (size_t)n * b->ld_square * sizeof(*all));
+	sent(x);
 	free(all);
 }
 
@@ -442,11 +451,13 @@ load_site(struct loader *x, const struct k_weight *w, struct bundle *b, uint32_t
 		t[i] = w->tensor_scale;
 	copy(x, b->scale + b->at[part], w->scale, w->n * sizeof(float));
 	copy(x, b->tscale + b->at[part], t, w->n * sizeof(float));
-	memset(t, 0, w->n * sizeof(*t));
-	if (b->bias != NULL)
-		copy(x, b->bias + b->at[part], bias != NULL ? bias : t, w->n * sizeof(float));
-	free(t);
+	if (b->bias != NULL && bias != NULL)
+		copy(x, b->bias + b->at[part], bias, w->n * sizeof(float));
+	else if (b->bias != NULL)
+		check(x, cudaMemsetAsync(b->bias + b->at[part], 0, w->n * sizeof(float), x->d->stream), "copying the model");
 	load_squares(x, w, b, part);
+	sent(x);
+	free(t);
 	load_planes(x, w, b, part);
 	if (w->n_exc == 0 || x->rc != 0)
 		return;
@@ -489,7 +500,7 @@ load_layers(struct loader *x, const struct kd_model *m)
 	copy(x, d->final_norm, m->final_norm, m->hidden * sizeof(float));
 	copy(x, d->cos, m->rope_cos, (size_t)m->max_context * (m->head_dim / 2) * sizeof(float));
 	copy(x, d->sin, m->rope_sin, (size_t)m->max_context * (m->head_dim / 2) * sizeof(float));
-	check(x, cudaStreamSynchronize(d->stream), "copying the model");
+	sent(x);
 }
 
 static size_t

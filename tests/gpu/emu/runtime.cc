@@ -181,12 +181,10 @@ cudaFreeHost(void *p)
 cudaError_t
 cudaMemcpyAsync(void *to, const void *from, size_t n, enum cudaMemcpyKind kind, cudaStream_t s)
 {
-	/* Memory of the host that is not pinned: the call would wait until all before it has run. */
+	/* Between the card and memory that is not pinned a copy may wait until all before it has run, or be read later. */
 	if (s != nullptr && kind == cudaMemcpyDeviceToHost && !is_pinned(to))
 		die("results were copied to memory that is not pinned");
 	emu_enqueue(s, [=] { memcpy(to, from, n); });
-	if (s != nullptr && kind == cudaMemcpyHostToDevice && !is_pinned(from))
-		run_all(s);
 	return cudaSuccess;
 }
 cudaError_t cudaMemcpy(void *to, const void *from, size_t n, enum cudaMemcpyKind) { memcpy(to, from, n); return cudaSuccess; }
