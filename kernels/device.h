@@ -5,7 +5,8 @@
  * What a device plugin gives: the forward pass of a whole step, and sampling,
  * on a device of its own. Plain structs and one table of functions, since the
  * plugin is loaded at run time and knows nothing of the engine. One thread at a
- * time calls it; nothing but kd_open() and kd_load() may allocate host memory.
+ * time calls it; but for open() and load(), host memory is allocated only where a
+ * step is larger than any before it, or the first of its shape.
  *
  * The host keeps the books of the KV pages (which block of which sequence lies in
  * which page); the device has the pages. A page number means the same on both.

@@ -515,10 +515,8 @@ find_graph(struct kd_device *d, uint64_t plans, const struct shape *s)
 	}
 	if (d->n_graphs < MAX_GRAPHS)
 		oldest = &d->graph[d->n_graphs++];
-	else if (oldest->exec != NULL) {
-		cudaStreamSynchronize(d->stream); /* it may be what runs */
-		cudaGraphExecDestroy(oldest->exec);
-	}
+	else if (oldest->exec != NULL)
+		cudaGraphExecDestroy(oldest->exec); /* where it runs, it goes when it has run */
 	*oldest = (struct graph){.plans = plans, .rows = s->rows, .splits = s->splits};
 	return oldest;
 }
@@ -649,7 +647,7 @@ seen_bytes(const struct kd_device *d)
 	return ((size_t)d->m.n_layers * N_SEEN + 1) * sizeof(*d->seen);
 }
 
-/* To pinned memory, since a copy to any other would hold submit() up until the step has run. */
+/* To pinned memory, since a copy to any other may hold submit() up until the step has run. */
 static int
 grow_logits(struct kd_device *d, struct flight *f, const struct kd_row *row, uint32_t n, const struct kd_want *want, char *why,
     size_t why_len)
