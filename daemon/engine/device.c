@@ -325,7 +325,8 @@ give_up(struct device *d, const struct flight *f)
 }
 
 void
-device_submit(struct device *d, const struct forward_row *row, uint32_t n, float *logits, struct evidence *evidence, uint32_t sample)
+device_submit(struct device *d, const struct forward_row *row, uint32_t n, float *logits, struct evidence *evidence,
+    uint32_t sample)
 {
 	struct flight *f = &d->flight[d->n_submitted++ % KD_AHEAD];
 	struct kd_sample s = {sample, f->site};
@@ -344,7 +345,8 @@ device_submit(struct device *d, const struct forward_row *row, uint32_t n, float
 		d->want[i] = (struct kd_want){.kind = KD_LOGITS};
 	f->n_want = d->n_want, f->n_wanted = n_wanted, f->logits = logits, f->evidence = evidence;
 	if (!d->failed)
-		d->failed = d->api->submit(d->dev, d->row, n, d->want, logits, f->result, evidence != NULL ? &s : NULL, why, sizeof(why)) != 0;
+		d->failed = d->api->submit(d->dev, d->row, n, d->want, logits, f->result, evidence != NULL ? &s : NULL,
+		    why, sizeof(why)) != 0;
 	d->n_want = d->n_edit = 0;
 }
 

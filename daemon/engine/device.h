@@ -45,10 +45,11 @@ void device_want(struct device *, const struct sampling *, const uint32_t *token
 void device_score(struct device *, uint32_t token, uint32_t n_top);
 /* Of the step that was waited for. False: a logit was not finite. */
 bool device_result(const struct device *, uint32_t i, struct sampled *);
-/* Of forward.c. Rows without a device_want() have their logits written, in row order
- * among all that want them. evidence, NULL: none, is of row sample, and added when the step was waited for. After a device failed, every result is "not finite" and every logit NaN: requests end
- * with an error, and device_status() says why. */
-void device_submit(struct device *, const struct forward_row *, uint32_t n, float *logits, struct evidence *evidence, uint32_t sample);
+/* Of forward.c. Rows without a device_want() have their logits written, in row order among all that want them. evidence
+ * (NULL: none) is of row `sample`, and added when the step was waited for. After a device failed, every result is "not
+ * finite" and every logit NaN: requests end with an error, and device_status() says why. */
+void device_submit(struct device *, const struct forward_row *, uint32_t n, float *logits,
+    struct evidence *evidence, uint32_t sample);
 void device_wait(struct device *);
 bool device_find_nonfinite(struct device *, const struct forward_row *, struct forward_site *);
 
