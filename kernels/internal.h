@@ -37,8 +37,11 @@ int k_pack_panel_ref(struct k_weight *, uint32_t panel, const uint16_t *rows, st
 bool kernels_have_avx512(void);
 /* Of pack.c: the largest magnitude of a row; a tile of 16 channels [16, ld] with their exponents k, except the weights
  * of each pair of inputs that `left` has a bit for. */
-uint16_t avx512_absmax(const uint16_t *row, uint32_t n);
-void avx512_pack_tile(const uint16_t *rows, size_t ld, const int16_t *k, uint8_t *hi, int8_t *lo, uint32_t left[16]);
+struct k_packer {
+	uint16_t (*absmax)(const uint16_t *row, uint32_t n);
+	void (*tile)(const uint16_t *rows, size_t ld, const int16_t *k, uint8_t *hi, int8_t *lo, uint32_t left[16]);
+};
+const struct k_packer *kernels_packer(void); /* NULL: this machine has no vectors for it */
 
 /* One of the rows of a call. */
 static inline struct k_attention

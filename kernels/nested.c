@@ -224,6 +224,7 @@ split(uint16_t bits, int k, uint8_t *hi, int8_t *lo)
 }
 
 struct packing {
+	const struct k_packer *by; /* NULL: without vectors */
 	struct k_weight *w;
 	const uint16_t *rows;
 	int16_t k[K_PANEL];
@@ -263,14 +264,14 @@ pack_block(const struct packing *p, uint32_t block, uint32_t kb, uint32_t n)
 
 /* The same of a block without padding. */
 static int
-pack_block_avx512(const struct packing *p, uint32_t block, uint32_t kb)
+pack_whole_block(const struct packing *p, uint32_t block, uint32_t kb)
 {
 	size_t base = (size_t)block * K_PANEL * K_BLOCK;
 	uint32_t left[16];
 	int rc = 0;
 
 	for (uint32_t t = 0; t < 2; t++) {
-		avx512_pack_tile(p->rows + (size_t)t * 16 * p->w->k + kb * K_BLOCK, p->w->k, p->k + t * 16,
+		p->by->tile(p->rows + (size_t)t * 16 * p->w->k + kb * K_BLOCK, p->w->k, p->k + t * 16,
 		    p->w->hi + base + t * 512, p->w->lo + base + t * 512, left);
 		for (uint32_t pair = 0; pair < 16; pair++) {
 			for (; left[pair] != 0 && rc == 0; left[pair] &= left[pair] - 1) {
@@ -308,13 +309,14 @@ small_codes(const uint8_t *hi)
 
 /* The largest magnitude of a row; those of its squares go to what the panel has. */
 static uint16_t
-row_absmax(const struct k_weight *w, const uint16_t *row, float *square, bool avx512)
+row_absmax(const struct packing *p, const uint16_t *row, float *square)
 {
+	const struct k_weight *w = p->w;
 	uint16_t all = 0;
 
 	for (uint32_t b = 0; b < k_squares(w->k); b++) {
 		uint32_t n = w->k - b * K_SQUARE < K_SQUARE ? w->k - b * K_SQUARE : K_SQUARE;
-		uint16_t max = avx512 ? avx512_absmax(row + b * K_SQUARE, n) : absmax(row + b * K_SQUARE, n);
+		uint16_t max = p->by != NULL ? p->by->absmax(row + b * K_SQUARE, n) : absmax(row + b * K_SQUARE, n);
 
 		all = max > all ? max : all;
 		if (max >= 0x80 && k_bf16_to_float(max) > square[b])
@@ -324,7 +326,7 @@ row_absmax(const struct k_weight *w, const uint16_t *row, float *square, bool av
 }
 
 static int
-pack_panel(struct packing *p, uint32_t panel, bool avx512, uint32_t *bad_row, uint32_t *bad_col)
+pack_panel(struct packing *p, uint32_t panel, uint32_t *bad_row, uint32_t *bad_col)
 {
 	struct k_weight *w = p->w;
 	float *square = w->square + (size_t)panel * k_squares(w->k);
@@ -335,7 +337,7 @@ pack_panel(struct packing *p, uint32_t panel, bool avx512, uint32_t *bad_row, ui
 	memset(square, 0, k_squares(w->k) * sizeof(*square));
 	for (uint32_t r = 0; r < n; r++) {
 		const uint16_t *row = p->rows + (size_t)r * w->k;
-		uint16_t max = row_absmax(w, row, square, avx512);
+		uint16_t max = row_absmax(p, row, square);
 
 		if (max >= 0x7f80) {
 			*bad_row = first + r;
@@ -351,8 +353,8 @@ pack_panel(struct packing *p, uint32_t panel, bool avx512, uint32_t *bad_row, ui
 		uint32_t block = panel * kb_n + kb;
 
 		w->flag[block] = 0;
-		if (avx512 && n == K_PANEL && (kb + 1) * K_BLOCK <= w->k)
-			rc = pack_block_avx512(p, block, kb);
+		if (p->by != NULL && n == K_PANEL && (kb + 1) * K_BLOCK <= w->k)
+			rc = pack_whole_block(p, block, kb);
 		else
 			rc = pack_block(p, block, kb, n);
 		w->flag[block] |= small_codes(w->hi + (size_t)block * K_PANEL * K_BLOCK);
@@ -364,18 +366,18 @@ int
 k_pack_panel(struct k_weight *w, uint32_t panel, const uint16_t *rows, struct k_exception **exc, uint32_t *n_exc,
     uint32_t *cap, uint32_t *bad_row, uint32_t *bad_col)
 {
-	struct packing p = {w, rows, {0}, exc, n_exc, cap};
+	struct packing p = {kernels_packer(), w, rows, {0}, exc, n_exc, cap};
 
-	return pack_panel(&p, panel, kernels_have_avx512(), bad_row, bad_col);
+	return pack_panel(&p, panel, bad_row, bad_col);
 }
 
 int
 k_pack_panel_ref(struct k_weight *w, uint32_t panel, const uint16_t *rows, struct k_exception **exc, uint32_t *n_exc,
     uint32_t *cap, uint32_t *bad_row, uint32_t *bad_col)
 {
-	struct packing p = {w, rows, {0}, exc, n_exc, cap};
+	struct packing p = {NULL, w, rows, {0}, exc, n_exc, cap};
 
-	return pack_panel(&p, panel, false, bad_row, bad_col);
+	return pack_panel(&p, panel, bad_row, bad_col);
 }
 
 /* Four panels are as high as a square. */
