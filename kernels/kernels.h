@@ -175,6 +175,9 @@ k_window_first(uint32_t pos, uint32_t window)
 struct k_ops {
 	const char *name;
 	void (*linear)(const struct k_linear *); /* all but fp8b: k_linear_run() takes that too */
+	/* out = E4M3(master / s) of blocks [block, block + n), all of one panel, but for exceptions, where it may be anything;
+	 * flag [n]: K_HAS_SMALL where codes may be below 8. */
+	void (*square_codes)(const struct k_weight *, uint32_t block, uint32_t n, float s, uint8_t *out, uint8_t *flag);
 	/* Rounds x [n] to BF16; zeros up to n_pad. */
 	void (*act_bf16)(const float *x, uint32_t n, uint32_t n_pad, uint16_t *out);
 	/* s = absmax / 448 (1 if zero); out = E4M3(x / s) as BF16; zeros up to n_pad. A NaN stays one. */

@@ -11,56 +11,21 @@
 #define ROWS 128u                     /* that share one making of the codes */
 #define BLOCKS (K_SQUARE / K_BLOCK)
 
-typedef float floats __attribute__((vector_size(16)));
-typedef int32_t ints __attribute__((vector_size(16)));
-typedef uint8_t bytes __attribute__((vector_size(4)));
-typedef int8_t signed_bytes __attribute__((vector_size(4)));
-
-/* E4M3 of magnitudes up to 448, as k_e4m3_from_float(). */
-static inline ints
-e4m3_of(floats v)
-{
-	const floats magic = {0x1.8p14f, 0x1.8p14f, 0x1.8p14f, 0x1.8p14f}; /* adding it rounds to multiples of 2^-9 */
-	ints u = (ints)v, small = v < 0x1p-6f;
-
-	return (((ints)(v + magic) - (ints)magic) & small) | ((((u + 0x7ffff + (u >> 20 & 1)) >> 20) - (120 << 3)) & ~small);
-}
-
-/* E4M3(master / s) of four weights, of their nested planes; two are of one channel, two of the next. */
-static inline void
-codes_of(const uint8_t *hi, const int8_t *lo, const float *scale, float s, uint8_t *out)
-{
-	const floats two = {scale[0], scale[0], scale[1], scale[1]};
-	signed_bytes l;
-	bytes h, c;
-	ints code, mag, small, bits;
-
-	memcpy(&h, hi, sizeof(h)), memcpy(&l, lo, sizeof(l));
-	code = __builtin_convertvector(h, ints);
-	mag = code & 0x7f, small = mag < 8;
-	bits = ((ints)(__builtin_convertvector(mag, floats) * 0x1p-9f) & small) | ((mag + (120 << 3)) << 20 & ~small);
-	bits = bits + (__builtin_convertvector(l, ints) << 16);
-	c = __builtin_convertvector(e4m3_of((floats)bits * two / s) | (code & 0x80), bytes);
-	memcpy(out, &c, sizeof(c));
-}
-
-/* The blocks [from, from + n) of a panel, by a channel's scale and that of the square. */
+/* Of blocks [block, block + n) of a panel, which lie in a square of scale s. */
 static void
-make_codes(const struct k_weight *w, uint32_t panel, uint32_t from, uint32_t n, uint8_t *out)
+make_codes(const struct k_ops *ops, const struct k_weight *w, uint32_t block, uint32_t n, float s, uint8_t *out, uint8_t *flag)
 {
-	const float *scale = w->scale + (size_t)panel * K_PANEL;
-	float s = w->square[(size_t)panel * k_squares(w->k) + from / BLOCKS];
-
+	ops->square_codes(w, block, n, s, out, flag);
 	for (uint32_t b = 0; b < n; b++, out += 1024) {
-		uint32_t block = panel * (w->k_pad / K_BLOCK) + from + b, n_exc = 0;
-		const struct k_exception *x = w->flag[block] & K_HAS_EXCEPTIONS ? k_find_exceptions(w, block, &n_exc) : NULL;
+		uint32_t n_exc = 0;
+		const struct k_exception *x = w->flag[block + b] & K_HAS_EXCEPTIONS ? k_find_exceptions(w, block + b, &n_exc) : NULL;
 
-		for (uint32_t i = 0; i < 1024; i += 4)
-			codes_of(w->hi + (size_t)block * 1024 + i, w->lo + (size_t)block * 1024 + i, &scale[i / 512 * 16 + i / 2 % 16], s, out + i);
-		for (uint32_t j = 0; j < n_exc; j++)
+		for (uint32_t j = 0; j < n_exc; j++) {
 			/* By the bits: whether subnormals count must not depend on the thread. */
 			out[x[j].index] = (x[j].bits & 0x7f80) == 0 ? (uint8_t)(x[j].bits >> 8 & 0x80) :
 			    k_e4m3_from_float(k_bf16_to_float(x[j].bits) / s);
+			flag[b] |= (uint8_t)(K_HAS_SMALL << x[j].index / 512);
+		}
 	}
 }
 
@@ -68,17 +33,17 @@ static void
 add_square(const struct k_ops *ops, const struct k_linear *a, uint32_t panel, uint32_t square, uint32_t row, uint32_t rows,
     float (*total)[K_PANEL])
 {
-	static uint8_t any[BLOCKS] = {[0 ... BLOCKS - 1] = K_HAS_SMALL | K_HAS_SMALL << 1};
 	_Alignas(64) uint8_t codes[BLOCKS * 1024];
+	uint8_t flag[BLOCKS];
 	_Alignas(64) float y[ROWS][K_PANEL], ones[K_PANEL];
 	uint32_t from = square * BLOCKS, left = a->w->k_pad / K_BLOCK - from, n = left < BLOCKS ? left : BLOCKS;
 	struct k_weight w = {.n = K_PANEL, .k = n * K_BLOCK, .n_pad = K_PANEL, .k_pad = n * K_BLOCK, .hi = codes, .scale = ones,
-	    .flag = any};
+	    .flag = flag};
 	float s = a->w->square[(size_t)panel * k_squares(a->w->k) + square];
 
 	for (uint32_t c = 0; c < K_PANEL; c++)
 		ones[c] = 1;
-	make_codes(a->w, panel, from, n, codes);
+	make_codes(ops, a->w, panel * (a->w->k_pad / K_BLOCK) + from, n, s, codes, flag);
 	ops->linear(&(struct k_linear){.w = &w, .format = K_FP8W, .x = a->x + row * a->ldx + from * K_BLOCK, .ldx = a->ldx,
 	    .rows = rows, .y = y[0], .ldy = K_PANEL, .panel1 = 1});
 	for (uint32_t r = 0; r < rows; r++) {
@@ -95,7 +60,7 @@ linear_squares(const struct k_ops *ops, const struct k_linear *a, uint32_t panel
 	uint32_t first = panel * K_PANEL, n = a->w->n - first < K_PANEL ? a->w->n - first : K_PANEL;
 	float total[ROWS][K_PANEL];
 
-	memset(total, 0, sizeof(total));
+	memset(total, 0, rows * sizeof(*total));
 	for (uint32_t b = 0; b < k_squares(a->w->k); b++)
 		add_square(ops, a, panel, b, row, rows, total);
 	for (uint32_t r = 0; r < rows; r++) {

@@ -129,6 +129,23 @@ linear_ref(const struct k_linear *a)
 }
 
 static void
+square_codes_ref(const struct k_weight *w, uint32_t block, uint32_t n, float s, uint8_t *out, uint8_t *flag)
+{
+	const float *scale = w->scale + block / (w->k_pad / K_BLOCK) * K_PANEL;
+	float weight[32][32];
+
+	for (uint32_t b = 0; b < n; b++, out += 1024) {
+		unpack_block(w, block + b, K_BF16, weight);
+		flag[b] = K_HAS_SMALL | K_HAS_SMALL << 1;
+		for (uint32_t i = 0; i < 1024; i++) {
+			uint32_t c = i / 512 * 16 + i / 2 % 16, in = i / 32 % 16 * 2 + i % 2;
+
+			out[i] = k_e4m3_from_float(weight[c][in] * scale[c] / s);
+		}
+	}
+}
+
+static void
 act_bf16_ref(const float *x, uint32_t n, uint32_t n_pad, uint16_t *out)
 {
 	for (uint32_t i = 0; i < n; i++)
@@ -518,6 +535,6 @@ probe_fma_ref(uint32_t rounds)
 void
 kernels_fill_ref(struct k_ops *ops)
 {
-	*ops = (struct k_ops){"ref", linear_ref, act_bf16_ref, act_fp8_ref, rmsnorm_ref, rope_ref, silu_mul_ref,
+	*ops = (struct k_ops){"ref", linear_ref, square_codes_ref, act_bf16_ref, act_fp8_ref, rmsnorm_ref, rope_ref, silu_mul_ref,
 	    kv_write_ref, attention_ref, attention_merge_ref, probe_read_ref, probe_fma_ref, divergence_ref, scan_ref, weights_ref};
 }

@@ -106,6 +106,21 @@ channels_at(const float *x, uint32_t t)
 	return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(x + t * 4)), _mm_loadu_ps(x + 8 + t * 4), 1);
 }
 
+/* Exponents of the scales of a tile's channels less that of s, each twice: as the bytes of its weights lie. */
+INLINE __m256i
+exponents_of(const float *scale, float s)
+{
+	const __m256i of = _mm256_srli_epi32(_mm256_castps_si256(_mm256_set1_ps(s)), 23);
+	__m256i e[2];
+
+	UNROLL
+	for (uint32_t t = 0; t < 2; t++)
+		e[t] = _mm256_sub_epi32(_mm256_srli_epi32(_mm256_castps_si256(channels_at(scale, t)), 23), of);
+	e[0] = _mm256_packs_epi32(e[0], e[1]);
+	e[0] = _mm256_packs_epi16(e[0], e[0]);
+	return _mm256_unpacklo_epi8(e[0], e[0]);
+}
+
 enum source { CODES, PLANES, FLOATS, PAGE };
 
 struct block {
@@ -152,6 +167,16 @@ words_of(__m256i code, bool small, __m256i word[2])
 	word[1] = _mm256_unpackhi_epi8(l, h);
 }
 
+INLINE void
+fetch_ahead(const struct block *b, enum source from, uint32_t i)
+{
+	if (i % 64 != 0)
+		return;
+	_mm_prefetch((const char *)b->hi + i + AHEAD, _MM_HINT_T0);
+	if (from == PLANES)
+		_mm_prefetch((const char *)b->lo + i + AHEAD, _MM_HINT_T0);
+}
+
 /* Words of 32 weights from i on, where they are not FP32 yet. */
 INLINE void
 words_at(const struct block *b, enum source from, bool small, uint32_t i, __m256i word[2])
@@ -166,11 +191,7 @@ words_at(const struct block *b, enum source from, bool small, uint32_t i, __m256
 		word[1] = _mm256_loadu_si256((const __m256i *)(const void *)(b->word + at + 16));
 		return;
 	}
-	if (i % 64 == 0) {
-		_mm_prefetch((const char *)b->hi + i + AHEAD, _MM_HINT_T0);
-		if (from == PLANES)
-			_mm_prefetch((const char *)b->lo + i + AHEAD, _MM_HINT_T0);
-	}
+	fetch_ahead(b, from, i);
 	words_of(_mm256_loadu_si256((const __m256i *)(const void *)(b->hi + i)), small, word);
 	if (from == PLANES) {
 		__m256i l = _mm256_loadu_si256((const __m256i *)(const void *)(b->lo + i));
@@ -478,6 +499,131 @@ linear_avx2(const struct k_linear *a)
 			uint32_t row = (uint32_t)((uint64_t)a->rows * i / passes);
 
 			many_panels(a, p0, p1, row, (uint32_t)((uint64_t)a->rows * (i + 1) / passes) - row);
+		}
+	}
+}
+
+/* ---- codes of squares ---- */
+
+/*
+ * The codes of quotients by s depend on the 7 bits of a master's mantissa, and are the same in each binade. Their thresholds are
+ * 8 mantissas and more apart: of eight side by side the first has code `first`, as have `same` behind it, and the rest the next
+ * one. Codes count from that of 1/2, for s in [1, 2).
+ */
+struct steps {
+	__m256i first, same;
+};
+
+AVX2 static struct steps
+steps_of(float s)
+{
+	const __m256i order = _mm256_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19), one = _mm256_set1_epi32(1);
+	__m256i u = _mm256_castps_si256(_mm256_set1_ps(s)), q[4];
+	__m256 by;
+	_Alignas(32) uint8_t code[128];
+	_Alignas(16) uint8_t first[16], same[16];
+
+	by = _mm256_castsi256_ps(_mm256_or_si256(_mm256_and_si256(u, _mm256_set1_epi32(0x7fffff)), _mm256_set1_epi32(0x3f800000)));
+	for (int i = 0; i < 128; i += 32) {
+		UNROLL
+		for (int j = 0; j < 4; j++) {
+			u = _mm256_slli_epi32(_mm256_add_epi32(order, _mm256_set1_epi32((127 << 7) + i + j * 4)), 16);
+			u = _mm256_castps_si256(_mm256_div_ps(_mm256_castsi256_ps(u), by));
+			u = _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7ffff)), _mm256_and_si256(_mm256_srli_epi32(u, 20), one));
+			q[j] = _mm256_sub_epi32(_mm256_srli_epi32(u, 20), _mm256_set1_epi32(126 << 3));
+		}
+		_mm256_store_si256((__m256i *)(void *)(code + i),
+		    _mm256_packus_epi16(_mm256_packs_epi32(q[0], q[1]), _mm256_packs_epi32(q[2], q[3])));
+	}
+	for (int i = 0; i < 16; i++) {
+		uint64_t eight;
+
+		memcpy(&eight, code + i * 8, sizeof(eight));
+		eight -= code[i * 8] * 0x0101010101010101u; /* a one in each that has the next code */
+		first[i] = code[i * 8], same[i] = (uint8_t)(7 - (eight * 0x0101010101010101u >> 56));
+	}
+	return (struct steps){_mm256_broadcastsi128_si256(_mm_load_si128((const __m128i *)(const void *)first)),
+	    _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i *)(const void *)same))};
+}
+
+/* 32 weights of a tile from i on, by the division itself. */
+AVX2 static void __attribute__((noinline))
+codes_by_division(const struct block *b, uint32_t i, const float *scale, float s, uint8_t *out)
+{
+	const __m256 by = _mm256_set1_ps(s);
+	__m256i word[2], pair[2];
+
+	words_at(b, PLANES, true, i, word);
+	UNROLL
+	for (uint32_t c = 0; c < 2; c++) {
+		__m256 v[2];
+
+		inputs_at(b, PLANES, i, word, c, v);
+		UNROLL
+		for (uint32_t t = 0; t < 2; t++) {
+			__m256i code = e4m3_code(round_e4m3(_mm256_div_ps(_mm256_mul_ps(v[t], channels_at(scale, t)), by)));
+
+			pair[t] = c == 0 ? code : _mm256_or_si256(pair[t], _mm256_slli_epi32(code, 8));
+		}
+	}
+	_mm256_store_si256((__m256i *)(void *)out, _mm256_packus_epi32(pair[0], pair[1]));
+}
+
+/*
+ * Where the code of the high plane and what becomes of it are normal, twice the code and the upper bits of the distance are the
+ * exponent and four bits of the mantissa, which choose the step; the other three say how far it is. Zeros stay zeros. Returns
+ * whether all else was normal; *small: whether something was not.
+ */
+INLINE bool
+codes_by_steps(const struct block *b, uint32_t i, const struct steps *steps, __m256i move, uint8_t *out, bool *small)
+{
+	const __m256i sign = _mm256_set1_epi8((char)0x80), seven = _mm256_set1_epi8(7);
+	__m256i h = _mm256_loadu_si256((const __m256i *)(const void *)(b->hi + i));
+	__m256i l = _mm256_loadu_si256((const __m256i *)(const void *)(b->lo + i));
+	__m256i mag = _mm256_andnot_si256(sign, h), at, code, normal, zero;
+
+	fetch_ahead(b, PLANES, i);
+	at = _mm256_and_si256(_mm256_srli_epi16(_mm256_xor_si256(l, sign), 3), _mm256_set1_epi8(31));
+	at = _mm256_add_epi8(_mm256_add_epi8(mag, mag), _mm256_sub_epi8(at, _mm256_set1_epi8(16)));
+	code = _mm256_and_si256(at, _mm256_set1_epi8(15));
+	code = _mm256_sub_epi8(_mm256_shuffle_epi8(steps->first, code),
+	    _mm256_cmpgt_epi8(_mm256_and_si256(l, seven), _mm256_shuffle_epi8(steps->same, code)));
+	code = _mm256_add_epi8(code, _mm256_and_si256(_mm256_srli_epi16(at, 1), _mm256_set1_epi8(0x78)));
+	code = _mm256_xor_si256(_mm256_adds_epi8(_mm256_xor_si256(code, sign), move), sign);
+	normal = _mm256_cmpgt_epi8(_mm256_min_epu8(code, mag), seven);
+	zero = _mm256_cmpeq_epi8(_mm256_or_si256(mag, l), _mm256_setzero_si256());
+	_mm256_store_si256((__m256i *)(void *)out, _mm256_or_si256(_mm256_andnot_si256(zero, code), _mm256_and_si256(h, sign)));
+	*small |= _mm256_movemask_epi8(normal) != -1;
+	return _mm256_movemask_epi8(_mm256_or_si256(normal, zero)) == -1;
+}
+
+AVX2 static void
+square_codes_avx2(const struct k_weight *w, uint32_t block, uint32_t n, float s, uint8_t *out, uint8_t *flag)
+{
+	const float *scale = w->scale + block / (w->k_pad / K_BLOCK) * K_PANEL;
+	const struct steps steps = steps_of(s);
+	bool steps_do = s >= 0x1p-119f; /* else a subnormal master, which counts as 0, could have a normal code */
+
+	memset(flag, 0, n);
+	for (uint32_t t = 0; t < 2; t++, scale += 16) {
+		__m256i move = exponents_of(scale, s);
+
+		/* In codes, from that of 1/2 on. Where that is less than a byte holds, all become less than 8 just the same. */
+		move = _mm256_max_epi8(_mm256_min_epi8(move, _mm256_set1_epi8(15)), _mm256_set1_epi8(-16));
+		move = _mm256_and_si256(_mm256_slli_epi16(move, 3), _mm256_set1_epi8((char)0xf8));
+		move = _mm256_adds_epi8(move, _mm256_set1_epi8(-8));
+		for (uint32_t j = 0; j < n; j++) {
+			struct block b = block_at(w, block + j, NULL);
+			bool small = false;
+
+#pragma GCC unroll 4
+			for (uint32_t i = t * 512, end = i + 512; i < end; i += 32) {
+				uint8_t *to = out + j * 1024 + i;
+
+				if (!codes_by_steps(&b, i, &steps, move, to, &small) || !steps_do)
+					codes_by_division(&b, i, scale, s, to), small = true;
+			}
+			flag[j] |= small ? (uint8_t)(K_HAS_SMALL << t) : 0;
 		}
 	}
 }
@@ -1126,6 +1272,7 @@ void
 kernels_fill_avx2(struct k_ops *ops)
 {
 	ops->linear = linear_avx2;
+	ops->square_codes = square_codes_avx2;
 	ops->act_bf16 = act_bf16_avx2;
 	ops->act_fp8 = act_fp8_avx2;
 	ops->rmsnorm = rmsnorm_avx2;
