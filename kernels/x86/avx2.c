@@ -262,38 +262,72 @@ spread_from(const struct block *b, enum source from, uint8_t flags, float spread
 	}
 }
 
-/* From the scale of each channel to that of the tensor. */
-INLINE void
-requantise(const struct k_weight *w, uint32_t panel, float spread[1024])
+/* 32 codes times 2^-down, nearest even: a normal one that stays so has a smaller exponent, of the others four bits are shifted. */
+INLINE __m256i
+scale_down(__m256i code, __m256i down, bool *small)
 {
-	const __m256 tensor = _mm256_set1_ps(w->tensor_scale);
+	static const uint8_t halves[4][16] = {{0, 0, 1, 2, 2, 2, 3, 4, 4, 4, 5, 6, 6, 6, 7, 8}, {0, 0, 0, 1, 1, 1, 2, 2, 2, 2, 2, 3, 3, 3, 4, 4},
+	    {0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2}, {0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1}};
+	const __m256i sign = _mm256_set1_epi8((char)0x80), one = _mm256_set1_epi8(1), seven = _mm256_set1_epi8(7);
+	__m256i mag = _mm256_andnot_si256(sign, code), to = _mm256_subs_epu8(mag, _mm256_slli_epi16(down, 3));
 
-	for (uint32_t i = 0; i < 1024; i += 512) {
-		for (uint32_t t = 0; t < 2; t++) {
-			__m256 ratio = _mm256_div_ps(channels_at(w->scale + panel * K_PANEL + i / 32, t), tensor);
-			float *at = spread + i + t * 8;
+	if (_mm256_movemask_epi8(_mm256_cmpgt_epi8(to, seven)) != -1) {
+		/* The exponent, at least 1, in place; the four bits; by how much they are shifted. */
+		__m256i exp = _mm256_max_epu8(_mm256_andnot_si256(seven, mag), _mm256_set1_epi8(8));
+		__m256i bits = _mm256_add_epi8(_mm256_sub_epi8(mag, exp), _mm256_set1_epi8(8));
+		__m256i shift = _mm256_sub_epi8(_mm256_add_epi8(down, one), _mm256_srli_epi16(exp, 3));
 
-			for (uint32_t j = 0; j < 512; j += 16)
-				_mm256_store_ps(at + j, round_e4m3(_mm256_mul_ps(_mm256_load_ps(at + j), ratio)));
+		*small = true;
+		to = _mm256_and_si256(_mm256_cmpgt_epi8(one, shift), _mm256_sub_epi8(mag, _mm256_slli_epi16(down, 3)));
+		UNROLL
+		for (int i = 0; i < 4; i++) {
+			__m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)halves[i]));
+
+			to = _mm256_or_si256(to, _mm256_and_si256(_mm256_cmpeq_epi8(shift, _mm256_set1_epi8((char)(i + 1))),
+			    _mm256_shuffle_epi8(table, bits)));
 		}
 	}
+	return _mm256_or_si256(to, _mm256_and_si256(code, sign));
+}
+
+/* The codes of a block by the scale of the tensor, which is that of a channel times a power of two; returns its K_HAS_SMALL. */
+INLINE uint8_t
+tensor_codes(const struct k_weight *w, uint32_t block, uint8_t out[1024])
+{
+	const float *scale = w->scale + block / (w->k_pad / K_BLOCK) * K_PANEL;
+	struct block b = block_at(w, block, NULL);
+	uint8_t flags = 0;
+
+	for (uint32_t t = 0; t < 2; t++) {
+		__m256i down = _mm256_abs_epi8(exponents_of(scale + t * 16, w->tensor_scale));
+		bool small = false;
+
+		down = _mm256_min_epu8(down, _mm256_set1_epi8(31)); /* nothing is left */
+#pragma GCC unroll 4
+		for (uint32_t i = t * 512, end = i + 512; i < end; i += 32) {
+			__m256i code = _mm256_loadu_si256((const __m256i *)(const void *)(b.hi + i));
+
+			fetch_ahead(&b, CODES, i);
+			_mm256_store_si256((__m256i *)(void *)(out + i), scale_down(code, down, &small));
+		}
+		flags |= small ? (uint8_t)(K_HAS_SMALL << t) : 0;
+	}
+	return flags;
 }
 
 /* One block of 1024 weights to FP32. */
 AVX2 static void
 unpack_block(const struct k_weight *w, uint32_t block, enum k_format format, float spread[1024])
 {
+	_Alignas(32) uint8_t codes[1024];
 	struct block b = block_at(w, block, NULL);
+	uint8_t flags = w->flag[block];
 
-	if (format == K_BF16) {
-		spread_from(&b, PLANES, w->flag[block], spread);
-		if (w->flag[block] & K_HAS_EXCEPTIONS)
-			patch_block(w, block, spread);
-		return;
-	}
-	spread_from(&b, CODES, w->flag[block], spread);
 	if (format == K_FP8T)
-		requantise(w, block / (w->k_pad / K_BLOCK), spread);
+		flags = tensor_codes(w, block, codes), b.hi = codes;
+	spread_from(&b, format == K_BF16 ? PLANES : CODES, flags, spread);
+	if (format == K_BF16 && flags & K_HAS_EXCEPTIONS)
+		patch_block(w, block, spread);
 }
 
 typedef float inputs[K_BLOCK];
@@ -389,6 +423,7 @@ few_panels(const struct k_linear *a, uint32_t p0, uint32_t p1, const uint32_t n,
 	const struct k_weight *w = a->w;
 	uint32_t kb_n = w->k_pad / K_BLOCK;
 	_Alignas(32) float spread[1024];
+	_Alignas(32) uint8_t codes[1024];
 	_Alignas(32) inputs x[FEW];
 	_Alignas(32) totals total[STREAMS][FEW] = {{{0}}};
 
@@ -399,7 +434,9 @@ few_panels(const struct k_linear *a, uint32_t p0, uint32_t p1, const uint32_t n,
 			struct block b = block_at(w, p * kb_n + kb, spread);
 			uint8_t flags = w->flag[p * kb_n + kb];
 
-			if (from == FLOATS || (from == PLANES && flags & K_HAS_EXCEPTIONS)) {
+			if (a->format == K_FP8T)
+				flags = tensor_codes(w, p * kb_n + kb, codes), b.hi = codes;
+			if (from == PLANES && flags & K_HAS_EXCEPTIONS) {
 				unpack_block(w, p * kb_n + kb, a->format, spread);
 				rows_block(&b, FLOATS, 0, (const inputs *)x, total[p - p0], n);
 			} else {
@@ -416,8 +453,6 @@ few_panels(const struct k_linear *a, uint32_t p0, uint32_t p1, const uint32_t n,
 	{ \
 		if (a->format == K_BF16) \
 			few_panels(a, p0, p1, n, PLANES); \
-		else if (a->format == K_FP8T) \
-			few_panels(a, p0, p1, n, FLOATS); \
 		else \
 			few_panels(a, p0, p1, n, CODES); \
 	}
