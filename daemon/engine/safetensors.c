@@ -312,8 +312,8 @@ safetensors_find(const struct safetensors *s, const char *name)
 /* ---- elements ---- */
 
 /*
- * Integer arithmetic on the bits: kernel threads flush subnormals, the master
- * must keep them. memcpy: nothing aligns tensors in a file. Each of these
+ * Arithmetic on the bits, without FP32 subnormals: kernel threads flush them, the
+ * master must keep them. memcpy: nothing aligns tensors in a file. Each of these
  * converts all and says whether one was not finite as BF16.
  */
 
@@ -328,52 +328,59 @@ read_bf16(const uint8_t *p, uint64_t n, uint16_t *out)
 	return bad;
 }
 
+#define CHUNK 256u /* so many at a time: with a bound it knows, the compiler makes vectors of them */
+
 static bool
 read_f32(const uint8_t *p, uint64_t n, uint16_t *out)
 {
-	bool bad = false;
-	uint32_t u;
+	uint32_t u[CHUNK] = {0}, bad = 0;
+	uint16_t b[CHUNK];
 
-	for (uint64_t i = 0; i < n; i++) {
-		memcpy(&u, p + 4 * i, sizeof(u));
-		/* From here on nearest even is Inf, or it was Inf or NaN. */
-		bad |= (u & 0x7fffffffu) >= 0x7f7f8000u;
-		out[i] = (uint16_t)((u + 0x7fffu + (u >> 16 & 1)) >> 16);
+	for (uint64_t i = 0; i < n; i += CHUNK) {
+		size_t here = n - i < CHUNK ? n - i : CHUNK;
+
+		memcpy(u, p + i * sizeof(*u), here * sizeof(*u));
+		for (uint32_t j = 0; j < CHUNK; j++) {
+			/* From 0x7f7f8000 on nearest even is Inf, or it was Inf or NaN. */
+			bad |= (u[j] & 0x7fffffffu) + 0x808000u;
+			b[j] = (uint16_t)((u[j] + 0x7fffu + (u[j] >> 16 & 1)) >> 16);
+		}
+		memcpy(out + i, b, here * sizeof(*b));
 	}
-	return bad;
+	return bad >> 31;
 }
 
-/* Finite halves fit the range of BF16; a subnormal one is a normal there. */
-static uint32_t
+/* Finite halves fit the range of BF16; a subnormal one is a normal there. Without branches: a compiler can make vectors of it. */
+static inline uint32_t
 f32_from_half(uint16_t h)
 {
-	uint32_t sign = (uint32_t)(h & 0x8000u) << 16, exp = h >> 10 & 0x1f, frac = h & 0x3ffu, shift;
+	uint32_t mag = h & 0x7fffu, small = 0u - (mag < 0x400), infinite = 0u - (mag >= 0x7c00), u;
+	float f = (float)(int32_t)mag * 0x1p-24f;
 
-	if (exp == 0x1f)
-		return sign | 0x7f800000u | frac << 13;
-	if (exp != 0)
-		return sign | (exp + 112) << 23 | frac << 13;
-	if (frac == 0)
-		return sign;
-	shift = (uint32_t)__builtin_clz(frac) - 21; /* the leading one goes to bit 10 */
-	return sign | (113 - shift) << 23 | (frac << shift & 0x3ffu) << 13;
+	memcpy(&u, &f, sizeof(u));
+	u = (u & small) | (((mag << 13) + (112u << 23)) & ~small);
+	return u | (infinite & 0x7f800000u) | (uint32_t)(h & 0x8000u) << 16;
 }
 
 static bool
 read_f16(const uint8_t *p, uint64_t n, uint16_t *out)
 {
-	bool bad = false;
-	uint16_t h;
+	uint16_t h[CHUNK] = {0}, b[CHUNK];
+	uint32_t bad = 0;
 
-	for (uint64_t i = 0; i < n; i++) {
-		uint32_t u;
+	for (uint64_t i = 0; i < n; i += CHUNK) {
+		size_t here = n - i < CHUNK ? n - i : CHUNK;
 
-		memcpy(&h, p + 2 * i, sizeof(h));
-		bad |= (h & 0x7c00u) == 0x7c00u;
-		u = f32_from_half(h);
-		out[i] = (uint16_t)((u + 0x7fffu + (u >> 16 & 1)) >> 16);
+		memcpy(h, p + i * sizeof(*h), here * sizeof(*h));
+		for (uint32_t j = 0; j < CHUNK; j++) {
+			uint32_t u = f32_from_half(h[j]);
+
+			bad |= (h[j] & 0x7c00u) + 0x400u;
+			b[j] = (uint16_t)((u + 0x7fffu + (u >> 16 & 1)) >> 16);
+		}
+		memcpy(out + i, b, here * sizeof(*b));
 	}
-	return bad;
+	return bad >> 15;
 }
 
 /* The element as FP32. */
