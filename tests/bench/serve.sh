@@ -4,8 +4,8 @@
 #
 # With a daemon as it comes: requests of 4 tokens in and 1 out, from 1 and from 8 sessions of one process; the
 # forward pass is what the engine says of itself. With a daemon that never spins, so that waiting costs no CPU time: its CPU time less its
-# forward passes, per request and per token of long answers, which wake-ups make more than it is. Its system calls per token while an
-# app polls. Medians over the rounds. Needs jq; strace for the last line.
+# forward passes, per request and per token of long answers, to readers that poll and to some that sleep, whom a bell wakes for each
+# token. Its system calls per token while an app polls. Medians over the rounds. Needs jq; strace for the last line.
 . "$(dirname "$0")/lib.sh"
 [ $# -ge 2 ] || usage
 build=$1 model=$(realpath "$2") rounds=${3-5}
@@ -44,13 +44,18 @@ for round in $(seq "$rounds"); do
 	before=$(spent)
 	requests 8 40000 1 >/dev/null
 	spent | awk -v b="$before" '{ print ($1 - b) / 40000 * 1e6 }' >>"$dir/request"
-	before=$(spent)
-	requests 8 400 500 >/dev/null
-	spent | awk -v b="$before" '{ print ($1 - b) / 200000 * 1e6 }' >>"$dir/token"
+	for how in polled asleep; do
+		poll=--poll
+		[ $how = polled ] || poll=
+		before=$(spent)
+		requests 8 400 500 $poll >/dev/null
+		spent | awk -v b="$before" '{ print ($1 - b) / 200000 * 1e6 }' >>"$dir/$how"
+	done
 done
 stop
 show "CPU beside forward and waiting, 8 clients: us a request" "$dir/request"
-show "the same, 500 tokens out: us a token" "$dir/token"
+show "the same, 500 tokens out, readers that poll: us a token" "$dir/polled"
+show "readers that sleep" "$dir/asleep"
 
 strace -f -o /dev/null true 2>/dev/null || exit 0
 spin 50
