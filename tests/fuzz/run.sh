@@ -12,14 +12,14 @@ out=build-fuzz
 mkdir -p $out
 sources="client/tok*.c conf/conf.c daemon/engine/*.c kernels/*.c kernels/ref/*.c kernels/x86/*.c daemon/journal.c daemon/listen.c daemon/log.c
  client/ctl.c client/octetctl.c client/ctl-eval.c $(ls tui/*.c | grep -vE '/(main|screen|remote)\.c')"
-flags="-g -O1 -std=gnu11 -D_GNU_SOURCE -DOCTET_VERSION=\"fuzz\" -DOCTET_SYSCONFDIR=\"/etc\" -I. -ffp-contract=off -pthread
- -fsanitize=address,undefined -fno-sanitize-recover=undefined $(pkg-config --cflags inih jansson libpcre2-8 libutf8proc libuv)"
+flags="-g -O1 -std=gnu11 -D_GNU_SOURCE -DOCTET_VERSION=\"fuzz\" -DOCTET_SYSCONFDIR=\"/etc\" -DOCTET_PLUGINDIR=\"/usr/lib/octet\" -I. -ffp-contract=off -pthread
+ -fsanitize=address,undefined -fno-sanitize-recover=undefined $(pkg-config --cflags inih jansson libpcre2-8 libutf8proc libuv libxxhash)"
 for c in $sources; do
 	o=$out/$(echo "$c" | tr / _).o
 	[ "$o" -nt "$c" ] || clang $flags -fsanitize=fuzzer-no-link -c -o "$o" "$c"
 done
 for t in "$@"; do
-	clang $flags -fsanitize=fuzzer -o $out/$t tests/fuzz/$t.c $out/*.o $(pkg-config --libs inih jansson libpcre2-8 libutf8proc libuv) -lmd -lm
+	clang $flags -fsanitize=fuzzer -o $out/$t tests/fuzz/$t.c $out/*.o $(pkg-config --libs inih jansson libpcre2-8 libutf8proc libuv libxxhash) -lmd -lm
 done
 status=0
 one() {
