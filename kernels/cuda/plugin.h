@@ -120,7 +120,7 @@ struct flight {
 	float *pinned_logits; size_t cap_logits; /* [n_copied, vocab]; grows */
 	uint32_t seen_row;
 	struct kd_evidence *seen; /* where the figures of that row go; NULL: there are none */
-	struct kd_evidence *pinned_seen; /* [n_layers * N_SEEN + 1] */
+	struct kd_evidence *pinned_seen; /* seen_bytes() */
 	double host_us;
 	bool passes;            /* it took several: the last one's results alone are on the device */
 };
@@ -180,6 +180,13 @@ struct kd_device {
 	uint32_t host_us, device_us, failed;
 	char failure[128];
 };
+
+/* Of a sample: [n_layers][N_SEEN], then lm_head's. */
+static inline size_t
+seen_bytes(const struct kd_model *m)
+{
+	return ((size_t)m->n_layers * N_SEEN + 1) * sizeof(struct kd_evidence);
+}
 
 /* Where a group's weights are; its part of that. */
 const struct bundle *weights_of(const struct kd_device *, uint32_t group, uint32_t layer, uint32_t *part);

@@ -641,12 +641,6 @@ take_sample(const struct flight *f, uint32_t done, uint32_t n, uint32_t n_wanted
 		s->seen_wanted = 0;
 }
 
-static size_t
-seen_bytes(const struct kd_device *d)
-{
-	return ((size_t)d->m.n_layers * N_SEEN + 1) * sizeof(*d->seen);
-}
-
 /* To pinned memory, since a copy to any other may hold submit() up until the step has run. */
 static int
 grow_logits(struct kd_device *d, struct flight *f, const struct kd_row *row, uint32_t n, const struct kd_want *want, char *why,
@@ -702,7 +696,7 @@ start_passes(struct kd_device *d, struct flight *f, const struct kd_row *row, ui
 		if (done == 0)
 			cudaEventRecord(f->begin, d->stream);
 		if (done == 0 && f->seen != NULL)
-			cudaMemsetAsync(d->seen, 0, seen_bytes(d), d->stream);
+			cudaMemsetAsync(d->seen, 0, seen_bytes(&d->m), d->stream);
 		copy_in(d, s.edits);
 		launch(d, mixed(d, row + done), &s);
 		copy_out(d, f, got);
@@ -710,7 +704,7 @@ start_passes(struct kd_device *d, struct flight *f, const struct kd_row *row, ui
 		f->n_wanted += got;
 	}
 	if (f->seen != NULL)
-		cudaMemcpyAsync(f->pinned_seen, d->seen, seen_bytes(d), cudaMemcpyDeviceToHost, d->stream);
+		cudaMemcpyAsync(f->pinned_seen, d->seen, seen_bytes(&d->m), cudaMemcpyDeviceToHost, d->stream);
 	return 0;
 }
 

@@ -191,7 +191,7 @@ place_buffers(struct kd_device *d, const struct kd_model *m, char *base)
 	d->scalar_n = largest_n(m);
 	d->scalar_y = take(&a, rows * d->scalar_n * sizeof(float));
 	d->result = take(&a, rows * sizeof(*d->result));
-	d->seen = take(&a, ((size_t)m->n_layers * N_SEEN + 1) * sizeof(*d->seen));
+	d->seen = take(&a, seen_bytes(m));
 	d->first_bad = take(&a, sizeof(*d->first_bad));
 	return a.at;
 }
@@ -557,7 +557,7 @@ allocate(struct loader *x, const struct kd_model *m)
 		f->pinned = get(x, pinned, rows * sizeof(*f->pinned), "pinned memory");
 		if ((f->copied = calloc(rows, sizeof(*f->copied))) == NULL && x->rc == 0)
 			x->rc = -ENOMEM, snprintf(x->why, x->why_len, "out of memory");
-		f->pinned_seen = get(x, pinned, ((size_t)m->n_layers * N_SEEN + 1) * sizeof(*f->pinned_seen), "pinned memory");
+		f->pinned_seen = get(x, pinned, seen_bytes(m), "pinned memory");
 	}
 	for (uint32_t i = 0; i < N_SLOTS * N_PIECES; i++)
 		x->slot[i / N_PIECES].card[i % N_PIECES] = get(x, on_card, piece_bytes(d), "memory to load with");
