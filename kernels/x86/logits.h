@@ -9,7 +9,6 @@ typedef double OF(f64) __attribute__((vector_size(8 * LANES)));
 typedef int64_t OF(i64) __attribute__((vector_size(8 * LANES)));
 typedef float OF(f32) __attribute__((vector_size(8 * LANES)));
 typedef int32_t OF(i32) __attribute__((vector_size(8 * LANES)));
-typedef float OF(f32_half) __attribute__((vector_size(4 * LANES)));
 /* In arrays. Not for variables: gcc's sanitizer puts them where it then does not take them from. */
 typedef double OF(f64_at) __attribute__((vector_size(8 * LANES), aligned(8)));
 typedef float OF(f32_at) __attribute__((vector_size(8 * LANES), aligned(4)));

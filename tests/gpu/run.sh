@@ -14,9 +14,10 @@
 #
 # Each stage takes less than ten minutes, fails alone, and leaves a file in build-gpu/out (small: take it along to the next
 # machine if stages run on several); of whichever there are tests/gpu/results/DATE.md is made (and copied to $OUT, if set) and
-# two tables, printed last: what octet does, and what its choices rest on. It needs no package of a distribution and builds nothing: Python 3 and CUDA's libraries, the rest is
-# packed. With OCTET_GPU_DRY=1 the plugin of tests/gpu/emu takes the card's place and a tiny model the large ones', and the file
-# is build-gpu/out/dry.md: that shows whether this script works, and nothing else.
+# two tables, printed last: what octet does, and what its choices rest on. It needs no package of a distribution and builds
+# nothing: Python 3 and CUDA's libraries, the rest is packed. With OCTET_GPU_DRY=1 the plugin of tests/gpu/emu takes the card's
+# place and a tiny model the large ones', and the file is build-gpu/out/dry.md: that shows whether this script works, and
+# nothing else.
 set -u
 cd "$(dirname "$0")/../.." || exit 1
 top=$PWD
@@ -451,7 +452,7 @@ if [ "${1-}" = pack ]; then
 	exit
 fi
 for s in "$@"; do
-	case $s in check | bench | serve | fast | torch | table) ;; *) sed -n '5,20s/^# \{0,1\}//p' "$0"; exit 2 ;; esac
+	case $s in check | bench | serve | fast | torch | table) ;; *) sed -n '5,/^set -u/s/^# \{0,1\}//p' "$0"; exit 2 ;; esac
 done
 mkdir -p "$out" "$tmp"
 unpack
