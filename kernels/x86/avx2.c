@@ -167,6 +167,28 @@ words_of(__m256i code, bool small, __m256i word[2])
 	word[1] = _mm256_unpackhi_epi8(l, h);
 }
 
+/* 32 codes and the distances from them. 16 times a normal code and the distance is its word but for sign and bias. */
+INLINE void
+words_of_planes(__m256i code, __m256i lo, bool small, __m256i word[2])
+{
+	const __m256i zero = _mm256_setzero_si256(), by = _mm256_set1_epi16(0x1001);
+	__m256i high;
+
+	if (small) {
+		__m256i sign = _mm256_cmpgt_epi8(zero, lo);
+
+		words_of(code, true, word);
+		word[0] = _mm256_add_epi16(word[0], _mm256_unpacklo_epi8(lo, sign));
+		word[1] = _mm256_add_epi16(word[1], _mm256_unpackhi_epi8(lo, sign));
+		return;
+	}
+	high = _mm256_blendv_epi8(_mm256_set1_epi8(0x3c), _mm256_set1_epi8((char)0xc4), code);
+	word[0] = _mm256_maddubs_epi16(by, _mm256_unpacklo_epi8(lo, code));
+	word[1] = _mm256_maddubs_epi16(by, _mm256_unpackhi_epi8(lo, code));
+	word[0] = _mm256_add_epi16(word[0], _mm256_unpacklo_epi8(zero, high));
+	word[1] = _mm256_add_epi16(word[1], _mm256_unpackhi_epi8(zero, high));
+}
+
 INLINE void
 fetch_ahead(const struct block *b, enum source from, uint32_t i)
 {
@@ -192,14 +214,11 @@ words_at(const struct block *b, enum source from, bool small, uint32_t i, __m256
 		return;
 	}
 	fetch_ahead(b, from, i);
-	words_of(_mm256_loadu_si256((const __m256i *)(const void *)(b->hi + i)), small, word);
-	if (from == PLANES) {
-		__m256i l = _mm256_loadu_si256((const __m256i *)(const void *)(b->lo + i));
-		__m256i sign = _mm256_cmpgt_epi8(_mm256_setzero_si256(), l);
-
-		word[0] = _mm256_add_epi16(word[0], _mm256_unpacklo_epi8(l, sign));
-		word[1] = _mm256_add_epi16(word[1], _mm256_unpackhi_epi8(l, sign));
-	}
+	if (from == PLANES)
+		words_of_planes(_mm256_loadu_si256((const __m256i *)(const void *)(b->hi + i)),
+		    _mm256_loadu_si256((const __m256i *)(const void *)(b->lo + i)), small, word);
+	else
+		words_of(_mm256_loadu_si256((const __m256i *)(const void *)(b->hi + i)), small, word);
 }
 
 /* The even or the odd inputs of the same. */
@@ -220,45 +239,31 @@ inputs_at(const struct block *b, enum source from, uint32_t i, const __m256i wor
 	}
 }
 
-static void
-patch_block(const struct k_weight *w, uint32_t block, float spread[1024])
+/* BF16 of a block that has exceptions, to FP32. */
+AVX2 static void
+spread_block(const struct k_weight *w, uint32_t block, float spread[1024])
 {
+	const struct block b = block_at(w, block, NULL);
 	uint32_t n, panel = block / (w->k_pad / K_BLOCK);
 	const struct k_exception *x = k_find_exceptions(w, block, &n);
 
+	for (uint32_t i = 0; i < 1024; i += 32) {
+		__m256i word[2];
+		__m256 v[2];
+
+		words_at(&b, PLANES, true, i, word);
+		UNROLL
+		for (uint32_t c = 0; c < 2; c++) {
+			inputs_at(&b, PLANES, i, word, c, v);
+			_mm256_store_ps(spread + i + c * 16, v[0]);
+			_mm256_store_ps(spread + i + c * 16 + 8, v[1]);
+		}
+	}
 	for (uint32_t j = 0; j < n; j++) {
 		uint32_t i = x[j].index, c = i / 2 % 16;
 
 		spread[i / 32 * 32 + i % 2 * 16 + place_of(c)] =
 		    k_bf16_to_float(k_exception_value(&x[j], w->scale[panel * K_PANEL + i / 512 * 16 + c]));
-	}
-}
-
-INLINE void
-spread_tile(const struct block *b, enum source from, bool small, uint32_t first, float spread[1024])
-{
-	for (uint32_t i = first; i < first + 512; i += 32) {
-		__m256i word[2];
-		__m256 v[2];
-
-		words_at(b, from, small, i, word);
-		UNROLL
-		for (uint32_t c = 0; c < 2; c++) {
-			inputs_at(b, from, i, word, c, v);
-			_mm256_store_ps(spread + i + c * 16, v[0]);
-			_mm256_store_ps(spread + i + c * 16 + 8, v[1]);
-		}
-	}
-}
-
-INLINE void
-spread_from(const struct block *b, enum source from, uint8_t flags, float spread[1024])
-{
-	for (uint32_t t = 0; t < 2; t++) {
-		if (flags & K_HAS_SMALL << t)
-			spread_tile(b, from, true, t * 512, spread);
-		else
-			spread_tile(b, from, false, t * 512, spread);
 	}
 }
 
@@ -315,27 +320,13 @@ tensor_codes(const struct k_weight *w, uint32_t block, uint8_t out[1024])
 	return flags;
 }
 
-/* One block of 1024 weights to FP32. */
-AVX2 static void
-unpack_block(const struct k_weight *w, uint32_t block, enum k_format format, float spread[1024])
-{
-	_Alignas(32) uint8_t codes[1024];
-	struct block b = block_at(w, block, NULL);
-	uint8_t flags = w->flag[block];
-
-	if (format == K_FP8T)
-		flags = tensor_codes(w, block, codes), b.hi = codes;
-	spread_from(&b, format == K_BF16 ? PLANES : CODES, flags, spread);
-	if (format == K_BF16 && flags & K_HAS_EXCEPTIONS)
-		patch_block(w, block, spread);
-}
-
 typedef float inputs[K_BLOCK];
 typedef float totals[K_PANEL];
 
-/* One tile of a block against n rows (known where it is inlined). */
+/* One tile of a block against n rows (known where it is inlined); its weights go to `spread` too, if that is not NULL. */
 INLINE void
-rows_tile(const struct block *b, enum source from, bool small, uint32_t tile, const inputs *x, totals *total, const uint32_t n)
+rows_tile(const struct block *b, enum source from, bool small, uint32_t tile, const inputs *x, totals *total, const uint32_t n,
+    float *spread)
 {
 	__m256 sum[2][TEAM][2];
 
@@ -351,6 +342,10 @@ rows_tile(const struct block *b, enum source from, bool small, uint32_t tile, co
 		UNROLL
 		for (uint32_t c = 0; c < 2; c++) {
 			inputs_at(b, from, i, word, c, w);
+			if (spread != NULL) {
+				_mm256_store_ps(spread + i + c * 16, w[0]);
+				_mm256_store_ps(spread + i + c * 16 + 8, w[1]);
+			}
 			UNROLL
 			for (uint32_t r = 0; r < n; r++) {
 				__m256 v = _mm256_broadcast_ss(&x[r][at + c]);
@@ -372,14 +367,34 @@ rows_tile(const struct block *b, enum source from, bool small, uint32_t tile, co
 }
 
 INLINE void
-rows_block(const struct block *b, enum source from, uint8_t flags, const inputs *x, totals *total, const uint32_t n)
+rows_block(const struct block *b, enum source from, uint8_t flags, const inputs *x, totals *total, const uint32_t n,
+    float *spread)
 {
 	for (uint32_t t = 0; t < 2; t++) {
 		if (flags & K_HAS_SMALL << t)
-			rows_tile(b, from, true, t, x, total, n);
+			rows_tile(b, from, true, t, x, total, n, spread);
 		else
-			rows_tile(b, from, false, t, x, total, n);
+			rows_tile(b, from, false, t, x, total, n, spread);
 	}
+}
+
+/* A block against n rows as it is unpacked; `keep`: its weights are left in spread. */
+INLINE void
+unpacked_rows(const struct k_linear *a, uint32_t block, enum source from, const inputs *x, totals *total, const uint32_t n,
+    float spread[1024], const bool keep)
+{
+	_Alignas(32) uint8_t codes[1024];
+	struct block b = block_at(a->w, block, spread);
+	uint8_t flags = a->w->flag[block];
+
+	if (from == PLANES && flags & K_HAS_EXCEPTIONS) {
+		spread_block(a->w, block, spread);
+		rows_block(&b, FLOATS, 0, x, total, n, NULL);
+		return;
+	}
+	if (a->format == K_FP8T)
+		flags = tensor_codes(a->w, block, codes), b.hi = codes;
+	rows_block(&b, from, flags, x, total, n, keep ? spread : NULL);
 }
 
 /* A row's inputs of a block. */
@@ -420,29 +435,16 @@ write_panel(const struct k_linear *a, uint32_t panel, uint32_t row, uint32_t row
 INLINE void
 few_panels(const struct k_linear *a, uint32_t p0, uint32_t p1, const uint32_t n, enum source from)
 {
-	const struct k_weight *w = a->w;
-	uint32_t kb_n = w->k_pad / K_BLOCK;
+	uint32_t kb_n = a->w->k_pad / K_BLOCK;
 	_Alignas(32) float spread[1024];
-	_Alignas(32) uint8_t codes[1024];
 	_Alignas(32) inputs x[FEW];
 	_Alignas(32) totals total[STREAMS][FEW] = {{{0}}};
 
 	for (uint32_t kb = 0; kb < kb_n; kb++) {
 		for (uint32_t r = 0; r < n; r++)
 			expand(a->x + r * a->ldx + kb * K_BLOCK, x[r]);
-		for (uint32_t p = p0; p < p1; p++) {
-			struct block b = block_at(w, p * kb_n + kb, spread);
-			uint8_t flags = w->flag[p * kb_n + kb];
-
-			if (a->format == K_FP8T)
-				flags = tensor_codes(w, p * kb_n + kb, codes), b.hi = codes;
-			if (from == PLANES && flags & K_HAS_EXCEPTIONS) {
-				unpack_block(w, p * kb_n + kb, a->format, spread);
-				rows_block(&b, FLOATS, 0, (const inputs *)x, total[p - p0], n);
-			} else {
-				rows_block(&b, from, flags, (const inputs *)x, total[p - p0], n);
-			}
-		}
+		for (uint32_t p = p0; p < p1; p++)
+			unpacked_rows(a, p * kb_n + kb, from, (const inputs *)x, total[p - p0], n, spread, false);
 	}
 	for (uint32_t p = p0; p < p1; p++)
 		write_panel(a, p, 0, n, (const totals *)total[p - p0]);
@@ -469,29 +471,40 @@ all_rows(const struct block *b, enum source from, const inputs *x, totals *total
 		uint32_t r = rows * i / teams, n = rows * (i + 1) / teams - r;
 
 		switch (n) {
-		case 1: rows_block(b, from, 0, x + r, total + r, 1); break;
-		case 2: rows_block(b, from, 0, x + r, total + r, 2); break;
-		case 3: rows_block(b, FLOATS, 0, x + r, total + r, 3); break; /* not from PAGE */
+		case 1: rows_block(b, from, 0, x + r, total + r, 1, NULL); break;
+		case 2: rows_block(b, from, 0, x + r, total + r, 2, NULL); break;
+		case 3: rows_block(b, FLOATS, 0, x + r, total + r, 3, NULL); break; /* not from PAGE */
 		}
 	}
 }
 
-/* One unpacked block. */
+/* Those that come when a block is unpacked. */
 AVX2 static void
-many_block(const float spread[1024], const inputs *x, totals *total, uint32_t rows)
+more_rows(const float spread[1024], const inputs *x, totals *total, uint32_t rows)
 {
 	const struct block b = {.spread = spread};
 
 	all_rows(&b, FLOATS, x, total, rows);
 }
 
+/* One block for up to ROWS rows, more than FEW. */
+AVX2 static void
+many_block(const struct k_linear *a, uint32_t block, const inputs *x, totals *total, uint32_t rows)
+{
+	_Alignas(32) float spread[1024];
+
+	if (a->format == K_BF16)
+		unpacked_rows(a, block, PLANES, x, total, FEW, spread, true);
+	else
+		unpacked_rows(a, block, CODES, x, total, FEW, spread, true);
+	more_rows(spread, x + FEW, total + FEW, rows - FEW);
+}
+
 /* Panels [p0, p1), at most GROUP, for up to ROWS rows, more than FEW. */
 AVX2 static void
 many_panels(const struct k_linear *a, uint32_t p0, uint32_t p1, uint32_t row, uint32_t rows)
 {
-	const struct k_weight *w = a->w;
-	uint32_t kb_n = w->k_pad / K_BLOCK;
-	_Alignas(32) float spread[1024];
+	uint32_t kb_n = a->w->k_pad / K_BLOCK;
 	_Alignas(32) inputs x[CHUNK][ROWS];
 	_Alignas(32) totals total[GROUP][ROWS];
 
@@ -504,10 +517,8 @@ many_panels(const struct k_linear *a, uint32_t p0, uint32_t p1, uint32_t row, ui
 			for (uint32_t kb = kb0; kb < kb1; kb++)
 				expand(a->x + (row + r) * a->ldx + kb * K_BLOCK, x[kb - kb0][r]);
 		for (uint32_t p = p0; p < p1; p++) {
-			for (uint32_t kb = kb0; kb < kb1; kb++) {
-				unpack_block(w, p * kb_n + kb, a->format, spread);
-				many_block(spread, (const inputs *)x[kb - kb0], total[p - p0], rows);
-			}
+			for (uint32_t kb = kb0; kb < kb1; kb++)
+				many_block(a, p * kb_n + kb, (const inputs *)x[kb - kb0], total[p - p0], rows);
 		}
 	}
 	for (uint32_t p = p0; p < p1; p++)
@@ -1104,8 +1115,8 @@ page_rows(const uint16_t *word, size_t ld, const uint16_t *next, const inputs *x
 		all_rows(&page, PAGE, x, total, n);
 		return;
 	}
-	spread_from(&page, PAGE, 0, spread);
-	many_block(spread, x, total, n);
+	rows_block(&page, PAGE, 0, x, total, FEW, spread);
+	more_rows(spread, x + FEW, total + FEW, n - FEW);
 }
 
 /* A page for all vectors. In the slots of V that do not count for one of them there is nothing but finite numbers. */
