@@ -17,6 +17,7 @@
 #define ROWS 192u        /* more rows share one unpacking into memory */
 #define GROUP 8u         /* panels that share one expansion of the inputs */
 #define CHUNK 4u         /* blocks of it: 128 inputs */
+#define DEEP 32u         /* rows whose totals cost more than a chunk unpacked at once */
 #define STREAMS 2u       /* panels that a few rows read side by side: one stream does not fill DRAM bandwidth */
 #define AHEAD 4096u      /* bytes of prefetch */
 
@@ -86,6 +87,23 @@ tail(uint32_t i, uint32_t n)
 	const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
 
 	return _mm256_cmpgt_epi32(_mm256_set1_epi32(n - i < 8 ? (int)(n - i) : 8), lane);
+}
+
+/* x[i] and what follows of its n, at most eight; zeros for the others. */
+INLINE __m256
+load_at(const float *x, uint32_t i, uint32_t n)
+{
+	return n - i >= 8 ? _mm256_loadu_ps(x + i) : _mm256_maskload_ps(x + i, tail(i, n));
+}
+
+/* There. On Zen a masked store is dozens of operations. */
+INLINE void
+store_at(float *x, uint32_t i, uint32_t n, __m256 v)
+{
+	if (n - i >= 8)
+		_mm256_storeu_ps(x + i, v);
+	else
+		_mm256_maskstore_ps(x + i, tail(i, n), v);
 }
 
 /* ---- linear ---- */
@@ -415,9 +433,9 @@ write_panel(const struct k_linear *a, uint32_t panel, uint32_t row, uint32_t row
 	uint32_t first = panel * K_PANEL, n = a->w->n - first < K_PANEL ? a->w->n - first : K_PANEL;
 
 	for (uint32_t r = 0; r < rows; r++) {
+		float *y = a->y + (row + r) * a->ldy + first;
+
 		for (uint32_t c = 0; c < n; c += 8) {
-			__m256i m = tail(c, n);
-			float *y = a->y + (row + r) * a->ldy + first + c;
 			__m256 v = channels_at(&total[r][c / 16 * 16 + c % 16 / 2], 0);
 
 			if (a->x_scale != NULL)
@@ -425,9 +443,12 @@ write_panel(const struct k_linear *a, uint32_t panel, uint32_t row, uint32_t row
 			v = _mm256_mul_ps(v, a->format == K_FP8T ? _mm256_set1_ps(a->w->tensor_scale)
 			                                         : _mm256_loadu_ps(a->w->scale + first + c));
 			if (a->add)
-				v = _mm256_add_ps(_mm256_maskload_ps(y, m), v);
-			_mm256_maskstore_ps(y, m, v);
+				v = _mm256_add_ps(load_at(y, c, n), v);
+			store_at(y, c, n, v);
 		}
+		/* They lie far apart, and no cache has them. */
+		for (uint32_t c = 0; r + 8 < rows && c < n; c += 16)
+			_mm_prefetch((const char *)(y + 8 * a->ldy + c), _MM_HINT_T0);
 	}
 }
 
@@ -461,65 +482,73 @@ few_panels(const struct k_linear *a, uint32_t p0, uint32_t p1, const uint32_t n,
 FEW_ROWS(1)
 FEW_ROWS(2)
 
-/* Any rows, in even teams: registers that hold what is split on the way leave room for FEW. */
+/* At most TEAM rows, or FEW from PAGE: registers that hold what is split on the way leave no room for more. */
+INLINE void
+team_rows(const struct block *b, enum source from, const inputs *x, totals *total, uint32_t n)
+{
+	switch (n) {
+	case 1: rows_block(b, from, 0, x, total, 1, NULL); break;
+	case 2: rows_block(b, from, 0, x, total, 2, NULL); break;
+	case 3: rows_block(b, FLOATS, 0, x, total, 3, NULL); break;
+	}
+}
+
+/* Any rows, in even teams. */
 INLINE void
 all_rows(const struct block *b, enum source from, const inputs *x, totals *total, uint32_t rows)
 {
 	uint32_t most = from == PAGE ? FEW : TEAM, teams = (rows + most - 1) / most;
 
-	for (uint32_t i = 0; i < teams; i++) {
-		uint32_t r = rows * i / teams, n = rows * (i + 1) / teams - r;
+	for (uint32_t t = 0; t < teams; t++) {
+		uint32_t r = rows * t / teams;
 
-		switch (n) {
-		case 1: rows_block(b, from, 0, x + r, total + r, 1, NULL); break;
-		case 2: rows_block(b, from, 0, x + r, total + r, 2, NULL); break;
-		case 3: rows_block(b, FLOATS, 0, x + r, total + r, 3, NULL); break; /* not from PAGE */
-		}
+		team_rows(b, from, x + r, total + r, rows * (t + 1) / teams - r);
 	}
 }
 
-/* Those that come when a block is unpacked. */
+/* Some blocks of a panel, at most CHUNK, for up to ROWS rows, more than FEW; a row's inputs of the next one are ROWS further on. */
 AVX2 static void
-more_rows(const float spread[1024], const inputs *x, totals *total, uint32_t rows)
+many_blocks(const struct k_linear *a, uint32_t block, uint32_t blocks, const inputs *x, totals *total, uint32_t rows)
 {
-	const struct block b = {.spread = spread};
+	_Alignas(32) float spread[CHUNK][1024];
+	uint32_t rest = rows - FEW, teams = (rest + TEAM - 1) / TEAM;
 
-	all_rows(&b, FLOATS, x, total, rows);
-}
+	for (uint32_t i = 0; i < blocks; i++) {
+		if (a->format == K_BF16)
+			unpacked_rows(a, block + i, PLANES, x + i * ROWS, total, FEW, spread[i], true);
+		else
+			unpacked_rows(a, block + i, CODES, x + i * ROWS, total, FEW, spread[i], true);
+	}
+	for (uint32_t t = 0; t < teams; t++) {
+		uint32_t r = FEW + rest * t / teams, n = FEW + rest * (t + 1) / teams - r;
 
-/* One block for up to ROWS rows, more than FEW. */
-AVX2 static void
-many_block(const struct k_linear *a, uint32_t block, const inputs *x, totals *total, uint32_t rows)
-{
-	_Alignas(32) float spread[1024];
+		for (uint32_t i = 0; i < blocks; i++) {
+			const struct block b = {.spread = spread[i]};
 
-	if (a->format == K_BF16)
-		unpacked_rows(a, block, PLANES, x, total, FEW, spread, true);
-	else
-		unpacked_rows(a, block, CODES, x, total, FEW, spread, true);
-	more_rows(spread, x + FEW, total + FEW, rows - FEW);
+			team_rows(&b, FLOATS, x + i * ROWS + r, total + r, n);
+		}
+	}
 }
 
 /* Panels [p0, p1), at most GROUP, for up to ROWS rows, more than FEW. */
 AVX2 static void
 many_panels(const struct k_linear *a, uint32_t p0, uint32_t p1, uint32_t row, uint32_t rows)
 {
-	uint32_t kb_n = a->w->k_pad / K_BLOCK;
+	uint32_t kb_n = a->w->k_pad / K_BLOCK, deep = rows < DEEP ? 1 : CHUNK;
 	_Alignas(32) inputs x[CHUNK][ROWS];
 	_Alignas(32) totals total[GROUP][ROWS];
 
 	for (uint32_t p = p0; p < p1; p++)
 		memset(total[p - p0], 0, rows * sizeof(**total));
-	for (uint32_t kb0 = 0; kb0 < kb_n; kb0 += CHUNK) {
-		uint32_t kb1 = kb_n - kb0 < CHUNK ? kb_n : kb0 + CHUNK;
+	for (uint32_t kb = 0; kb < kb_n; kb += CHUNK) {
+		uint32_t n = kb_n - kb < CHUNK ? kb_n - kb : CHUNK;
 
 		for (uint32_t r = 0; r < rows; r++)
-			for (uint32_t kb = kb0; kb < kb1; kb++)
-				expand(a->x + (row + r) * a->ldx + kb * K_BLOCK, x[kb - kb0][r]);
-		for (uint32_t p = p0; p < p1; p++) {
-			for (uint32_t kb = kb0; kb < kb1; kb++)
-				many_block(a, p * kb_n + kb, (const inputs *)x[kb - kb0], total[p - p0], rows);
-		}
+			for (uint32_t i = 0; i < n; i++)
+				expand(a->x + (row + r) * a->ldx + (kb + i) * K_BLOCK, x[i][r]);
+		for (uint32_t p = p0; p < p1; p++)
+			for (uint32_t i = 0; i < n; i += deep)
+				many_blocks(a, p * kb_n + kb + i, n - i < deep ? n - i : deep, (const inputs *)x[i], total[p - p0], rows);
 	}
 	for (uint32_t p = p0; p < p1; p++)
 		write_panel(a, p, row, rows, (const totals *)total[p - p0]);
@@ -695,7 +724,7 @@ AVX2 static void
 act_bf16_avx2(const float *x, uint32_t n, uint32_t n_pad, uint16_t *out)
 {
 	for (uint32_t i = 0; i < n; i += 8)
-		store_words(out + i, n_pad - i, round_bf16(_mm256_maskload_ps(x + i, tail(i, n))));
+		store_words(out + i, n_pad - i, round_bf16(load_at(x, i, n)));
 	memset(out + n, 0, (n_pad - n) * sizeof(*out));
 }
 
@@ -709,7 +738,7 @@ absmax_scale(const float *x, uint32_t n)
 	float s;
 
 	for (uint32_t i = 0; i < n; i += 8)
-		max = _mm256_max_epu32(max, absolute(_mm256_maskload_ps(x + i, tail(i, n))));
+		max = _mm256_max_epu32(max, absolute(load_at(x, i, n)));
 	m = _mm_max_epu32(_mm256_castsi256_si128(max), _mm256_extracti128_si256(max, 1));
 	m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0x4e));
 	m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0xb1));
@@ -725,7 +754,7 @@ act_fp8_avx2(const float *x, uint32_t n, uint32_t n_pad, uint16_t *out, float *s
 	const __m256 s = _mm256_set1_ps(*scale = absmax_scale(x, n));
 
 	for (uint32_t i = 0; i < n; i += 8) {
-		__m256 v = round_e4m3(_mm256_div_ps(_mm256_maskload_ps(x + i, tail(i, n)), s));
+		__m256 v = round_e4m3(_mm256_div_ps(load_at(x, i, n), s));
 
 		store_words(out + i, n_pad - i, _mm256_srli_epi32(_mm256_castps_si256(v), 16));
 	}
@@ -752,17 +781,16 @@ rmsnorm_avx2(const float *x, const float *w, uint32_t n, float eps, float *y)
 		UNROLL
 		for (uint32_t t = 0; t < 2; t++) {
 			uint32_t at = i + t * 8;
-			__m256 v = at < n ? _mm256_maskload_ps(x + at, tail(at, n)) : _mm256_setzero_ps();
+			__m256 v = at < n ? load_at(x, at, n) : _mm256_setzero_ps();
 
 			lane[t] = _mm256_fmadd_ps(v, v, lane[t]);
 		}
 	}
 	r = _mm256_set1_ps(1.0f / sqrtf(fold16(lane[0], lane[1]) / (float)n + eps));
 	for (uint32_t i = 0; i < n; i += 8) {
-		__m256i m = tail(i, n);
+		__m256 v = _mm256_mul_ps(_mm256_mul_ps(load_at(x, i, n), r), load_at(w, i, n));
 
-		_mm256_maskstore_ps(y + i, m, _mm256_mul_ps(_mm256_mul_ps(_mm256_maskload_ps(x + i, m), r),
-		    _mm256_maskload_ps(w + i, m)));
+		store_at(y, i, n, v);
 	}
 }
 
@@ -773,12 +801,11 @@ rope_avx2(float *x, uint32_t n_heads, uint32_t head_dim, const float *cos, const
 
 	for (uint32_t h = 0; h < n_heads; h++, x += head_dim) {
 		for (uint32_t i = 0; i < half; i += 8) {
-			__m256i m = tail(i, half);
-			__m256 c = _mm256_maskload_ps(cos + i, m), s = _mm256_maskload_ps(sin + i, m);
-			__m256 a = _mm256_maskload_ps(x + i, m), b = _mm256_maskload_ps(x + half + i, m);
+			__m256 c = load_at(cos, i, half), s = load_at(sin, i, half);
+			__m256 a = load_at(x, i, half), b = load_at(x + half, i, half);
 
-			_mm256_maskstore_ps(x + i, m, _mm256_fmsub_ps(a, c, _mm256_mul_ps(b, s)));
-			_mm256_maskstore_ps(x + half + i, m, _mm256_fmadd_ps(b, c, _mm256_mul_ps(a, s)));
+			store_at(x, i, half, _mm256_fmsub_ps(a, c, _mm256_mul_ps(b, s)));
+			store_at(x + half, i, half, _mm256_fmadd_ps(b, c, _mm256_mul_ps(a, s)));
 		}
 	}
 }
@@ -818,12 +845,10 @@ silu_mul_avx2(const float *gate, const float *up, uint32_t n, float *y)
 	const __m256 one = _mm256_set1_ps(1.0f);
 
 	for (uint32_t i = 0; i < n; i += 8) {
-		__m256i m = tail(i, n);
-		__m256 g = _mm256_maskload_ps(gate + i, m);
+		__m256 g = load_at(gate, i, n);
 		__m256 e = exp_avx2(_mm256_xor_ps(g, _mm256_set1_ps(-0.0f)));
 
-		_mm256_maskstore_ps(y + i, m, _mm256_mul_ps(_mm256_div_ps(g, _mm256_add_ps(one, e)),
-		    _mm256_maskload_ps(up + i, m)));
+		store_at(y, i, n, _mm256_mul_ps(_mm256_div_ps(g, _mm256_add_ps(one, e)), load_at(up, i, n)));
 	}
 }
 
@@ -834,7 +859,7 @@ INLINE void
 encode_head(const float *x, uint32_t head_dim, uint32_t hd_pad, const float *scale, uint16_t *out)
 {
 	for (uint32_t d = 0; d < head_dim; d += 8) {
-		__m256 v = _mm256_maskload_ps(x + d, tail(d, head_dim));
+		__m256 v = load_at(x, d, head_dim);
 
 		store_words(out + d, 8, scale == NULL ? round_bf16(v)
 		                                      : e4m3_code(round_e4m3(_mm256_div_ps(v, _mm256_set1_ps(*scale)))));
@@ -1109,14 +1134,14 @@ AVX2 static void
 page_rows(const uint16_t *word, size_t ld, const uint16_t *next, const inputs *x, totals *total, uint32_t n)
 {
 	_Alignas(32) float spread[1024];
-	const struct block page = {.word = word, .ld = ld, .next = next};
+	const struct block page = {.word = word, .ld = ld, .next = next}, unpacked = {.spread = spread};
 
 	if (n <= 4 * FEW) {
 		all_rows(&page, PAGE, x, total, n);
 		return;
 	}
 	rows_block(&page, PAGE, 0, x, total, FEW, spread);
-	more_rows(spread, x + FEW, total + FEW, n - FEW);
+	all_rows(&unpacked, FLOATS, x + FEW, total + FEW, n - FEW);
 }
 
 /* A page for all vectors. In the slots of V that do not count for one of them there is nothing but finite numbers. */
@@ -1201,7 +1226,7 @@ divide(const struct k_attention *a, uint32_t h0, uint32_t heads, const struct at
 		float *out = a->out + i / heads * a->ld + (size_t)(h0 + i % heads) * a->head_dim;
 
 		for (uint32_t d = 0; d < a->head_dim; d += 8)
-			_mm256_maskstore_ps(out + d, tail(d, a->head_dim),
+			store_at(out, d, a->head_dim,
 			    _mm256_div_ps(_mm256_load_ps(&s->out[d / 32 * s->n + i][d % 32]), _mm256_set1_ps(s->l[i])));
 	}
 }
@@ -1223,7 +1248,7 @@ attend(const struct k_attention *a)
 
 		for (uint32_t d = 0; d < s.hd_pad; d += 8)
 			_mm256_store_ps(&s.q[d / 32 * s.n + i][d % 32], d < a->head_dim ?
-			    rounded_bf16(_mm256_maskload_ps(q + d, tail(d, a->head_dim))) : _mm256_setzero_ps());
+			    rounded_bf16(load_at(q, d, a->head_dim)) : _mm256_setzero_ps());
 	}
 	k_attention_blocks(&last, &ignored, &end);
 	k_attention_blocks(a, &from, &ignored);
