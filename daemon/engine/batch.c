@@ -83,7 +83,7 @@ batch_end(struct engine *e, struct seq *s, enum wire_finish how, uint64_t detail
 		if (e->running[i] == s)
 			e->running[i] = e->running[--e->n_running];
 	for (uint32_t i = 0; i < e->n_under_way; i++) {
-		struct step *st = &e->steps[(e->step - i) % 2];
+		struct step *st = &e->steps[(e->step - i) % KD_AHEAD];
 
 		for (uint32_t j = 0; j < st->n_parts; j++)
 			if (st->part[j].seq == s)

@@ -25,6 +25,7 @@
 #include "daemon/engine/probe.h"
 #include "daemon/engine/sample.h"
 #include "daemon/engine/sched.h"
+#include "kernels/device.h"
 
 #define STEP_WINDOW 1024u
 
@@ -97,7 +98,7 @@ struct engine {
 	/* Engine thread. */
 	struct plan *plan;
 	uint64_t epoch, step, turn; /* step: the last that was chosen */
-	struct step steps[2];       /* in turns, by number */
+	struct step steps[KD_AHEAD]; /* in turns, by number */
 	uint32_t n_under_way;       /* of them: the last is `step` */
 	struct kv_pool kv;
 	struct forward *forward;

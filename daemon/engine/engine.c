@@ -323,7 +323,7 @@ allocate(struct engine *e, struct err *err)
 	if (evidence_new(&e->evidence, e->m->shape.n_layers) != 0 ||
 	    evidence_new(&e->evidence_seen, e->m->shape.n_layers) != 0)
 		return err_set(err, -ENOMEM, "no memory for evidence");
-	for (int i = 0; i < 2; i++) {
+	for (uint32_t i = 0; i < KD_AHEAD; i++) {
 		e->steps[i].part = calloc(e->max_seqs, sizeof(*e->steps[i].part));
 		e->steps[i].want = calloc(rows, sizeof(*e->steps[i].want));
 		if (e->steps[i].part == NULL || e->steps[i].want == NULL)
@@ -406,7 +406,7 @@ engine_free(struct engine **ep)
 	pthread_cond_destroy(&e->wake);
 	pthread_mutex_destroy(&e->stats_lock);
 	free(e->running), free(e->pick), free(e->row), free(e->result), free(e->scratch);
-	for (int i = 0; i < 2; i++)
+	for (uint32_t i = 0; i < KD_AHEAD; i++)
 		free(e->steps[i].part), free(e->steps[i].want);
 	free(e);
 	*ep = NULL;

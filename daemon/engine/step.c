@@ -11,7 +11,7 @@
 static struct step *
 step_last(struct engine *e)
 {
-	return &e->steps[e->step % 2];
+	return &e->steps[e->step % KD_AHEAD];
 }
 
 static void
@@ -235,7 +235,7 @@ pass(struct engine *e, struct step *st)
 static void
 take(struct engine *e)
 {
-	struct step *st = &e->steps[(e->step - --e->n_under_way) % 2];
+	struct step *st = &e->steps[(e->step - --e->n_under_way) % KD_AHEAD];
 	double wait = pass(e, st), ran = engine_now_ms(), forward = ran - fmax(st->submitted_ms, e->ran_ms);
 	uint32_t prompt_rows = 0, tokens = 0, want = 0;
 
@@ -292,7 +292,7 @@ choose(struct engine *e, struct step *st)
 bool
 step_run(struct engine *e)
 {
-	struct step *st = &e->steps[(e->step + 1) % 2];
+	struct step *st = &e->steps[(e->step + 1) % KD_AHEAD];
 	uint32_t running = e->n_running, under_way = e->n_under_way;
 
 	if (!choose(e, st)) {
