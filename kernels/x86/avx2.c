@@ -12,7 +12,8 @@
 #define AVX2 __attribute__((target("avx2,fma")))
 #define INLINE static inline __attribute__((always_inline)) AVX2
 
-#define FEW 2u           /* rows that take weights as they are unpacked */
+#define FEW 2u           /* rows that take weights as they are unpacked, and may leave them for others */
+#define SOME 4u          /* that take them where there are no others */
 #define TEAM 3u          /* that run together: their chains on 16 channels fill 12 registers */
 #define ROWS 192u        /* more rows share one unpacking into memory */
 #define GROUP 8u         /* panels that share one expansion of the inputs */
@@ -314,7 +315,7 @@ scale_down(__m256i code, __m256i down, bool *small)
 }
 
 /* The codes of a block by the scale of the tensor, which is that of a channel times a power of two; returns its K_HAS_SMALL. */
-INLINE uint8_t
+AVX2 static uint8_t
 tensor_codes(const struct k_weight *w, uint32_t block, uint8_t out[1024])
 {
 	const float *scale = w->scale + block / (w->k_pad / K_BLOCK) * K_PANEL;
@@ -384,15 +385,92 @@ rows_tile(const struct block *b, enum source from, bool small, uint32_t tile, co
 	}
 }
 
+/* The same against 3 or 4 rows as it is unpacked, the even inputs and then the odd ones: their chains would not fit side by side. */
+INLINE void
+some_tile(const struct block *b, enum source from, bool small, uint32_t tile, const inputs *x, totals *total, const uint32_t n)
+{
+	_Alignas(32) float even[SOME][16];
+	__m256i word[16][2];
+
+	UNROLL
+	for (uint32_t odd = 0; odd < 2; odd++) {
+		__m256 sum[SOME][2];
+
+		UNROLL
+		for (uint32_t r = 0; r < n; r++)
+			sum[r][0] = sum[r][1] = _mm256_setzero_ps();
+#pragma GCC unroll 2
+		for (uint32_t j = 0; j < 16; j++) {
+			__m256 w[2];
+
+			if (odd == 0)
+				words_at(b, from, small, tile * 512 + j * 32, word[j]);
+			inputs_at(b, from, 0, word[j], odd, w);
+			UNROLL
+			for (uint32_t r = 0; r < n; r++) {
+				__m256 v = _mm256_broadcast_ss(&x[r][j * 2 + odd]);
+
+				sum[r][0] = _mm256_fmadd_ps(w[0], v, sum[r][0]);
+				sum[r][1] = _mm256_fmadd_ps(w[1], v, sum[r][1]);
+			}
+		}
+		UNROLL
+		for (uint32_t i = 0; i < n * 2; i++) {
+			float *to = &total[i / 2][tile * 16 + i % 2 * 8], *first = &even[i / 2][i % 2 * 8];
+
+			if (odd == 0)
+				_mm256_store_ps(first, sum[i / 2][i % 2]);
+			else
+				_mm256_store_ps(to, _mm256_add_ps(_mm256_load_ps(to), _mm256_add_ps(_mm256_load_ps(first), sum[i / 2][i % 2])));
+		}
+		__asm__ volatile("" ::"r"(even) : "memory"); /* not in registers, which the odd ones need */
+	}
+}
+
+INLINE void
+any_tile(const struct block *b, enum source from, bool small, uint32_t tile, const inputs *x, totals *total, const uint32_t n,
+    float *spread)
+{
+	if (from != FLOATS && n > FEW)
+		some_tile(b, from, small, tile, x, total, n);
+	else
+		rows_tile(b, from, small, tile, x, total, n, spread);
+}
+
 INLINE void
 rows_block(const struct block *b, enum source from, uint8_t flags, const inputs *x, totals *total, const uint32_t n,
     float *spread)
 {
 	for (uint32_t t = 0; t < 2; t++) {
 		if (flags & K_HAS_SMALL << t)
-			rows_tile(b, from, true, t, x, total, n, spread);
+			any_tile(b, from, true, t, x, total, n, spread);
 		else
-			rows_tile(b, from, false, t, x, total, n, spread);
+			any_tile(b, from, false, t, x, total, n, spread);
+	}
+}
+
+/* At most TEAM rows, or SOME from PAGE. */
+INLINE void
+team_rows(const struct block *b, enum source from, const inputs *x, totals *total, uint32_t n)
+{
+	switch (n) {
+	case 1: rows_block(b, from, 0, x, total, 1, NULL); break;
+	case 2: rows_block(b, from, 0, x, total, 2, NULL); break;
+	case 3: rows_block(b, from, 0, x, total, 3, NULL); break;
+	case 4: rows_block(b, PAGE, 0, x, total, 4, NULL); break; /* not from FLOATS */
+	}
+}
+
+/* Any rows, in even teams. */
+INLINE void
+all_rows(const struct block *b, enum source from, const inputs *x, totals *total, uint32_t rows)
+{
+	uint32_t most = from == PAGE ? SOME : TEAM, teams = (rows + most - 1) / most;
+
+	for (uint32_t t = 0; t < teams; t++) {
+		uint32_t r = rows * t / teams;
+
+		team_rows(b, from, x + r, total + r, rows * (t + 1) / teams - r);
 	}
 }
 
@@ -407,7 +485,7 @@ unpacked_rows(const struct k_linear *a, uint32_t block, enum source from, const 
 
 	if (from == PLANES && flags & K_HAS_EXCEPTIONS) {
 		spread_block(a->w, block, spread);
-		rows_block(&b, FLOATS, 0, x, total, n, NULL);
+		all_rows(&b, FLOATS, x, total, n);
 		return;
 	}
 	if (a->format == K_FP8T)
@@ -452,14 +530,14 @@ write_panel(const struct k_linear *a, uint32_t panel, uint32_t row, uint32_t row
 	}
 }
 
-/* Up to FEW rows: every weight is read once and used at once. Panels [p0, p1), at most STREAMS, run side by side. */
+/* Up to SOME rows: every weight is read once and used at once. Panels [p0, p1), at most STREAMS, run side by side. */
 INLINE void
 few_panels(const struct k_linear *a, uint32_t p0, uint32_t p1, const uint32_t n, enum source from)
 {
 	uint32_t kb_n = a->w->k_pad / K_BLOCK;
 	_Alignas(32) float spread[1024];
-	_Alignas(32) inputs x[FEW];
-	_Alignas(32) totals total[STREAMS][FEW] = {{{0}}};
+	_Alignas(32) inputs x[SOME];
+	_Alignas(32) totals total[STREAMS][SOME] = {{{0}}};
 
 	for (uint32_t kb = 0; kb < kb_n; kb++) {
 		for (uint32_t r = 0; r < n; r++)
@@ -481,30 +559,8 @@ few_panels(const struct k_linear *a, uint32_t p0, uint32_t p1, const uint32_t n,
 	}
 FEW_ROWS(1)
 FEW_ROWS(2)
-
-/* At most TEAM rows, or FEW from PAGE: registers that hold what is split on the way leave no room for more. */
-INLINE void
-team_rows(const struct block *b, enum source from, const inputs *x, totals *total, uint32_t n)
-{
-	switch (n) {
-	case 1: rows_block(b, from, 0, x, total, 1, NULL); break;
-	case 2: rows_block(b, from, 0, x, total, 2, NULL); break;
-	case 3: rows_block(b, FLOATS, 0, x, total, 3, NULL); break;
-	}
-}
-
-/* Any rows, in even teams. */
-INLINE void
-all_rows(const struct block *b, enum source from, const inputs *x, totals *total, uint32_t rows)
-{
-	uint32_t most = from == PAGE ? FEW : TEAM, teams = (rows + most - 1) / most;
-
-	for (uint32_t t = 0; t < teams; t++) {
-		uint32_t r = rows * t / teams;
-
-		team_rows(b, from, x + r, total + r, rows * (t + 1) / teams - r);
-	}
-}
+FEW_ROWS(3)
+FEW_ROWS(4)
 
 /* Some blocks of a panel, at most CHUNK, for up to ROWS rows, more than FEW; a row's inputs of the next one are ROWS further on. */
 AVX2 static void
@@ -557,8 +613,8 @@ many_panels(const struct k_linear *a, uint32_t p0, uint32_t p1, uint32_t row, ui
 static void
 linear_avx2(const struct k_linear *a)
 {
-	static void (*const few[FEW])(const struct k_linear *, uint32_t p0, uint32_t p1) = {few_1, few_2};
-	uint32_t panels = a->panel1 - a->panel0, most = a->rows <= FEW ? STREAMS : GROUP, groups = (panels + most - 1) / most;
+	static void (*const few[SOME])(const struct k_linear *, uint32_t p0, uint32_t p1) = {few_1, few_2, few_3, few_4};
+	uint32_t panels = a->panel1 - a->panel0, most = a->rows <= SOME ? STREAMS : GROUP, groups = (panels + most - 1) / most;
 	uint32_t passes = (a->rows + ROWS - 1) / ROWS;
 
 	if (a->rows == 0)
@@ -566,7 +622,7 @@ linear_avx2(const struct k_linear *a)
 	for (uint32_t g = 0; g < groups; g++) {
 		uint32_t p0 = a->panel0 + panels * g / groups, p1 = a->panel0 + panels * (g + 1) / groups;
 
-		if (a->rows <= FEW) {
+		if (a->rows <= SOME) {
 			few[a->rows - 1](a, p0, p1);
 			continue;
 		}
@@ -1136,7 +1192,7 @@ page_rows(const uint16_t *word, size_t ld, const uint16_t *next, const inputs *x
 	_Alignas(32) float spread[1024];
 	const struct block page = {.word = word, .ld = ld, .next = next}, unpacked = {.spread = spread};
 
-	if (n <= 4 * FEW) {
+	if (n <= 2 * SOME) {
 		all_rows(&page, PAGE, x, total, n);
 		return;
 	}
