@@ -12,9 +12,8 @@
 #define AVX2 __attribute__((target("avx2,fma")))
 #define INLINE static inline __attribute__((always_inline)) AVX2
 
-#define FEW 2u           /* rows that take weights as they are unpacked, and may leave them for others */
-#define SOME 4u          /* that take them where there are no others */
-#define TEAM 3u          /* that run together: their chains on 16 channels fill 12 registers */
+#define FEW 2u           /* rows that take weights as they are unpacked for others */
+#define TEAM 4u          /* that run together */
 #define ROWS 192u        /* more rows share one unpacking into memory */
 #define GROUP 8u         /* panels that share one expansion of the inputs */
 #define CHUNK 4u         /* blocks of it: 128 inputs */
@@ -145,7 +144,7 @@ enum source { CODES, PLANES, FLOATS, PAGE };
 struct block {
 	const uint8_t *hi;
 	const int8_t *lo;
-	const float *spread;  /* [2 tiles][16 input pairs][2 inputs][16 channels] */
+	const float *spread;  /* [2 tiles][even, odd][16 inputs][16 channels] */
 	const uint16_t *word; /* PAGE: [16 input pairs][32 channels][2 inputs], the pairs `ld` apart */
 	size_t ld;
 	const uint16_t *next; /* prefetched beside */
@@ -240,9 +239,16 @@ words_at(const struct block *b, enum source from, bool small, uint32_t i, __m256
 		words_of(_mm256_loadu_si256((const __m256i *)(const void *)(b->hi + i)), small, word);
 }
 
-/* The even or the odd inputs of the same. */
+/* Where the even or the odd inputs of a tile's pair j are in `spread`. */
+INLINE uint32_t
+spread_at(uint32_t tile, bool odd, uint32_t j)
+{
+	return tile * 512 + odd * 256 + j * 16;
+}
+
+/* The same as FP32. */
 INLINE void
-inputs_at(const struct block *b, enum source from, uint32_t i, const __m256i word[2], bool odd, __m256 out[2])
+inputs_at(const struct block *b, enum source from, uint32_t tile, uint32_t j, const __m256i word[2], bool odd, __m256 out[2])
 {
 	/* A shuffle, as shifts have one port on Zen. */
 	const __m256i up = _mm256_broadcastsi128_si256(_mm_setr_epi8(-1, -1, 0, 1, -1, -1, 4, 5, -1, -1, 8, 9, -1, -1, 12, 13));
@@ -250,7 +256,7 @@ inputs_at(const struct block *b, enum source from, uint32_t i, const __m256i wor
 	UNROLL
 	for (uint32_t t = 0; t < 2; t++) {
 		if (from == FLOATS)
-			out[t] = _mm256_load_ps(b->spread + i + odd * 16 + t * 8);
+			out[t] = _mm256_load_ps(b->spread + spread_at(tile, odd, j) + t * 8);
 		else if (odd)
 			out[t] = _mm256_castsi256_ps(_mm256_and_si256(word[t], _mm256_set1_epi32((int)0xffff0000)));
 		else
@@ -273,15 +279,17 @@ spread_block(const struct k_weight *w, uint32_t block, float spread[1024])
 		words_at(&b, PLANES, true, i, word);
 		UNROLL
 		for (uint32_t c = 0; c < 2; c++) {
-			inputs_at(&b, PLANES, i, word, c, v);
-			_mm256_store_ps(spread + i + c * 16, v[0]);
-			_mm256_store_ps(spread + i + c * 16 + 8, v[1]);
+			float *to = spread + spread_at(i / 512, c, i % 512 / 32);
+
+			inputs_at(&b, PLANES, 0, 0, word, c, v);
+			_mm256_store_ps(to, v[0]);
+			_mm256_store_ps(to + 8, v[1]);
 		}
 	}
 	for (uint32_t j = 0; j < n; j++) {
 		uint32_t i = x[j].index, c = i / 2 % 16;
 
-		spread[i / 32 * 32 + i % 2 * 16 + place_of(c)] =
+		spread[spread_at(i / 512, i % 2, i % 512 / 32) + place_of(c)] =
 		    k_bf16_to_float(k_exception_value(&x[j], w->scale[panel * K_PANEL + i / 512 * 16 + c]));
 	}
 }
@@ -342,7 +350,10 @@ tensor_codes(const struct k_weight *w, uint32_t block, uint8_t out[1024])
 typedef float inputs[K_BLOCK];
 typedef float totals[K_PANEL];
 
-/* One tile of a block against n rows (known where it is inlined); its weights go to `spread` too, if that is not NULL. */
+/*
+ * One tile of a block against n rows (known where it is inlined), fewer than TEAM: the even and the odd inputs side by side. The
+ * weights go to `spread` too, if that is not NULL.
+ */
 INLINE void
 rows_tile(const struct block *b, enum source from, bool small, uint32_t tile, const inputs *x, totals *total, const uint32_t n,
     float *spread)
@@ -353,21 +364,22 @@ rows_tile(const struct block *b, enum source from, bool small, uint32_t tile, co
 	for (uint32_t r = 0; r < n; r++)
 		sum[0][r][0] = sum[0][r][1] = sum[1][r][0] = sum[1][r][1] = _mm256_setzero_ps();
 #pragma GCC unroll 2
-	for (uint32_t i = tile * 512, at = 0; at < K_BLOCK; i += 32, at += 2) {
+	for (uint32_t j = 0; j < 16; j++) {
+		uint32_t i = tile * 512 + j * 32;
 		__m256i word[2];
 		__m256 w[2];
 
 		words_at(b, from, small, i, word);
 		UNROLL
 		for (uint32_t c = 0; c < 2; c++) {
-			inputs_at(b, from, i, word, c, w);
+			inputs_at(b, from, tile, j, word, c, w);
 			if (spread != NULL) {
-				_mm256_store_ps(spread + i + c * 16, w[0]);
-				_mm256_store_ps(spread + i + c * 16 + 8, w[1]);
+				_mm256_store_ps(spread + spread_at(tile, c, j), w[0]);
+				_mm256_store_ps(spread + spread_at(tile, c, j) + 8, w[1]);
 			}
 			UNROLL
 			for (uint32_t r = 0; r < n; r++) {
-				__m256 v = _mm256_broadcast_ss(&x[r][at + c]);
+				__m256 v = _mm256_broadcast_ss(&x[r][j * 2 + c]);
 
 				sum[c][r][0] = _mm256_fmadd_ps(w[0], v, sum[c][r][0]);
 				sum[c][r][1] = _mm256_fmadd_ps(w[1], v, sum[c][r][1]);
@@ -385,16 +397,16 @@ rows_tile(const struct block *b, enum source from, bool small, uint32_t tile, co
 	}
 }
 
-/* The same against 3 or 4 rows as it is unpacked, the even inputs and then the odd ones: their chains would not fit side by side. */
+/* Against more, first the even inputs: the chains of both do not fit into registers, beside unpacking not even those of 3 rows. */
 INLINE void
-some_tile(const struct block *b, enum source from, bool small, uint32_t tile, const inputs *x, totals *total, const uint32_t n)
+halves_of_tile(const struct block *b, enum source from, bool small, uint32_t tile, const inputs *x, totals *total, const uint32_t n)
 {
-	_Alignas(32) float even[SOME][16];
+	_Alignas(32) float even[TEAM][16];
 	__m256i word[16][2];
 
 	UNROLL
 	for (uint32_t odd = 0; odd < 2; odd++) {
-		__m256 sum[SOME][2];
+		__m256 sum[TEAM][2];
 
 		UNROLL
 		for (uint32_t r = 0; r < n; r++)
@@ -405,7 +417,7 @@ some_tile(const struct block *b, enum source from, bool small, uint32_t tile, co
 
 			if (odd == 0)
 				words_at(b, from, small, tile * 512 + j * 32, word[j]);
-			inputs_at(b, from, 0, word[j], odd, w);
+			inputs_at(b, from, tile, j, word[j], odd, w);
 			UNROLL
 			for (uint32_t r = 0; r < n; r++) {
 				__m256 v = _mm256_broadcast_ss(&x[r][j * 2 + odd]);
@@ -431,8 +443,8 @@ INLINE void
 any_tile(const struct block *b, enum source from, bool small, uint32_t tile, const inputs *x, totals *total, const uint32_t n,
     float *spread)
 {
-	if (from != FLOATS && n > FEW)
-		some_tile(b, from, small, tile, x, total, n);
+	if (n == TEAM || (from != FLOATS && n > FEW))
+		halves_of_tile(b, from, small, tile, x, total, n);
 	else
 		rows_tile(b, from, small, tile, x, total, n, spread);
 }
@@ -449,7 +461,6 @@ rows_block(const struct block *b, enum source from, uint8_t flags, const inputs 
 	}
 }
 
-/* At most TEAM rows, or SOME from PAGE. */
 INLINE void
 team_rows(const struct block *b, enum source from, const inputs *x, totals *total, uint32_t n)
 {
@@ -457,20 +468,23 @@ team_rows(const struct block *b, enum source from, const inputs *x, totals *tota
 	case 1: rows_block(b, from, 0, x, total, 1, NULL); break;
 	case 2: rows_block(b, from, 0, x, total, 2, NULL); break;
 	case 3: rows_block(b, from, 0, x, total, 3, NULL); break;
-	case 4: rows_block(b, PAGE, 0, x, total, 4, NULL); break; /* not from FLOATS */
+	case 4: rows_block(b, from, 0, x, total, 4, NULL); break;
 	}
 }
 
-/* Any rows, in even teams. */
+/* How many of those that are left go next: nobody is left alone. */
+static inline uint32_t
+next_team(uint32_t left)
+{
+	return left < TEAM ? left : left == TEAM + 1 ? TEAM - 1 : TEAM;
+}
+
 INLINE void
 all_rows(const struct block *b, enum source from, const inputs *x, totals *total, uint32_t rows)
 {
-	uint32_t most = from == PAGE ? SOME : TEAM, teams = (rows + most - 1) / most;
-
-	for (uint32_t t = 0; t < teams; t++) {
-		uint32_t r = rows * t / teams;
-
-		team_rows(b, from, x + r, total + r, rows * (t + 1) / teams - r);
+	for (uint32_t r = 0, n; r < rows; r += n) {
+		n = next_team(rows - r);
+		team_rows(b, from, x + r, total + r, n);
 	}
 }
 
@@ -524,20 +538,20 @@ write_panel(const struct k_linear *a, uint32_t panel, uint32_t row, uint32_t row
 				v = _mm256_add_ps(load_at(y, c, n), v);
 			store_at(y, c, n, v);
 		}
-		/* They lie far apart, and no cache has them. */
+		/* Of a row to come: they lie far apart, and no cache has them. */
 		for (uint32_t c = 0; r + 8 < rows && c < n; c += 16)
 			_mm_prefetch((const char *)(y + 8 * a->ldy + c), _MM_HINT_T0);
 	}
 }
 
-/* Up to SOME rows: every weight is read once and used at once. Panels [p0, p1), at most STREAMS, run side by side. */
+/* Up to a team: every weight is read once and used at once. Panels [p0, p1), at most STREAMS, run side by side. */
 INLINE void
 few_panels(const struct k_linear *a, uint32_t p0, uint32_t p1, const uint32_t n, enum source from)
 {
 	uint32_t kb_n = a->w->k_pad / K_BLOCK;
 	_Alignas(32) float spread[1024];
-	_Alignas(32) inputs x[SOME];
-	_Alignas(32) totals total[STREAMS][SOME] = {{{0}}};
+	_Alignas(32) inputs x[TEAM];
+	_Alignas(32) totals total[STREAMS][TEAM] = {{{0}}};
 
 	for (uint32_t kb = 0; kb < kb_n; kb++) {
 		for (uint32_t r = 0; r < n; r++)
@@ -567,7 +581,6 @@ AVX2 static void
 many_blocks(const struct k_linear *a, uint32_t block, uint32_t blocks, const inputs *x, totals *total, uint32_t rows)
 {
 	_Alignas(32) float spread[CHUNK][1024];
-	uint32_t rest = rows - FEW, teams = (rest + TEAM - 1) / TEAM;
 
 	for (uint32_t i = 0; i < blocks; i++) {
 		if (a->format == K_BF16)
@@ -575,9 +588,8 @@ many_blocks(const struct k_linear *a, uint32_t block, uint32_t blocks, const inp
 		else
 			unpacked_rows(a, block + i, CODES, x + i * ROWS, total, FEW, spread[i], true);
 	}
-	for (uint32_t t = 0; t < teams; t++) {
-		uint32_t r = FEW + rest * t / teams, n = FEW + rest * (t + 1) / teams - r;
-
+	for (uint32_t r = FEW, n; r < rows; r += n) {
+		n = next_team(rows - r);
 		for (uint32_t i = 0; i < blocks; i++) {
 			const struct block b = {.spread = spread[i]};
 
@@ -613,8 +625,8 @@ many_panels(const struct k_linear *a, uint32_t p0, uint32_t p1, uint32_t row, ui
 static void
 linear_avx2(const struct k_linear *a)
 {
-	static void (*const few[SOME])(const struct k_linear *, uint32_t p0, uint32_t p1) = {few_1, few_2, few_3, few_4};
-	uint32_t panels = a->panel1 - a->panel0, most = a->rows <= SOME ? STREAMS : GROUP, groups = (panels + most - 1) / most;
+	static void (*const few[TEAM])(const struct k_linear *, uint32_t p0, uint32_t p1) = {few_1, few_2, few_3, few_4};
+	uint32_t panels = a->panel1 - a->panel0, most = a->rows <= TEAM ? STREAMS : GROUP, groups = (panels + most - 1) / most;
 	uint32_t passes = (a->rows + ROWS - 1) / ROWS;
 
 	if (a->rows == 0)
@@ -622,7 +634,7 @@ linear_avx2(const struct k_linear *a)
 	for (uint32_t g = 0; g < groups; g++) {
 		uint32_t p0 = a->panel0 + panels * g / groups, p1 = a->panel0 + panels * (g + 1) / groups;
 
-		if (a->rows <= SOME) {
+		if (a->rows <= TEAM) {
 			few[a->rows - 1](a, p0, p1);
 			continue;
 		}
@@ -689,7 +701,7 @@ codes_by_division(const struct block *b, uint32_t i, const float *scale, float s
 	for (uint32_t c = 0; c < 2; c++) {
 		__m256 v[2];
 
-		inputs_at(b, PLANES, i, word, c, v);
+		inputs_at(b, PLANES, 0, 0, word, c, v);
 		UNROLL
 		for (uint32_t t = 0; t < 2; t++) {
 			__m256i code = e4m3_code(round_e4m3(_mm256_div_ps(_mm256_mul_ps(v[t], channels_at(scale, t)), by)));
@@ -1192,7 +1204,7 @@ page_rows(const uint16_t *word, size_t ld, const uint16_t *next, const inputs *x
 	_Alignas(32) float spread[1024];
 	const struct block page = {.word = word, .ld = ld, .next = next}, unpacked = {.spread = spread};
 
-	if (n <= 2 * SOME) {
+	if (n <= 2 * TEAM) {
 		all_rows(&page, PAGE, x, total, n);
 		return;
 	}
