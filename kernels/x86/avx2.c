@@ -239,29 +239,38 @@ words_at(const struct block *b, enum source from, bool small, uint32_t i, __m256
 		words_of(_mm256_loadu_si256((const __m256i *)(const void *)(b->hi + i)), small, word);
 }
 
-/* Where the even or the odd inputs of a tile's pair j are in `spread`. */
-INLINE uint32_t
-spread_at(uint32_t tile, bool odd, uint32_t j)
-{
-	return tile * 512 + odd * 256 + j * 16;
-}
-
-/* The same as FP32. */
+/* The even or the odd inputs of the same, as FP32. */
 INLINE void
-inputs_at(const struct block *b, enum source from, uint32_t tile, uint32_t j, const __m256i word[2], bool odd, __m256 out[2])
+half_of(const __m256i word[2], bool odd, __m256 out[2])
 {
 	/* A shuffle, as shifts have one port on Zen. */
 	const __m256i up = _mm256_broadcastsi128_si256(_mm_setr_epi8(-1, -1, 0, 1, -1, -1, 4, 5, -1, -1, 8, 9, -1, -1, 12, 13));
 
 	UNROLL
 	for (uint32_t t = 0; t < 2; t++) {
-		if (from == FLOATS)
-			out[t] = _mm256_load_ps(b->spread + spread_at(tile, odd, j) + t * 8);
-		else if (odd)
+		if (odd)
 			out[t] = _mm256_castsi256_ps(_mm256_and_si256(word[t], _mm256_set1_epi32((int)0xffff0000)));
 		else
 			out[t] = _mm256_castsi256_ps(_mm256_shuffle_epi8(word[t], up));
 	}
+}
+
+/* Where those of pair j of a tile are in `spread`. */
+static inline uint32_t
+spread_at(uint32_t tile, bool odd, uint32_t j)
+{
+	return tile * 512 + odd * 256 + j * 16;
+}
+
+INLINE void
+inputs_at(const struct block *b, enum source from, uint32_t tile, uint32_t j, const __m256i word[2], bool odd, __m256 out[2])
+{
+	if (from != FLOATS) {
+		half_of(word, odd, out);
+		return;
+	}
+	out[0] = _mm256_load_ps(b->spread + spread_at(tile, odd, j));
+	out[1] = _mm256_load_ps(b->spread + spread_at(tile, odd, j) + 8);
 }
 
 /* BF16 of a block that has exceptions, to FP32. */
@@ -281,7 +290,7 @@ spread_block(const struct k_weight *w, uint32_t block, float spread[1024])
 		for (uint32_t c = 0; c < 2; c++) {
 			float *to = spread + spread_at(i / 512, c, i % 512 / 32);
 
-			inputs_at(&b, PLANES, 0, 0, word, c, v);
+			half_of(word, c, v);
 			_mm256_store_ps(to, v[0]);
 			_mm256_store_ps(to + 8, v[1]);
 		}
@@ -701,7 +710,7 @@ codes_by_division(const struct block *b, uint32_t i, const float *scale, float s
 	for (uint32_t c = 0; c < 2; c++) {
 		__m256 v[2];
 
-		inputs_at(b, PLANES, 0, 0, word, c, v);
+		half_of(word, c, v);
 		UNROLL
 		for (uint32_t t = 0; t < 2; t++) {
 			__m256i code = e4m3_code(round_e4m3(_mm256_div_ps(_mm256_mul_ps(v[t], channels_at(scale, t)), by)));
